@@ -1,0 +1,368 @@
+"""The command line. Heavy imports stand inside the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from plait.errors import PipelineError, PlaitError
+
+
+class _Group(click.Group):
+    """Turns PlaitError into one sentence and an exit code; knows the nearest command."""
+
+    def resolve_command(self, context: click.Context, arguments: list[str]) -> Any:
+        try:
+            return super().resolve_command(context, arguments)
+        except click.UsageError as error:
+            from plait.methods import nearest
+
+            raise click.UsageError(f"{error.message}{nearest(arguments[0], self.commands)}", context) from error
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except PipelineError as error:
+            if context.params.get("debug"):
+                raise
+            for problem in error.problems:
+                click.echo(f"error: {problem}", err=True)
+            raise SystemExit(2) from error
+        except PlaitError as error:
+            if context.params.get("debug"):
+                raise
+            click.echo(f"error: {error}", err=True)
+            raise SystemExit(1) from error
+        except KeyboardInterrupt:
+            click.echo("interrupted; what is finished is kept, the same command goes on from there", err=True)
+            raise SystemExit(130) from None
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="plait")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Braid research methods: find them, configure them, run compositions of them from YAML."""
+    if debug:
+        os.environ["PLAIT_DEBUG"] = "1"
+
+
+def _store_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--store", type=click.Path(path_type=Path), help="Folder of the store (default: $PLAIT_STORE, else .plait)."
+    )(command)
+
+
+def _store(path: Path | None) -> Any:
+    from plait.store import Store
+
+    return Store(path.absolute() if path else None)
+
+
+@main.command()
+@click.argument("pipeline", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1)
+@_store_option
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Where the run's folder is made.",
+)
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes over independent steps.")
+@click.option("--device", help="torch device, e.g. cuda:0 (default: CUDA where there is one).")
+@click.option("--quiet", is_flag=True, help="Print the report's path only.")
+def run(
+    pipeline: Path,
+    overrides: tuple[str, ...],
+    store: Path | None,
+    out: Path,
+    jobs: int,
+    device: str | None,
+    quiet: bool,
+) -> None:
+    """Run a PIPELINE; finished steps are taken from the store.
+
+    OVERRIDES change it: steps.dirty.with.rate=0.1 matrix.seed=[0]
+    """
+    from rich.console import Console
+
+    from plait.listeners import Display, Lines
+    from plait.pipeline import load_pipeline
+    from plait.runner import run_pipeline
+
+    checked = load_pipeline(pipeline, overrides)
+    console = Console(stderr=True)
+    display = None if quiet else Display(console) if console.is_terminal else Lines(console)
+    try:
+        result = run_pipeline(checked, _store(store), out, jobs, device, [display] if display else [])
+    finally:
+        if isinstance(display, Display):
+            display.close()
+    if not quiet:
+        _print_tables(result.tables.values())
+    click.echo(f"report: {result.folder / 'report.html'}")
+    if result.failed:
+        _tell_failures(result.failed)
+        raise SystemExit(1)
+
+
+def _tell_failures(failed: Any) -> None:
+    skipped = [step for step, message in failed.items() if message.startswith("skipped")]
+    for step, message in failed.items():
+        if step not in skipped:
+            click.echo(f"error: step {step}: {message}", err=True)
+    if skipped:
+        click.echo(f"{len(skipped)} steps behind these were skipped: {', '.join(skipped)}", err=True)
+
+
+def _print_tables(tables: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    for table in tables:
+        shown = Table(title=Text(table.title), title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for name in table.index:
+            shown.add_column(Text(name), overflow="fold")
+        for metric in table.metrics:
+            arrow = {"higher": " ↑", "lower": " ↓"}.get(table.better.get(metric, ""), "")
+            shown.add_column(Text(metric + arrow), justify="right", no_wrap=True)
+        for texts, numbers in table.rows:
+            cells = [Text("–") if n is None else Text(n.text, style="bold green" if n.best else "") for n in numbers]
+            shown.add_row(*map(Text, texts), *cells)
+        console.print(shown)
+        console.print()
+
+
+@main.command()
+@click.argument("pipeline", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1)
+@_store_option
+def plan(pipeline: Path, overrides: tuple[str, ...], store: Path | None) -> None:
+    """Show what a PIPELINE would do: its steps, what is in the store, and why the rest is not."""
+    from plait.pipeline import load_pipeline
+    from plait.plan import flatten, make_plan, why_not_cached
+
+    made = make_plan(load_pipeline(pipeline, overrides))
+    place = _store(store)
+    cells = len(made.pipeline.cells)
+    matrix = made.pipeline.data.get("matrix") or {}
+    axes = ", ".join(f"{axis}: {len(values)}" for axis, values in matrix.items())
+    click.echo(
+        f"{made.pipeline.name}: {len(made.tasks)} steps, {cells} matrix cell{'s' if cells > 1 else ''}{f' ({axes})' if axes else ''}"
+    )
+    missing = 0
+    for task in made.tasks:
+        stored = place.has(task.key)
+        missing += not stored
+        inputs = ", ".join(
+            f"{argument}={'+'.join(i.label for i in flatten(value))}" for argument, value in task.inputs.items()
+        )
+        state = "in the store" if stored else f"to run ({why_not_cached(task, made, place)})"
+        click.echo(
+            f"  {'=' if stored else '+'} {task.label}  {task.step.hook.replace('_', '-')}: {task.step.method.name}({inputs})  {state}"
+        )
+    click.echo(f"{len(made.tasks) - missing} in the store, {missing} to run")
+
+
+@main.command("list")
+@click.option("--hook", help="Only methods of this hook.")
+@click.option("--all", "every", is_flag=True, help="Also what is known but not installed.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def list_methods(hook: str | None, every: bool, as_json: bool) -> None:
+    """List installed methods by hook."""
+    from plait.methods import HOOKS, catalogue, nearest, offers
+
+    if hook is not None and hook.replace("-", "_") not in HOOKS:
+        shown = [h.replace("_", "-") for h in HOOKS]
+        raise PipelineError(
+            [f"there is no hook {hook!r}{nearest(hook, shown) or '; the hooks are ' + ', '.join(shown)}"]
+        )
+    rows = []
+    for name in HOOKS:
+        if hook is None or hook.replace("-", "_") == name:
+            known = {(o.name, o.package): "installed" for o in offers(name)}
+            if every:
+                for package, entry in catalogue().items():
+                    for method in entry.get("methods", {}).get(name, ()):
+                        known.setdefault(
+                            (method, package),
+                            "planned" if entry.get("status") == "planned" else f"pip install {package}",
+                        )
+            rows += [
+                (name.replace("_", "-"), method, package, state) for (method, package), state in sorted(known.items())
+            ]
+    if as_json:
+        click.echo(
+            json.dumps([dict(zip(("hook", "method", "package", "state"), row, strict=True)) for row in rows], indent=1)
+        )
+        return
+    if not rows:
+        click.echo("no methods are installed; plait list --all shows what there is")
+    width = max((len(row[1]) for row in rows), default=0)
+    last = None
+    for hook_name, method, package, state in rows:
+        if hook_name != last:
+            click.secho(hook_name, bold=True)
+            last = hook_name
+        click.echo(f"  {method:<{width}}  {package}{'' if state == 'installed' else f'  ({state})'}")
+    if every:
+        for package, entry in catalogue().items():
+            if not entry.get("methods"):
+                click.echo(f"{package}  ({entry.get('status')}): {entry['summary']}")
+
+
+@main.command()
+@click.argument("method")
+@click.option("--hook", help="Which hook, where methods of two hooks share the name.")
+def show(method: str, hook: str | None) -> None:
+    """Show a METHOD: hooks, fields with types, defaults and meaning, paper, package."""
+    import inspect
+
+    from plait.configuration import describe, fields_of
+    from plait.methods import HOOKS, catalogue, find, nearest, offers, package_of
+
+    short = method.rpartition("/")[2]
+    if hook:
+        hooks = [hook.replace("-", "_")]
+    elif ":" in method:
+        hooks = list(HOOKS)
+    else:
+        hooks = [h for h in HOOKS if any(o.name == short for o in offers(h))] or [
+            h for h in HOOKS if package_of(h, short)
+        ]
+    if not hooks:
+        raise PipelineError(
+            [
+                f"there is no method {method!r}{nearest(short, {o.name for h in HOOKS for o in offers(h)}) or '; plait list --all shows all'}"
+            ]
+        )
+    seen: set[Any] = set()
+    for name in hooks:
+        try:
+            found = find(name, method)
+        except PlaitError as error:
+            if ":" in method and "has no hook" in str(error):
+                continue
+            raise
+        if found.cls in seen:
+            continue
+        seen.add(found.cls)
+        click.secho(f"{found.name}", bold=True)
+        click.echo(f"  {(inspect.getdoc(found.cls) or '').strip()}".replace("\n", "\n  ").rstrip())
+        implemented = [h for h in HOOKS if hasattr(found.cls, h)]
+        for one in implemented:
+            arguments = ", ".join(
+                a + ("" if required else " (optional)") for a, required in find_arguments(found.cls, one).items()
+            )
+            click.echo(f"  hook     {one.replace('_', '-')}  from: {arguments or 'nothing'}")
+        if found.package:
+            entry = catalogue().get(found.package, {})
+            click.echo(f"  package  {found.package} {found.version}")
+            if entry.get("paper"):
+                click.echo(f"  paper    {entry['paper']}")
+        fields = fields_of(found.cls)
+        if fields:
+            click.echo("  fields")
+        for field in fields.values():
+            facts = describe(field)
+            allowed = f", {facts['allowed']}" if facts["allowed"] else ""
+            click.echo(
+                f"    {facts['name']}: {facts['type']}{allowed}; default {facts['default']}"
+                if facts["default"] != "required"
+                else f"    {facts['name']}: {facts['type']}{allowed}; required"
+            )
+            if facts["doc"]:
+                click.echo(f"        {facts['doc']}")
+    if not seen:
+        raise PipelineError([f"{method!r} implements none of the hooks"])
+
+
+def find_arguments(cls: type[Any], hook: str) -> dict[str, bool]:
+    """Arguments of a class's hook without ``run`` → whether they are required."""
+    from plait.methods import Method
+
+    return Method(hook, "", cls, None, "").arguments
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of pipeline files, with the installed methods and their fields."""
+    from plait.schema import pipeline_schema
+
+    click.echo(json.dumps(pipeline_schema(), indent=1))
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@_store_option
+def report(folder: Path, store: Path | None) -> None:
+    """Write the report of the run in FOLDER again."""
+    from plait.runner import write_report_again
+
+    write_report_again(folder, _store(store))
+    click.echo(f"report: {folder / 'report.html'}")
+
+
+@main.group()
+def cache() -> None:
+    """Look after the store of results."""
+
+
+@cache.command("ls")
+@_store_option
+def cache_ls(store: Path | None) -> None:
+    """List stored results with size and age."""
+    import time
+
+    from plait.listeners import duration
+
+    place = _store(store)
+    total = 0
+    entries = sorted(place.entries(), key=lambda entry: entry.meta["created"])
+    for entry in entries:
+        total += entry.size
+        age = duration(time.time() - entry.meta["created"])
+        click.echo(
+            f"{entry.key[:12]}  {entry.size / 2**20:9.2f} MiB  {age:>14} ago  {entry.meta.get('label', '')}  {entry.meta.get('method', '')}"
+        )
+    click.echo(f"{len(entries)} results, {total / 2**20:.2f} MiB in {place.root}")
+
+
+@cache.command("gc")
+@_store_option
+@click.option(
+    "--older-than", type=click.FloatRange(0), default=30.0, show_default=True, help="Days a result was not used."
+)
+def cache_gc(store: Path | None, older_than: float) -> None:
+    """Delete results that were not used for long, and what killed runs left."""
+    place = _store(store)
+    count, freed = place.collect(older_than * 86400)
+    click.echo(f"deleted {count} results, freed {freed / 2**20:.2f} MiB in {place.root}")
+
+
+@cache.command("verify")
+@_store_option
+@click.option("--delete", is_flag=True, help="Delete broken results, so that the next run makes them again.")
+def cache_verify(store: Path | None, delete: bool) -> None:
+    """Compare every stored file with its checksum; exit code 1 when one differs."""
+    place = _store(store)
+    broken = place.verify()
+    for key, problem in broken.items():
+        click.echo(f"{key[:12]}  {problem}{'  deleted' if delete else ''}")
+        if delete:
+            place.remove(key)
+    click.echo(
+        f"{len(broken)} broken results in {place.root}{'; plait cache verify --delete removes them' if broken and not delete else ''}"
+    )
+    if broken and not delete:
+        sys.exit(1)

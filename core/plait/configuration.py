@@ -1,0 +1,296 @@
+"""From a mapping (YAML or Python) to a method's instance, and back; every problem at once."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import attrs
+import cattrs
+
+from plait.errors import PlaitError
+from plait.fields import DOC, HOOK, MANY
+from plait.methods import Method, find, nearest
+
+Problem = tuple[tuple[str | int, ...], str]
+FRACTION = re.compile(r"\s*([+-]?[\d.]+(?:[eE][+-]?\d+)?)\s*/\s*([\d.]+(?:[eE][+-]?\d+)?)\s*")
+
+
+class ConfigurationError(PlaitError):
+    """Wrong fields. ``problems``: (path of the field, sentence) each."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(sentence for _, sentence in problems))
+
+
+def number(value: Any) -> float:
+    """A finite float from a number or a fraction such as ``"8/255"``."""
+    if isinstance(value, str) and (match := FRACTION.fullmatch(value)):
+        try:
+            value = float(match[1]) / float(match[2])
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError("a number") from error
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
+        raise ValueError("a finite number")
+    return float(value)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _whole(value: Any, _: Any = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("a whole number")
+    return value
+
+
+def _exactly(kind: type, name: str) -> Callable[[Any, Any], Any]:
+    def check(value: Any, _: Any) -> Any:
+        if not isinstance(value, kind):
+            raise ValueError(name)
+        return value
+
+    return check
+
+
+def _path(value: Any, _: Any) -> Path:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise ValueError("a path")
+    return Path(value)
+
+
+def _union(value: Any, kind: Any) -> Any:
+    for member in typing.get_args(kind):
+        try:
+            return converter().structure(value, member)
+        except Exception:
+            continue
+    raise ValueError(type_name(kind))
+
+
+def _literal(value: Any, kind: Any) -> Any:
+    for choice in typing.get_args(kind):
+        if value == choice and type(value) is type(choice):
+            return value
+    raise ValueError(type_name(kind))
+
+
+def _sequence(value: Any, kind: Any) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(type_name(kind))
+    members = typing.get_args(kind)
+    origin = typing.get_origin(kind) or kind
+    make = list if origin is list else tuple
+    if not members:
+        return make(value)
+    if origin is tuple and members[-1] is not Ellipsis:
+        if len(members) != len(value):
+            raise ValueError(type_name(kind))
+        return tuple(converter().structure(item, member) for item, member in zip(value, members, strict=True))
+    return make(converter().structure(item, members[0]) for item in value)
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (Union, types.UnionType)
+
+
+def _is_sequence(kind: Any) -> bool:
+    origin: Any = typing.get_origin(kind) or kind
+    return origin in (tuple, list, Sequence)
+
+
+@functools.cache
+def converter() -> cattrs.Converter:
+    """The strict converter: nothing is guessed, a string is never a number."""
+    strict = cattrs.Converter(detailed_validation=False)
+    strict.register_structure_hook(int, _whole)
+    strict.register_structure_hook(float, lambda value, _: number(value))
+    strict.register_structure_hook(bool, _exactly(bool, "true or false"))
+    strict.register_structure_hook(str, _exactly(str, "a text"))
+    strict.register_structure_hook(type(None), _exactly(type(None), "null"))
+    strict.register_structure_hook(Path, _path)
+    strict.register_structure_hook_func(_is_union, _union)
+    strict.register_structure_hook_func(lambda kind: typing.get_origin(kind) is Literal, _literal)
+    strict.register_structure_hook_func(_is_sequence, _sequence)
+    return strict
+
+
+def type_name(kind: Any) -> str:
+    """What a user may write for a type: ``a whole number or null``."""
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        Path: "a path",
+        type(None): "null",
+        Any: "anything",
+    }
+    if isinstance(kind, Hashable) and kind in names:
+        return names[kind]
+    if _is_union(kind):
+        return " or ".join(type_name(member) for member in typing.get_args(kind))
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if _is_sequence(kind):
+        members = [m for m in typing.get_args(kind) if m is not Ellipsis]
+        return "a list of " + type_name(members[0]).removeprefix("a ") if members else "a list"
+    if (typing.get_origin(kind) or kind) in (dict, Mapping) or "Mapping" in str(kind):
+        return "a mapping"
+    return getattr(kind, "__name__", str(kind))
+
+
+def fields_of(cls: type[Any]) -> dict[str, attrs.Attribute[Any]]:
+    """The hyperparameters of a method's class by name, types resolved."""
+    attrs.resolve_types(cls)
+    return {field.alias: field for field in attrs.fields(cls) if field.init}
+
+
+def configure(method: Method, values: Mapping[str, Any], folder: Path | None = None) -> Any:
+    """Build the instance of a method.
+
+    Args:
+        method: from :func:`plait.methods.find`.
+        values: field → value, as read from YAML; an instance is taken for a field that is a method.
+        folder: what import paths of nested methods are relative to.
+
+    Raises:
+        ConfigurationError: all wrong fields at once, each with field, value and what is allowed.
+    """
+    fields = fields_of(method.cls)
+    problems: list[Problem] = []
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        field = fields.get(name)
+        if field is None:
+            valid = ", ".join(fields) or "none"
+            problems.append(
+                ((name,), f"{method.name} has no field {name!r}{nearest(name, fields) or f'; its fields are {valid}'}")
+            )
+            continue
+        try:
+            arguments[name] = _structure_field(field, value, folder)
+        except ConfigurationError as error:
+            problems += [((name, *path), f"{name}: {sentence}") for path, sentence in error.problems]
+        except PlaitError as error:
+            problems.append(((name,), f"{name}: {error}"))
+        except Exception:
+            problems.append(((name,), f"{name} is {value!r}; allowed is {type_name(field.type)}{_allowed(field)}"))
+    missing = [name for name, field in fields.items() if field.default is attrs.NOTHING and name not in values]
+    problems += [((), f"{method.name} needs field {name!r} ({type_name(fields[name].type)})") for name in missing]
+    for name in list(arguments):
+        if problem := _range_problem(method.cls, fields[name], arguments[name]):
+            problems.append(((name,), problem))
+    if problems:
+        raise ConfigurationError(problems)
+    try:
+        return method.cls(**arguments)
+    except PlaitError as error:
+        raise ConfigurationError([((), str(error))]) from error
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError([((), f"{method.name}: {error}")]) from error
+
+
+def _range_problem(cls: type[Any], field: attrs.Attribute[Any], value: Any) -> str | None:
+    if field.validator is None or field.converter is not None:
+        return None
+    try:
+        field.validator(object.__new__(cls), field, value)
+    except (PlaitError, ValueError, TypeError) as error:
+        return str(error.args[0] if error.args else error)
+    except AttributeError:
+        return None  # it compares fields with each other: the constructor tells
+    return None
+
+
+def _allowed(field: attrs.Attribute[Any]) -> str:
+    allowed = getattr(field.validator, "allowed", None)
+    return f", {allowed}" if allowed else ""
+
+
+def _structure_field(field: attrs.Attribute[Any], value: Any, folder: Path | None) -> Any:
+    hook = field.metadata.get(HOOK)
+    if hook is None:
+        return value if field.type is None else converter().structure(value, field.type)
+    if not field.metadata.get(MANY):
+        return _nested(hook, value, folder)
+    if not isinstance(value, (list, tuple)):
+        raise PlaitError(f"it is {value!r}; allowed is a list of methods of hook {hook}")
+    made, problems = [], []
+    for index, item in enumerate(value):
+        try:
+            made.append(_nested(hook, item, folder))
+        except ConfigurationError as error:
+            problems += [((index, *path), sentence) for path, sentence in error.problems]
+        except PlaitError as error:
+            problems.append(((index,), str(error)))
+    if problems:
+        raise ConfigurationError(problems)
+    return tuple(made)
+
+
+def _nested(hook: str, value: Any, folder: Path | None) -> Any:
+    if value is None or hasattr(value, hook):
+        return value
+    if isinstance(value, str):
+        return configure(find(hook, value, folder), {}, folder)
+    if isinstance(value, Mapping) and len(value) == 1:
+        ((name, values),) = value.items()
+        if isinstance(name, str) and (values is None or isinstance(values, Mapping)):
+            try:
+                return configure(find(hook, name, folder), values or {}, folder)
+            except ConfigurationError as error:
+                raise ConfigurationError([((name, *path), sentence) for path, sentence in error.problems]) from error
+    raise PlaitError(f"it is {value!r}; allowed is a method of hook {hook}: a name, or {{name: {{field: value}}}}")
+
+
+def plain(value: Any) -> Any:
+    """A configured value as JSON-like data (for keys, logs and reports); methods become ``{class: {fields}}``."""
+    if attrs.has(type(value)):
+        fields = {field.alias: plain(getattr(value, field.name)) for field in attrs.fields(type(value)) if field.init}
+        return {type(value).__qualname__: fields}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def plain_fields(instance: Any) -> dict[str, Any]:
+    """The fields of a method's instance as JSON-like data."""
+    (fields,) = plain(instance).values()
+    return dict(fields)
+
+
+def describe(field: attrs.Attribute[Any]) -> dict[str, str]:
+    """Name, type, default, range and meaning of a field, for people."""
+    hook = field.metadata.get(HOOK)
+    kind = type_name(field.type)
+    if hook:
+        kind = f"{'a list of methods' if field.metadata.get(MANY) else 'a method'} of hook {hook}"
+    default: Any = field.default
+    if default is attrs.NOTHING:
+        shown = "required"
+    elif isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+        shown = "computed" if default.takes_self else str(plain(default.factory()))
+    else:
+        shown = str(plain(default))
+    allowed = getattr(field.validator, "allowed", "")
+    return {
+        "name": field.alias,
+        "type": kind,
+        "default": shown,
+        "allowed": allowed,
+        "doc": field.metadata.get(DOC, ""),
+    }

@@ -1,0 +1,158 @@
+"""YAML text → plain data with the line and column of every part.
+
+Safe by construction: only plain scalars, lists and mappings; no tags, no timestamps, YAML 1.2
+booleans and floats (``1e-3`` is a number, ``on`` is a text); duplicate keys are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import attrs
+import yaml
+
+from plait.errors import PipelineError
+
+Place = tuple[int, int]
+KeyPath = tuple[str | int, ...]
+MAX_NODES = 100_000
+MAX_DEPTH = 50
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own interface
+
+
+for _tag, _pattern, _first in [
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+]:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+@attrs.frozen
+class Document:
+    """Plain data, and where in which file each part stands (1-based line and column)."""
+
+    data: Any
+    places: dict[KeyPath, Place]
+    name: str
+
+    def where(self, path: KeyPath) -> str:
+        """``file:line:column`` of a part, or of the nearest part around it."""
+        for end in range(len(path), -1, -1):
+            if path[:end] in self.places:
+                line, column = self.places[path[:end]]
+                return f"{self.name}:{line}:{column}"
+        return self.name
+
+
+def read(path: Path) -> Document:
+    """Read a YAML file.
+
+    Raises:
+        PipelineError: it is missing, unreadable, no UTF-8, no YAML, or uses tags or duplicate keys.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise PipelineError([f"there is no file {path}"]) from error
+    except IsADirectoryError as error:
+        raise PipelineError([f"{path} is a folder; name a pipeline file"]) from error
+    except UnicodeDecodeError as error:
+        raise PipelineError([f"{path} is no UTF-8 text (byte {error.start}); save it as UTF-8"]) from error
+    except OSError as error:
+        raise PipelineError([f"{path} cannot be read: {error.strerror}"]) from error
+    return parse(text, str(path))
+
+
+def parse(text: str, name: str = "<text>") -> Document:
+    """As :func:`read`, for text that is at hand."""
+    try:
+        # The constructor checks the characters of the text.
+        loader = _Loader(text)
+        node = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        hint = "; indent with spaces" if "\\t" in str(error.problem) else ""
+        raise PipelineError([f"{name}{place}: this is not YAML: {error.problem or error.context}{hint}"]) from error
+    except yaml.YAMLError as error:
+        raise PipelineError([f"{name}: this is not YAML: {' '.join(str(error).split())}"]) from error
+    except RecursionError as error:
+        raise PipelineError([f"{name}: it is nested too deeply; {MAX_DEPTH} levels are allowed"]) from error
+    places: dict[KeyPath, Place] = {}
+    problems: list[str] = []
+    data = None if node is None else _build(loader, node, (), places, problems, name)
+    if problems:
+        raise PipelineError(problems)
+    return Document(data, places, name)
+
+
+def _build(
+    loader: _Loader, node: yaml.Node, path: KeyPath, places: dict[KeyPath, Place], problems: list[str], name: str
+) -> Any:
+    place = (node.start_mark.line + 1, node.start_mark.column + 1)
+    at = f"{name}:{place[0]}:{place[1]}"
+    places.setdefault(path, place)
+    if len(places) > MAX_NODES or len(path) > MAX_DEPTH:
+        raise PipelineError(
+            [f"{at}: it is too large or nested too deeply; {MAX_NODES} parts and {MAX_DEPTH} levels are allowed"]
+        )
+    if isinstance(node, yaml.MappingNode):
+        return _build_mapping(loader, node, path, places, problems, name)
+    if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+        return [_build(loader, item, (*path, i), places, problems, name) for i, item in enumerate(node.value)]
+    if isinstance(node, yaml.ScalarNode) and node.tag.startswith("tag:yaml.org,2002:"):
+        try:
+            return _scalar(loader, node)
+        except (ValueError, yaml.YAMLError):
+            pass
+    problems.append(f"{at}: tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not allowed; write plain values")
+    return None
+
+
+def _scalar(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    kind = node.tag.rpartition(":")[2]
+    if kind == "int":
+        return int(node.value)
+    if kind == "float":
+        return float(
+            node.value.replace(".inf", "inf")
+            .replace(".nan", "nan")
+            .replace(".Inf", "inf")
+            .replace(".NaN", "nan")
+            .replace(".INF", "inf")
+            .replace(".NAN", "nan")
+        )
+    if kind in ("str", "bool", "null"):
+        return loader.construct_object(node)
+    raise ValueError(kind)
+
+
+def _build_mapping(
+    loader: _Loader, node: yaml.MappingNode, path: KeyPath, places: dict[KeyPath, Place], problems: list[str], name: str
+) -> Any:
+    result: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        line, column = key_node.start_mark.line + 1, key_node.start_mark.column + 1
+        at = f"{name}:{line}:{column}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append(f"{at}: a key has to be a text")
+            continue
+        key = key_node.value
+        if key in result:
+            first = places[(*path, key)]
+            problems.append(f"{at}: key {key!r} stands twice, first in line {first[0]}; keep one")
+            continue
+        places[(*path, key)] = (line, column)
+        result[key] = _build(loader, value_node, (*path, key), places, problems, name)
+    return result

@@ -1,0 +1,25 @@
+"""Libraries that the core uses where they are installed, and never imports by itself."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from plait.errors import PlaitError
+
+PACKAGES = {"PIL": "pillow", "torch_geometric": "torch-geometric", "skimage": "scikit-image", "sklearn": "scikit-learn"}
+
+
+def require(module: str) -> Any:
+    """Import a module by name.
+
+    Raises:
+        PlaitError: it is not installed; the message says which package to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        top = module.partition(".")[0]
+        if (error.name or "").partition(".")[0] != top:
+            raise
+        raise PlaitError(f"this needs {top}, which is not installed; pip install {PACKAGES.get(top, top)}") from error

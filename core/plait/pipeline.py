@@ -1,0 +1,460 @@
+"""Pipeline file → a checked :class:`Pipeline`; every problem at once, each with line and column."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from plait.configuration import ConfigurationError, configure
+from plait.document import Document, KeyPath, parse, read
+from plait.errors import PipelineError, PlaitError
+from plait.methods import HOOKS, Method, find, hook_arguments, nearest
+
+FORMAT = 1
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+TOP_KEYS = ("plait", "name", "description", "seed", "matrix", "steps")
+STEP_KEYS = ("from", "with", "seed", "resources")
+MAX_CELLS = 10_000
+MODEL_HOOKS = ("load_model", "defend", "merge", "optimize", "aggregate")
+MODEL_ARGUMENTS = {("attack", "model"), ("defend", "model"), ("defend", "reference"), ("merge", "base"), ("merge", "experts"),
+                   ("optimize", "model"), ("extract_feature", "model"), ("aggregate", "model"), ("restore", "model"), ("evaluate", "model")}  # fmt: skip
+
+
+@attrs.frozen
+class Reference:
+    """The result of another step, or a part of it (``step.split``)."""
+
+    step: str
+    part: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ".".join((self.step, *self.part))
+
+
+@attrs.frozen
+class Step:
+    """One checked step of one matrix cell."""
+
+    name: str
+    hook: str
+    method: Method
+    instance: Any
+    inputs: Mapping[str, Any]
+    seed: int
+    axes: frozenset[str]
+    resources: Mapping[str, Any]
+
+    def references(self) -> Iterator[Reference]:
+        """All steps that this one takes something from."""
+        for value in self.inputs.values():
+            yield from _references(value)
+
+
+@attrs.frozen
+class Cell:
+    """One combination of matrix values, and its steps in an order in which they can run."""
+
+    values: Mapping[str, Any]
+    steps: Mapping[str, Step]
+
+
+@attrs.frozen
+class Pipeline:
+    """A checked pipeline: every step of every cell has its method, fields and inputs."""
+
+    name: str
+    cells: Sequence[Cell]
+    data: Mapping[str, Any]
+    folder: Path
+    source: str
+
+
+def _references(value: Any) -> Iterator[Reference]:
+    if isinstance(value, Reference):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _references(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _references(item)
+
+
+def load_pipeline(path: Path | str, overrides: Sequence[str] = ()) -> Pipeline:
+    """Read and check a pipeline file.
+
+    Args:
+        path: the YAML file.
+        overrides: ``a.b=value`` each, as OmegaConf reads them: ``steps.dirty.with.rate=0.1``, ``matrix.seed=[0]``.
+
+    Raises:
+        PipelineError: everything that is wrong with it; nothing has been run.
+    """
+    return check(read(Path(path)), overrides, Path(path).resolve().parent)
+
+
+def parse_pipeline(text: str, overrides: Sequence[str] = (), folder: Path | None = None) -> Pipeline:
+    """As :func:`load_pipeline`, for text that is at hand."""
+    return check(parse(text), overrides, folder or Path.cwd())
+
+
+def check(document: Document, overrides: Sequence[str], folder: Path) -> Pipeline:
+    """Check a document; see :func:`load_pipeline`."""
+    problems = _Problems(document)
+    if document.data is None:
+        raise PipelineError([f"{document.name}: it is empty; a pipeline has the keys plait, name and steps"])
+    if not isinstance(document.data, dict):
+        kind = "a list" if isinstance(document.data, list) else "a single value"
+        raise PipelineError(
+            [f"{document.name}:1:1: it is {kind}; a pipeline is a mapping with the keys plait, name and steps"]
+        )
+    data = _override(document.data, overrides)
+    _check_top(data, problems)
+    matrix = data.get("matrix") or {}
+    if problems.found:
+        raise PipelineError(problems.found)
+    cells = []
+    for values in _combinations(matrix):
+        resolved = _resolve({**data, "matrix": dict(values)}, problems)
+        if resolved is not None:
+            cells.append(_check_cell(resolved, data["steps"], values, folder, problems))
+    if problems.found:
+        raise PipelineError(problems.found)
+    source = "" if document.name == "<text>" else document.name
+    return Pipeline(str(data.get("name") or Path(source).stem or "pipeline"), cells, data, folder, source)
+
+
+class _Problems:
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.found: list[str] = []
+
+    def add(self, path: KeyPath, sentence: str) -> None:
+        line = f"{self.document.where(path)}: {sentence}"
+        # Cells of a matrix share most of their text.
+        if line not in self.found:
+            self.found.append(line)
+
+
+def _override(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    if not overrides:
+        return data
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    config: Any = OmegaConf.create(data)
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key or not all(key.split(".")):
+            raise PipelineError([f"override {override!r} is not of the form path.to.field=value"])
+        if (top := key.split(".")[0]) not in TOP_KEYS:
+            raise PipelineError([f"override {override!r}: there is no key {top!r}{nearest(top, TOP_KEYS)}"])
+        parts = key.split(".")
+        steps = data.get("steps")
+        if parts[0] == "steps" and len(parts) > 1 and isinstance(steps, dict) and parts[1] not in steps:
+            raise PipelineError([f"override {override!r}: there is no step {parts[1]!r}{nearest(parts[1], steps)}"])
+        try:
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+            raise PipelineError([f"override {override!r} does not fit: {_first_line(error)}"]) from error
+        except Exception as error:
+            raise PipelineError([f"override {override!r} cannot be read: {_first_line(error)}"]) from error
+    result: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
+    return result
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _check_top(data: Mapping[str, Any], problems: _Problems) -> None:
+    for key in data:
+        if key not in TOP_KEYS:
+            problems.add(
+                (key,), f"there is no key {key!r}{nearest(key, TOP_KEYS) or '; the keys are ' + ', '.join(TOP_KEYS)}"
+            )
+    if "plait" not in data:
+        problems.add((), f"the first line has to be 'plait: {FORMAT}', the format of the file")
+    elif data["plait"] != FORMAT or isinstance(data["plait"], bool):
+        problems.add(("plait",), f"format {data['plait']!r} is unknown; this plait reads format {FORMAT}")
+    if "name" in data and (not isinstance(data["name"], str) or not NAME.fullmatch(data["name"])):
+        problems.add(("name",), f"name is {data['name']!r}; allowed are letters, digits, - and _, a letter first")
+    if "description" in data and not isinstance(data["description"], str):
+        problems.add(("description",), "description has to be a text")
+    seed = data.get("seed", 0)
+    if not (_is_seed(seed) or _is_interpolation(seed)):
+        problems.add(("seed",), f"seed is {seed!r}; allowed is a whole number from 0 to 2**63 - 1")
+    _check_matrix(data.get("matrix"), problems)
+    steps = data.get("steps")
+    if not isinstance(steps, dict) or not steps:
+        problems.add(("steps",), "steps has to be a mapping with at least one step: name: {hook: method}")
+        return
+    for name, step in steps.items():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            problems.add(
+                ("steps", name), f"step name {name!r} is not allowed; use letters, digits, - and _, a letter first"
+            )
+        if not isinstance(step, dict):
+            problems.add(
+                ("steps", name), f"step {name}: it is {step!r}; a step is a mapping {{hook: method, from: …, with: …}}"
+            )
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_interpolation(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value
+
+
+def _check_matrix(matrix: Any, problems: _Problems) -> None:
+    if matrix is None:
+        return
+    if not isinstance(matrix, dict):
+        problems.add(("matrix",), "matrix has to be a mapping axis → list of values")
+        return
+    for axis, values in matrix.items():
+        path = ("matrix", axis)
+        if not NAME.fullmatch(str(axis)):
+            problems.add(path, f"axis name {axis!r} is not allowed; use letters, digits, - and _, a letter first")
+        if not isinstance(values, list) or not values:
+            problems.add(path, f"matrix axis {axis} is {values!r}; it has to be a list of at least one value")
+        elif axis == "seed" and not all(map(_is_seed, values)):
+            problems.add(path, f"matrix axis seed is {values!r}; its values are whole numbers from 0 to 2**63 - 1")
+        elif len({repr(value) for value in values}) < len(values):
+            problems.add(path, f"matrix axis {axis} has a value twice; keep one")
+    if not problems.found and math.prod(len(values) for values in matrix.values()) > MAX_CELLS:
+        problems.add(("matrix",), f"the matrix has more than {MAX_CELLS} cells; run it in parts, e.g. matrix.seed=[0]")
+
+
+def _combinations(matrix: Mapping[str, list[Any]]) -> Iterator[Mapping[str, Any]]:
+    for values in itertools.product(*matrix.values()):
+        yield dict(zip(matrix, values, strict=True))
+
+
+def _resolve(data: dict[str, Any], problems: _Problems) -> dict[str, Any] | None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        resolved: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(data), resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        path = tuple(part for part in re.split(r"[.\[\]]+", str(getattr(error, "full_key", None) or "")) if part)
+        problems.add(path, f"{'.'.join(path) or 'the file'}: {_first_line(error)}")
+        return None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        problems.add((), f"an interpolation cannot be resolved: {_first_line(error)}")
+        return None
+    return resolved
+
+
+def _check_cell(
+    data: Mapping[str, Any], raw: Mapping[str, Any], values: Mapping[str, Any], folder: Path, problems: _Problems
+) -> Cell:
+    default_seed = values.get("seed", data.get("seed", 0))
+    if not _is_seed(default_seed):
+        problems.add(("seed",), f"seed is {default_seed!r}; allowed is a whole number from 0 to 2**63 - 1")
+    steps: dict[str, Step] = {}
+    for name, body in data["steps"].items():
+        if not isinstance(body, dict):
+            problems.add(
+                ("steps", name), f"step {name}: it is {body!r}; a step is a mapping {{hook: method, from: …, with: …}}"
+            )
+            continue
+        step = _check_step(name, body, raw[name], data["steps"], default_seed, values, folder, problems)
+        if step is not None:
+            steps[name] = step
+    _check_kinds(steps, problems)
+    order = _order(steps, problems)
+    return Cell(values, {name: _with_axes(steps[name], steps) for name in order})
+
+
+def _check_step(
+    name: str, body: Mapping[str, Any], raw: Mapping[str, Any], every: Mapping[str, Any], default_seed: int,
+    values: Mapping[str, Any], folder: Path, problems: _Problems,
+) -> Step | None:  # fmt: skip
+    path: KeyPath = ("steps", name)
+    hooks = [key for key in body if str(key).replace("-", "_") in HOOKS]
+    shown = [hook.replace("_", "-") for hook in HOOKS]
+    for key in body:
+        if key not in hooks and key not in STEP_KEYS:
+            guess = nearest(key, [*shown, *STEP_KEYS])
+            problems.add(
+                (*path, key),
+                f"step {name}: {key!r} is no hook and no key of a step{guess or '; the hooks are ' + ', '.join(shown)}",
+            )
+    if len(hooks) != 1:
+        if hooks or not [key for key in body if key not in STEP_KEYS]:
+            found = (
+                f"two hooks: {', '.join(hooks)}; make two steps of it"
+                if hooks
+                else "no hook; write hook: method, the hooks are " + ", ".join(shown)
+            )
+            problems.add(path, f"step {name} has {found}")
+        return None
+    hook = hooks[0].replace("-", "_")
+    seed = body.get("seed", default_seed)
+    if not _is_seed(seed):
+        problems.add((*path, "seed"), f"step {name}: seed is {seed!r}; allowed is a whole number from 0 to 2**63 - 1")
+        return None
+    inputs = _check_inputs(name, hook, body.get("from"), every, problems)
+    resources = body.get("resources") or {}
+    if not isinstance(resources, dict):
+        problems.add(
+            (*path, "resources"), f"step {name}: resources is {resources!r}; it is a mapping such as {{gpu: 1}}"
+        )
+        return None
+    method, instance = _check_method(name, hooks[0], hook, body, folder, problems)
+    if method is None or inputs is None:
+        return None
+    _check_arguments(name, method, inputs, problems)
+    if instance is None:
+        return None
+    axes = {axis for axis in values if f"matrix.{axis}" in str(raw) or f"matrix[{axis}]" in str(raw)}
+    if "seed" in values and "seed" not in body:
+        axes.add("seed")
+    return Step(name, hook, method, instance, inputs, seed, frozenset(axes), resources)
+
+
+def _check_method(
+    name: str, key: str, hook: str, body: Mapping[str, Any], folder: Path, problems: _Problems
+) -> tuple[Method | None, Any]:
+    path: KeyPath = ("steps", name)
+    method_name, fields = body[key], body.get("with")
+    fields = {} if fields is None else fields
+    if not isinstance(method_name, str):
+        problems.add(
+            (*path, key),
+            f"step {name}: the method is {method_name!r}; it has to be a name, its fields stand under with",
+        )
+        return None, None
+    if not isinstance(fields, dict):
+        problems.add((*path, "with"), f"step {name}: with is {fields!r}; it has to be a mapping field → value")
+        return None, None
+    try:
+        method = find(hook, method_name, folder)
+    except PlaitError as error:
+        problems.add((*path, key), f"step {name}: {error}")
+        return None, None
+    try:
+        return method, configure(method, fields, folder)
+    except ConfigurationError as error:
+        for where, sentence in error.problems:
+            problems.add((*path, "with", *where), f"step {name}: {sentence}")
+        return method, None
+
+
+def _check_inputs(
+    name: str, hook: str, given: Any, every: Mapping[str, Any], problems: _Problems
+) -> dict[str, Any] | None:
+    path: KeyPath = ("steps", name, "from")
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        arguments = ", ".join(hook_arguments(hook))
+        problems.add(
+            path,
+            f"step {name}: from is {given!r}; it has to be a mapping argument → step (arguments: {arguments or 'none'})",
+        )
+        return None
+    return {
+        argument: _parse_reference(name, value, every, (*path, argument), problems) for argument, value in given.items()
+    }
+
+
+def _parse_reference(name: str, value: Any, every: Mapping[str, Any], path: KeyPath, problems: _Problems) -> Any:
+    if isinstance(value, list) and value:
+        return [_parse_reference(name, item, every, (*path, i), problems) for i, item in enumerate(value)]
+    if isinstance(value, dict) and value:
+        return {str(key): _parse_reference(name, item, every, (*path, key), problems) for key, item in value.items()}
+    if not isinstance(value, str) or not all(value.split(".")):
+        problems.add(path, f"step {name}: {value!r} names no step; write step or step.split")
+        return Reference("")
+    step, *part = value.split(".")
+    if step not in every:
+        problems.add(path, f"step {name}: there is no step {step!r}{nearest(step, every)}")
+    return Reference(step, tuple(part))
+
+
+def _check_arguments(name: str, method: Method, inputs: Mapping[str, Any], problems: _Problems) -> None:
+    arguments = method.arguments
+    for argument in inputs:
+        if argument not in arguments:
+            valid = ", ".join(arguments) or "none"
+            problems.add(
+                ("steps", name, "from", argument),
+                f"step {name}: {method.name} takes no {argument!r}{nearest(argument, arguments)}; it takes {valid}",
+            )
+    for argument, required in arguments.items():
+        if required and argument not in inputs:
+            problems.add(
+                ("steps", name), f"step {name}: {method.name} needs {argument!r}; add it to from: {{{argument}: step}}"
+            )
+
+
+def _check_kinds(steps: Mapping[str, Step], problems: _Problems) -> None:
+    for step in steps.values():
+        for argument, value in step.inputs.items():
+            for reference in _references(value):
+                source = steps.get(reference.step)
+                if source is None:
+                    continue
+                path = ("steps", step.name, "from", argument)
+                gives_model = source.hook in MODEL_HOOKS
+                wants_model = (step.hook, argument) in MODEL_ARGUMENTS
+                if source.hook == "evaluate":
+                    problems.add(path, f"step {step.name}: {reference} is a report, which no step takes")
+                elif wants_model and not gives_model and not reference.part:
+                    problems.add(
+                        path,
+                        f"step {step.name}: {argument!r} wants a model, and {reference} is data (a {source.hook.replace('_', '-')} step)",
+                    )
+                elif (
+                    not wants_model
+                    and gives_model
+                    and not reference.part
+                    and (step.hook, argument) != ("evaluate", "reference")
+                ):
+                    problems.add(
+                        path,
+                        f"step {step.name}: {argument!r} wants data, and {reference} is a model (a {source.hook.replace('_', '-')} step)",
+                    )
+                splits = getattr(source.instance, "splits", None)
+                if reference.part and splits is not None and reference.part[0] not in splits:
+                    problems.add(
+                        path,
+                        f"step {step.name}: {source.name} has no split {reference.part[0]!r}{nearest(reference.part[0], splits)}; it has {', '.join(splits)}",
+                    )
+
+
+def _order(steps: Mapping[str, Step], problems: _Problems) -> list[str]:
+    from graphlib import CycleError, TopologicalSorter
+
+    graph = {name: {r.step for r in step.references() if r.step in steps} for name, step in steps.items()}
+    try:
+        return list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        cycle = error.args[1]
+        problems.add(
+            ("steps", cycle[0]),
+            f"steps need each other in a circle: {' → '.join(reversed(cycle))}; take one of these from another step",
+        )
+        return []
+
+
+def _with_axes(step: Step, steps: Mapping[str, Step]) -> Step:
+    axes, todo, seen = set(step.axes), [r.step for r in step.references()], set()
+    while todo:
+        name = todo.pop()
+        if name in steps and name not in seen:
+            seen.add(name)
+            axes |= steps[name].axes
+            todo += [r.step for r in steps[name].references()]
+    return attrs.evolve(step, axes=frozenset(axes))

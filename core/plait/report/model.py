@@ -1,0 +1,113 @@
+"""The parts of a report: rows of a table, curves, panels of images, notes."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import attrs
+
+from plait.errors import PlaitError
+from plait.optional import require
+
+Cell = str | bool | int | float | None
+
+
+def _rows(rows: Sequence[Mapping[str, Cell]]) -> tuple[dict[str, Cell], ...]:
+    return tuple(dict(row) for row in rows)
+
+
+def _numbers(values: Iterable[float]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
+
+
+def _grid(rows: Iterable[Iterable[Image]]) -> tuple[tuple[Image, ...], ...]:
+    return tuple(tuple(row) for row in rows)
+
+
+@attrs.frozen(kw_only=True)
+class Image:
+    """One picture of a panel: PNG bytes with a caption."""
+
+    caption: str
+    data: bytes = attrs.field(repr=lambda data: f"<{len(data)} bytes>")
+
+    @data.validator
+    def _is_png(self, attribute: attrs.Attribute[bytes], value: bytes) -> None:
+        if not value.startswith(b"\x89PNG\r\n\x1a\n"):
+            raise PlaitError(f"picture {self.caption!r} of a panel is not PNG data; make it with plait.report.png")
+
+
+@attrs.frozen(kw_only=True)
+class Panel:
+    """A grid of pictures under one title, row by row. A single figure is a panel of one picture."""
+
+    title: str
+    images: Sequence[Sequence[Image]] = attrs.field(converter=_grid)
+
+
+@attrs.frozen(kw_only=True)
+class Curve:
+    """Values ``y`` over ``x``; ``x_label`` and ``y_label`` with units."""
+
+    name: str
+    x: Sequence[float] = attrs.field(converter=_numbers)
+    y: Sequence[float] = attrs.field(converter=_numbers)
+    x_label: str = "step"
+    y_label: str = "value"
+
+    def __attrs_post_init__(self) -> None:
+        if len(self.x) != len(self.y):
+            raise PlaitError(f"curve {self.name!r} has {len(self.x)} x values and {len(self.y)} y values; give as many")
+
+
+@attrs.frozen(kw_only=True)
+class Report:
+    """What an evaluation found.
+
+    Attributes:
+        rows: a table. Columns whose values are text or bool say what the row is about (method, task);
+            columns of numbers are metrics, averaged over seeds (mean ± std) by the run's report.
+            A single result is one row: ``Report(rows=[{"accuracy": 0.93}])``.
+        title: of the table; the step's name stands in where it is empty.
+        better: metric column → ``"higher"`` or ``"lower"``; the best value of a column is marked.
+        formats: metric column → format specification, e.g. ``{"PSNR": ".2f"}``; default ``.4g``.
+        curves, panels: pictures; notes: sentences for the reader (what was excluded, warnings).
+    """
+
+    rows: tuple[dict[str, Cell], ...] = attrs.field(default=(), converter=_rows)
+    title: str = ""
+    better: Mapping[str, Literal["higher", "lower"]] = attrs.field(factory=dict)
+    formats: Mapping[str, str] = attrs.field(factory=dict)
+    curves: Sequence[Curve] = attrs.field(default=(), converter=tuple[Curve, ...])
+    panels: Sequence[Panel] = attrs.field(default=(), converter=tuple[Panel, ...])
+    notes: Sequence[str] = attrs.field(default=(), converter=tuple[str, ...])
+
+    def value(self, column: str, **index: Cell) -> float:
+        """The number in ``column`` of the one row whose other columns equal ``index``."""
+        found = [row for row in self.rows if all(row.get(name) == value for name, value in index.items())]
+        if len(found) != 1 or column not in found[0]:
+            raise PlaitError(f"{len(found)} rows of the report match {index}, and one with column {column!r} is needed")
+        number = found[0][column]
+        return math.nan if number is None else float(number)
+
+
+def png(pixels: Any) -> bytes:
+    """Encode pixels as PNG.
+
+    Args:
+        pixels: numpy ``[H, W]`` or ``[H, W, 3]`` uint8, or a float tensor ``[3, H, W]`` / ``[1, H, W]``
+            in [0, 1], a PIL image, or a matplotlib ``Figure``.
+    """
+    buffer = io.BytesIO()
+    if hasattr(pixels, "savefig"):
+        pixels.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
+        return buffer.getvalue()
+    if hasattr(pixels, "detach"):
+        array = pixels.detach().float().clamp(0, 1).mul(255).round().byte().cpu().numpy()
+        pixels = array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0)
+    picture = pixels if hasattr(pixels, "save") else require("PIL.Image").fromarray(pixels)
+    picture.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()

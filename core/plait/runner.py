@@ -1,0 +1,312 @@
+"""Carry out a plan: run folder, events, failures, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pluggy
+
+from plait.configuration import plain
+from plait.document import Document
+from plait.errors import PlaitError
+from plait.executors.local import InProcess, Processes
+from plait.hookspecs import RunEvents
+from plait.listeners import JSONLog
+from plait.methods import wrappers
+from plait.pipeline import Pipeline, Step, check, load_pipeline
+from plait.plan import Input, Plan, Task, make_plan
+from plait.report.model import Report
+from plait.store import Store
+from plait.work import Outcome, load_extras, load_result, make_job
+
+
+@attrs.frozen
+class Result:
+    """What a run left: tasks by label, their results on demand, and the folder with the report.
+
+    ``result["fused[seed=0]"]`` loads a step's result; ``result.tables`` holds the tables of the report.
+    """
+
+    folder: Path
+    plan: Plan
+    store: Store
+    failed: Mapping[str, str]
+    tables: Mapping[str, Any]
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of all finished steps."""
+        return [task.label for task in self.plan.tasks if task.label not in self.failed]
+
+    def __getitem__(self, label: str) -> Any:
+        for task in self.plan.tasks:
+            if task.label == label and label not in self.failed:
+                return load_result(Input(task.key, (), label), self.store)
+        raise KeyError(f"{label!r} is no finished step; there are {', '.join(self.labels)}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.labels)
+
+
+def run(
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    store: Path | str | None = None,
+    out: Path | str = "runs",
+    jobs: int = 1,
+    device: str | None = None,
+    listeners: Sequence[Any] = (),
+) -> Result:
+    """Run a pipeline file; steps whose results are in the store are not run again.
+
+    Args:
+        path: the YAML file.
+        overrides: ``path.to.field=value`` each.
+        store: folder of the store; default ``PLAIT_STORE``, else ``.plait``.
+        out: where the run's folder is made.
+        jobs: number of processes over independent steps.
+        device: a torch device; default CUDA where there is one.
+        listeners: objects with run events (:class:`plait.hookspecs.RunEvents`).
+
+    Raises:
+        PipelineError: the pipeline is wrong; nothing has been run.
+        PlaitError: the store or the run folder cannot be written.
+    """
+    pipeline = load_pipeline(path, overrides)
+    return run_pipeline(pipeline, Store(Path(store).absolute() if store else None), Path(out), jobs, device, listeners)
+
+
+def run_pipeline(
+    pipeline: Pipeline, store: Store, out: Path, jobs: int = 1, device: str | None = None, listeners: Sequence[Any] = ()
+) -> Result:
+    """As :func:`run`, for a checked pipeline."""
+    plan = make_plan(pipeline)
+    folder = _make_folder(out, pipeline)
+    events = pluggy.PluginManager("plait")
+    events.add_hookspecs(RunEvents)
+    for name, _, plugin in wrappers():
+        events.register(plugin, name)
+    for listener in (JSONLog(folder / "log.jsonl"), *listeners):
+        events.register(listener)
+
+    def emit(name: str, **facts: Any) -> None:
+        getattr(events.hook, name)(run_id=folder.name, **facts)
+
+    started = time.monotonic()
+    _write_provenance(folder, pipeline, plan, store)
+    emit("run_started", folder=folder, pipeline=plain(pipeline.data), steps=[task.label for task in plan.tasks])
+    executor = Processes(jobs, emit) if jobs > 1 else InProcess(emit)
+    try:
+        failed = _carry_out_all(plan, pipeline, store, executor, emit, device)
+    finally:
+        executor.close()
+    document = _write_report(plan, store, failed, folder)
+    emit("run_finished", folder=folder, failed=list(failed), seconds=time.monotonic() - started)
+    return Result(folder, plan, store, failed, {table.title: table for table in document.tables})
+
+
+def write_report_again(folder: Path, store: Store) -> None:
+    """Write the report of an earlier run from what is in the store.
+
+    Raises:
+        PlaitError: ``folder`` is no run folder.
+    """
+    try:
+        data = json.loads((folder / "resolved.json").read_text(encoding="utf-8"))["pipeline"]
+        origin = Path(json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["folder"])
+    except (OSError, ValueError, KeyError) as error:
+        raise PlaitError(f"{folder} is no run folder: it has no resolved.json and provenance.json") from error
+    plan = make_plan(check(Document(data, {}, str(folder / "resolved.json")), (), origin))
+    failed = {task.label: "not in the store" for task in plan.tasks if not store.has(task.key)}
+    _write_report(plan, store, failed, folder)
+
+
+def _write_report(plan: Plan, store: Store, failed: Mapping[str, str], folder: Path) -> Any:
+    from plait.report.render import collect, write
+
+    reports = [(task, _reports_of(task, store)) for task in plan.tasks if task.label not in failed]
+    document = collect(plan, reports, failed, {task.label: _warnings_of(task, store) for task, _ in reports})
+    write(document, folder)
+    return document
+
+
+def _carry_out_all(
+    plan: Plan, pipeline: Pipeline, store: Store, executor: InProcess | Processes, emit: Any, device: str | None
+) -> dict[str, str]:
+    label_of = {task.key: task.label for task in plan.tasks}
+    waiting = list(plan.tasks)
+    needed = _needed(plan, store)
+    finished: set[str] = set()
+    failed: dict[str, str] = {}
+    failed_keys: dict[str, str] = {}
+    running: dict[str, list[Task]] = {}
+    while waiting or running:
+        for task in list(waiting):
+            broken = next((key for key in task.needs if key in failed_keys), None)
+            if broken is not None:
+                waiting.remove(task)
+                failed[task.label] = f"skipped, because step {label_of[broken]} failed"
+                failed_keys[task.key] = task.label
+                emit("step_failed", step=task.label, message=failed[task.label])
+            elif task.key in finished or (task.key not in needed and task.key not in running) or store.has(task.key):
+                waiting.remove(task)
+                finished.add(task.key)
+                store.touch(task.key)
+                emit("step_cached", step=task.label, key=task.key)
+            elif task.key in running:
+                waiting.remove(task)
+                running[task.key].append(task)
+            elif executor.has_room() and all(key in finished for key in task.needs):
+                waiting.remove(task)
+                running[task.key] = [task]
+                config = _config_of(pipeline, task)
+                executor.submit(make_job(task, config, pipeline.folder, store, device))
+        if running:
+            outcome = executor.next_done()
+            for task in running.pop(outcome.key):
+                _record(task, outcome, store, finished, failed, failed_keys, emit)
+    return failed
+
+
+def _record(
+    task: Task,
+    outcome: Outcome,
+    store: Store,
+    finished: set[str],
+    failed: dict[str, str],
+    failed_keys: dict[str, str],
+    emit: Any,
+) -> None:
+    if outcome.error is not None:
+        failed[task.label] = outcome.error
+        failed_keys[task.key] = task.label
+        emit("step_failed", step=task.label, message=outcome.error)
+        if os.environ.get("PLAIT_DEBUG"):
+            sys.stderr.write(outcome.details)
+        return
+    finished.add(task.key)
+    if outcome.cached:
+        emit("step_cached", step=task.label, key=task.key)
+        return
+    report = load_result(Input(task.key, (), task.label), store) if task.step.hook == "evaluate" else None
+    emit("step_finished", step=task.label, key=task.key, seconds=outcome.seconds, report=report)
+
+
+def _needed(plan: Plan, store: Store) -> set[str]:
+    """Keys of the tasks that have to be in the store: results nobody reads any more may have been deleted."""
+    consumers: dict[str, list[Task]] = {}
+    for task in plan.tasks:
+        for key in task.needs:
+            consumers.setdefault(key, []).append(task)
+    needed: set[str] = set()
+    for task in reversed(plan.tasks):
+        is_end = task.key not in consumers or task.step.hook == "evaluate"
+        if is_end or any(user.key in needed and not store.has(user.key) for user in consumers.get(task.key, ())):
+            needed.add(task.key)
+    return needed
+
+
+def _config_of(pipeline: Pipeline, task: Task) -> Mapping[str, Any]:
+    from omegaconf import OmegaConf
+
+    matrix = {axis: values[0] for axis, values in (pipeline.data.get("matrix") or {}).items()}
+    resolved: Any = OmegaConf.to_container(
+        OmegaConf.create({**pipeline.data, "matrix": {**matrix, **task.axes}}), resolve=True
+    )
+    return resolved["steps"][task.step.name].get("with") or {}
+
+
+def _reports_of(task: Task, store: Store) -> list[Report]:
+    if not store.has(task.key):
+        return []
+    own = [load_result(Input(task.key, (), task.label), store)] if task.step.hook == "evaluate" else []
+    return [*own, *load_extras(task.key, store)]
+
+
+def _warnings_of(task: Task, store: Store) -> list[str]:
+    entry = store.entry(task.key)
+    return list(entry.meta.get("warnings", [])) if entry else []
+
+
+def _make_folder(out: Path, pipeline: Pipeline) -> Path:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = out / pipeline.name / f"{stamp}-{uuid.uuid4().hex[:4]}"
+    try:
+        folder.mkdir(parents=True)
+        if pipeline.source:
+            shutil.copyfile(pipeline.source, folder / "pipeline.yaml")
+    except OSError as error:
+        raise PlaitError(
+            f"the run folder {folder} cannot be written ({error.strerror}); name another place with --out"
+        ) from error
+    return folder
+
+
+def _write_provenance(folder: Path, pipeline: Pipeline, plan: Plan, store: Store) -> None:
+    facts = {
+        "command": sys.argv,
+        "platform": platform.platform(),
+        "python": sys.version,
+        "git commit": _git_commit(pipeline.folder),
+        "store": str(store.root),
+        "folder": str(pipeline.folder),
+        "distributions": dict(sorted((d.metadata["Name"], d.version) for d in metadata.distributions())),
+        "steps": [
+            {
+                "label": t.label,
+                "key": t.key,
+                "method": t.step.method.name,
+                "version": t.step.method.version,
+                "seed": t.step.seed,
+            }
+            for t in plan.tasks
+        ],
+    }
+    (folder / "provenance.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    resolved = {"pipeline": pipeline.data, "steps": {task.label: _resolved(task.step) for task in plan.tasks}}
+    (folder / "resolved.json").write_text(json.dumps(plain(resolved), indent=1), encoding="utf-8")
+
+
+def _resolved(step: Step) -> dict[str, Any]:
+    inputs = {argument: plain_references(value) for argument, value in step.inputs.items()}
+    return {
+        "hook": step.hook,
+        "method": step.method.name,
+        "with": plain(step.instance),
+        "from": inputs,
+        "seed": step.seed,
+    }
+
+
+def plain_references(value: Any) -> Any:
+    """Inputs of a step as texts, lists and mappings of texts."""
+    if isinstance(value, Mapping):
+        return {name: plain_references(item) for name, item in value.items()}
+    return [plain_references(item) for item in value] if isinstance(value, list) else str(value)
+
+
+def _git_commit(folder: Path) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

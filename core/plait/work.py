@@ -1,0 +1,207 @@
+"""Carrying out one task: inputs from the store, the hook, the result into the store."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from plait import codecs
+from plait.configuration import configure, plain_fields
+from plait.context import Run
+from plait.errors import PlaitError
+from plait.methods import find, hook_arguments, hook_caller
+from plait.plan import Input, Task, facts_of, flatten
+from plait.report.model import Curve, Report
+from plait.store import Store
+
+Emit = Callable[..., None]
+
+
+@attrs.frozen
+class Job:
+    """A task in a form that another process can carry out."""
+
+    label: str
+    key: str
+    step: str
+    hook: str
+    method: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    seed: int
+    facts: Mapping[str, Any]
+    folder: Path
+    store: Path
+    device: str | None
+
+
+@attrs.frozen
+class Outcome:
+    """How a job ended: ``error`` is ``None`` when its result is in the store."""
+
+    key: str
+    cached: bool
+    seconds: float
+    error: str | None = None
+    details: str = ""
+
+
+def make_job(task: Task, config: Mapping[str, Any], folder: Path, store: Store, device: str | None) -> Job:
+    """Everything that :func:`carry_out` needs to know about a task."""
+    step = task.step
+    name = step.method.name if step.method.package is None else f"{step.method.package}/{step.method.name}"
+    facts = {**facts_of(step), "inputs": {a: [i.key for i in flatten(v)] for a, v in task.inputs.items()}}
+    return Job(
+        task.label,
+        task.key,
+        step.name,
+        step.hook,
+        name,
+        config,
+        task.inputs,
+        step.seed,
+        facts,
+        folder,
+        store.root,
+        device,
+    )
+
+
+def carry_out(job: Job, emit: Emit) -> Outcome:
+    """Run one job, or find that another process has finished it meanwhile.
+
+    A mistake of the user's or of the method comes back as the outcome's ``error``; an interrupt is raised.
+    """
+    store = Store(job.store)
+    start = time.monotonic()
+    try:
+        with store.lock(
+            job.key,
+            lambda: emit(
+                "step_warned", step=job.label, message="another process is computing this step; waiting for it"
+            ),
+        ):
+            if store.has(job.key):
+                return Outcome(job.key, True, 0.0)
+            _run(job, store, emit)
+    except Exception as error:
+        return Outcome(job.key, False, time.monotonic() - start, _sentence(error), traceback.format_exc())
+    return Outcome(job.key, False, time.monotonic() - start)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, PlaitError):
+        return str(error)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}; --debug shows all)"
+
+
+def _run(job: Job, store: Store, emit: Emit) -> None:
+    instance = configure(find(job.hook, job.method, job.folder), job.config, job.folder)
+    arguments = dict.fromkeys(hook_arguments(job.hook))
+    arguments.update({argument: load_input(value, store) for argument, value in job.inputs.items()})
+    emit("step_started", step=job.label, hook=job.hook, method=job.method, config=plain_fields(instance))
+    scratch = store.scratch(job.key)
+    journal = _Journal(scratch / "log.jsonl", job, emit)
+    run = Run(
+        seed=job.seed,
+        step=job.step,
+        requested_device=job.device,
+        folder=scratch / "work",
+        on_progress=lambda description, done, total: emit(
+            "step_progress", step=job.label, description=description, done=done, total=total
+        ),
+        on_log=journal.log,
+        on_warning=journal.warn,
+    )
+    result = hook_caller(job.hook, instance)(run=run, **arguments)
+    if result is None:
+        raise PlaitError(f"method {job.method!r} returned nothing; a hook has to return its result")
+    if job.hook == "evaluate" and not isinstance(result, Report):
+        raise PlaitError(
+            f"method {job.method!r} returned a {type(result).__name__}; evaluate has to return a plait.Report"
+        )
+    extras = [*run.reports, *journal.report()]
+
+    def write(folder: Path) -> None:
+        codecs.save(result, folder / "artifact")
+        codecs.save(extras, folder / "extras")
+
+    store.put(
+        job.key, write, {"label": job.label, "method": job.method, "facts": job.facts, "warnings": journal.warnings}
+    )
+
+
+def load_input(value: Any, store: Store) -> Any:
+    """The stored results behind an argument: one, a list or a mapping."""
+    if isinstance(value, Mapping):
+        return {name: load_input(item, store) for name, item in value.items()}
+    if isinstance(value, list):
+        return [load_input(item, store) for item in value]
+    return load_result(value, store)
+
+
+def load_result(wanted: Input, store: Store) -> Any:
+    """One stored result, or a part of it."""
+    store.touch(wanted.key)
+    try:
+        return codecs.load(store.folder(wanted.key) / "artifact", wanted.part)
+    except PlaitError as error:
+        raise PlaitError(f"{wanted.label}: {error}") from error
+
+
+def load_extras(key: str, store: Store) -> list[Report]:
+    """What a step added to the report besides its result."""
+    extras: list[Report] = codecs.load(store.folder(key) / "extras")
+    return extras
+
+
+class _Journal:
+    """Logged values and warnings of a step, kept over a kill beside its scratch folder."""
+
+    def __init__(self, file: Path, job: Job, emit: Emit) -> None:
+        self._file, self._job, self._emit = file, job, emit
+        self.points: dict[str, dict[int, float]] = {}
+        self.warnings: list[str] = []
+        if file.exists():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:  # the line that was being written when the process was killed
+                    continue
+                self._keep(entry)
+
+    def log(self, values: Mapping[str, float], at: int | None) -> None:
+        at = max((max(points) for points in self.points.values() if points), default=-1) + 1 if at is None else at
+        self._append({"values": dict(values), "at": at})
+        self._emit("step_logged", step=self._job.label, values=dict(values), at=at)
+
+    def warn(self, message: str) -> None:
+        if message not in self.warnings:
+            self._append({"warning": message})
+            self._emit("step_warned", step=self._job.label, message=message)
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        self._keep(entry)
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + os.linesep)
+
+    def _keep(self, entry: Mapping[str, Any]) -> None:
+        if "warning" in entry:
+            self.warnings.append(entry["warning"])
+        for name, value in entry.get("values", {}).items():
+            self.points.setdefault(name, {})[entry["at"]] = value
+
+    def report(self) -> list[Report]:
+        curves = [
+            Curve(name=name, x=sorted(points), y=[points[at] for at in sorted(points)], y_label=name)
+            for name, points in self.points.items()
+        ]
+        return [Report(curves=curves)] if curves else []
