@@ -366,3 +366,7 @@ def cache_verify(store: Path | None, delete: bool) -> None:
     )
     if broken and not delete:
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

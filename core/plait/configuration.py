@@ -105,6 +105,11 @@ def _is_union(kind: Any) -> bool:
     return typing.get_origin(kind) in (Union, types.UnionType)
 
 
+def _is_literal(kind: Any) -> bool:
+    origin: Any = typing.get_origin(kind)
+    return bool(origin is Literal)
+
+
 def _is_sequence(kind: Any) -> bool:
     origin: Any = typing.get_origin(kind) or kind
     return origin in (tuple, list, Sequence)
@@ -121,7 +126,7 @@ def converter() -> cattrs.Converter:
     strict.register_structure_hook(type(None), _exactly(type(None), "null"))
     strict.register_structure_hook(Path, _path)
     strict.register_structure_hook_func(_is_union, _union)
-    strict.register_structure_hook_func(lambda kind: typing.get_origin(kind) is Literal, _literal)
+    strict.register_structure_hook_func(_is_literal, _literal)
     strict.register_structure_hook_func(_is_sequence, _sequence)
     return strict
 

@@ -48,11 +48,15 @@ class Document:
 
     def where(self, path: KeyPath) -> str:
         """``file:line:column`` of a part, or of the nearest part around it."""
+        line, column = self.place(path)
+        return f"{self.name}:{line}:{column}" if line else self.name
+
+    def place(self, path: KeyPath) -> Place:
+        """Line and column of a part, or of the nearest part around it; (0, 0) for data without text."""
         for end in range(len(path), -1, -1):
             if path[:end] in self.places:
-                line, column = self.places[path[:end]]
-                return f"{self.name}:{line}:{column}"
-        return self.name
+                return self.places[path[:end]]
+        return (0, 0)
 
 
 def read(path: Path) -> Document:

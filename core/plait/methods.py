@@ -184,10 +184,12 @@ def _by_path(hook: str, name: str, folder: Path | None) -> Method:
 
 
 def _import_file(file: Path, name: str) -> ModuleType:
-    if not file.is_file():
-        raise PlaitError(f"method {name!r}: there is no file {file}")
+    try:
+        content = file.read_bytes()
+    except (OSError, ValueError) as error:
+        raise PlaitError(f"method {name!r}: there is no file {file}") from error
     # The content is part of the name: an edited file is another module.
-    module_name = f"plait_file_{hashlib.sha256(str(file.resolve()).encode() + file.read_bytes()).hexdigest()[:16]}"
+    module_name = f"plait_file_{hashlib.sha256(str(file.resolve()).encode() + content).hexdigest()[:16]}"
     if module_name in sys.modules:
         return sys.modules[module_name]
     spec = importlib.util.spec_from_file_location(module_name, file)

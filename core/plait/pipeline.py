@@ -131,15 +131,20 @@ def check(document: Document, overrides: Sequence[str], folder: Path) -> Pipelin
 
 
 class _Problems:
+    """Sentences by their places in the file."""
+
     def __init__(self, document: Document) -> None:
         self.document = document
-        self.found: list[str] = []
+        self._sentences: dict[str, tuple[int, int]] = {}
 
     def add(self, path: KeyPath, sentence: str) -> None:
-        line = f"{self.document.where(path)}: {sentence}"
-        # Cells of a matrix share most of their text.
-        if line not in self.found:
-            self.found.append(line)
+        # Cells of a matrix share most of their text: the same sentence stands once.
+        self._sentences.setdefault(f"{self.document.where(path)}: {sentence}", self.document.place(path))
+
+    @property
+    def found(self) -> list[str]:
+        """All sentences in the order of the file."""
+        return sorted(self._sentences, key=lambda sentence: self._sentences[sentence])
 
 
 def _override(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

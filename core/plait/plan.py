@@ -126,7 +126,7 @@ def facts_of(step: Step) -> dict[str, Any]:
         "wrappers": wrappers_of(step.hook),
         "config": plain(step.instance),
         "nested": _nested_versions(step.instance),
-        "local files": _local_files(plain(step.instance)),
+        "local files": _local_files(step.instance),
         "seed": step.seed,
     }
 
@@ -181,24 +181,26 @@ def _version_of_class(cls: type[Any]) -> str:
     return _digest([file]) if file.is_file() else "0"
 
 
-def _local_files(config: Any) -> list[str]:
+def _local_files(value: Any) -> list[str]:
     """Size and time of every file that a field names, so that changed data is another input."""
-    if isinstance(config, Mapping):
-        return [line for value in config.values() for line in _local_files(value)]
-    if isinstance(config, list):
-        return [line for value in config for line in _local_files(value)]
-    if not isinstance(config, str) or not (os.sep in config or config.startswith(".")) or len(config) > 4096:
+    if attrs.has(type(value)):
+        return [line for field in attrs.fields(type(value)) for line in _local_files(getattr(value, field.name, None))]
+    if isinstance(value, Mapping):
+        return [line for item in value.values() for line in _local_files(item)]
+    if isinstance(value, (list, tuple)):
+        return [line for item in value for line in _local_files(item)]
+    if isinstance(value, str) and os.sep not in value:
+        return []  # a name, not a path
+    if not isinstance(value, (str, Path)):
         return []
-    path = Path(config).expanduser()
+    path = Path(value)
     try:
         if path.is_file():
             return [_stamp(path)]
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file())
-            return [_stamp(file) for file in files[:MAX_LISTED_FILES]]
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if value and path.is_dir() else []
+        return [_stamp(file) for file in files[:MAX_LISTED_FILES]]
     except (OSError, ValueError):
-        pass
-    return []
+        return []
 
 
 def _stamp(path: Path) -> str:

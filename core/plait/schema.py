@@ -55,7 +55,8 @@ def _step(hook: str) -> dict[str, Any]:
     key = hook.replace("_", "-")
     arguments = {argument: {"$ref": "#/$defs/reference"} for argument in hook_arguments(hook)}
     names = sorted({offer.name for offer in offers(hook)})
-    return {
+    rules = [rule for name in names if (rule := _fields_rule(hook, key, name)) is not None]
+    step: dict[str, Any] = {
         "type": "object",
         "required": [key],
         "additionalProperties": False,
@@ -66,8 +67,8 @@ def _step(hook: str) -> dict[str, Any]:
             "seed": {"anyOf": [{"type": "integer", "minimum": 0}, INTERPOLATION]},
             "resources": {"type": "object"},
         },
-        "allOf": [rule for name in names if (rule := _fields_rule(hook, key, name)) is not None],
     }
+    return {**step, "allOf": rules} if rules else step
 
 
 def _fields_rule(hook: str, key: str, name: str) -> dict[str, Any] | None:

@@ -73,7 +73,7 @@ class Store:
         try:
             meta = json.loads((folder / META).read_text(encoding="utf-8"))
             complete = all((folder / name).stat().st_size == fact["size"] for name, fact in meta["files"].items())
-        except (OSError, ValueError, KeyError, AttributeError):
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
             return None
         return Entry(key, folder, meta) if complete else None
 

@@ -1,0 +1,47 @@
+# Every target sets up .venv by itself; nothing has to be installed by hand.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PLUGINS := $(sort $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml)))
+JOBS ?= 2
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-fast lint bench docs wheels clean
+
+demo: $(VENV)/.ready
+	$(BIN)/plait run pipelines/quickstart.yaml
+
+test: $(VENV)/.ready lint
+	$(BIN)/pytest -n $(JOBS) --dist worksteal
+
+test-fast: $(VENV)/.ready
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow"
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.ready
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+docs: $(VENV)/.ready
+	$(BIN)/python docs/reference.py
+	$(BIN)/mkdocs build --strict --quiet
+
+wheels: $(VENV)/.ready
+	rm -rf dist
+	for package in . $(PLUGINS); do $(BIN)/python -m build --wheel --no-isolation --outdir dist $$package > /dev/null || exit 1; done
+
+# Everything in one resolution, at the versions that were tested.
+$(VENV)/.ready: pyproject.toml constraints.txt $(PLUGINS:%=%/pyproject.toml)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip hatchling editables
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation \
+		$(foreach package,$(PLUGINS),--editable $(package)) --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist site .plait runs

@@ -1,0 +1,90 @@
+import csv
+import io
+
+import numpy as np
+import plait
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plait import PlaitError, Report
+from plait.report import Curve, Image, Panel, png
+from plait.report.render import Document, Table, markdown, to_csv, to_html
+
+NASTY = "<script>alert(1)</script>|`*_[x](javascript:1)\n# head"
+
+
+def document(**changes):
+    parts = {
+        "name": "n",
+        "description": "",
+        "tables": (),
+        "curves": (),
+        "panels": (),
+        "notes": (),
+        "steps": (),
+        "failed": {},
+    }
+    return Document(**{**parts, **changes})
+
+
+def test_everything_from_data_is_escaped():
+    picture = Image(caption=NASTY, data=png(np.zeros((2, 2, 3), np.uint8)))
+    made = document(
+        name=NASTY, description=NASTY, notes=[NASTY], failed={NASTY: NASTY}, steps=[(NASTY,) * 4],
+        tables=[Table(NASTY, [NASTY], [], [((NASTY,), ())], {})],
+        curves=[(NASTY, [Curve(name=NASTY, x=[0], y=[1], x_label=NASTY), Curve(name="b", x=[0, 1], y=[1, 2])])],
+        panels=[(NASTY, Panel(title=NASTY, images=[[picture]]))],
+    )  # fmt: skip
+    assert "<script" not in to_html(made)
+    assert "<script" not in markdown(made)
+    assert all(line.count("|") - line.count("\\|") in (0, 2) for line in markdown(made).splitlines())
+
+
+@given(x=st.lists(st.floats(), min_size=1, max_size=5))
+def test_charts_of_any_numbers(x):
+    html = to_html(document(curves=[("c", [Curve(name="c", x=x, y=x)])]))
+    assert "nan" not in html.partition("<svg")[2].lower()
+
+
+def test_table_of_seeds(workplace):
+    (workplace / "m.py").write_text("""
+import attrs
+from plait import Report, hookimpl
+@attrs.frozen
+class M:
+    k: int = 0
+    @hookimpl
+    def evaluate(self, run):
+        rows = [{"method": "a", "ours": True, "x": run.seed + self.k, "y": float("nan")}, {"method": "b", "ours": False, "x": 10.0}]
+        return Report(rows=rows, better={"x": "lower"}, formats={"x": ".1f"}, notes=["one"])
+""")
+    (workplace / "p.yaml").write_text(
+        "plait: 1\nmatrix: {seed: [1, 3], k: [0, 5]}\nsteps: {m: {evaluate: './m.py:M', with: {k: '${matrix.k}'}}}"
+    )
+    result = plait.run("p.yaml")
+    text = (result.folder / "report.md").read_text()
+    assert "| k | method | ours | x ↓ | y |" in text
+    assert "| 0 | a | yes | **2.0 ± 1.4** | nan |" in text
+    assert "| 5 | b | no | 10.0 ± 0.0 |  |" in text
+    rows = list(csv.DictReader(io.StringIO((result.folder / "m.csv").read_text())))
+    assert rows[0]["x"] == "2.0"
+    assert rows[0]["x seeds"] == "2"
+    assert "content=\"default-src 'none'" in (result.folder / "report.html").read_text()
+
+
+def test_csv_of_missing_values():
+    assert to_csv(Table("t", ["a"], ["m"], [(("x,y",), (None,))], {})).splitlines()[1] == '"x,y",,,0'
+
+
+def test_values_of_a_report():
+    report = Report(rows=[{"m": "a", "x": 1}, {"m": "b", "x": 2}])
+    assert report.value("x", m="b") == 2
+    with pytest.raises(PlaitError, match="2 rows"):
+        report.value("x")
+
+
+def test_wrong_parts():
+    with pytest.raises(PlaitError, match="is not PNG"):
+        Image(caption="c", data=b"GIF")
+    with pytest.raises(PlaitError, match="2 x values and 1 y"):
+        Curve(name="c", x=[1, 2], y=[1])
