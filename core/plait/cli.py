@@ -313,6 +313,53 @@ def report(folder: Path, store: Path | None) -> None:
     click.echo(f"report: {folder / 'report.html'}")
 
 
+@main.command()
+@click.argument("method")
+@click.option("--hook", help="Only this hook of the method.")
+def check(method: str, hook: str | None) -> None:
+    """Check that a METHOD keeps every promise of its hooks, on small real data."""
+    from plait.testing.checks import run_checks, subjects
+
+    broken = 0
+    for subject in subjects(method, hook):
+        click.secho(f"{subject.method.hook.replace('_', '-')}: {subject.method.name}", bold=True)
+        for name, sentence, passed in run_checks(subject):
+            broken += not passed
+            mark = "-" if passed and sentence else "+" if passed else "!"
+            click.echo(f"  {mark} {name.replace('_', ' ')}{f'  {sentence}' if sentence else ''}")
+    if broken:
+        click.echo(f"{broken} checks failed", err=True)
+        sys.exit(1)
+    click.echo("all checks passed")
+
+
+@main.command()
+@click.argument("names", nargs=-1, required=True)
+@click.option(
+    "--from", "folder", type=click.Path(path_type=Path, exists=True, file_okay=False), help="A folder of wheels."
+)
+def install(names: tuple[str, ...], folder: Path | None) -> None:
+    """Install packages by NAMES of packages or methods, as the catalogue knows them."""
+    from plait.installing import install as install_packages
+
+    install_packages(list(names), folder)
+
+
+@main.command()
+@_store_option
+def doctor(store: Path | None) -> None:
+    """Look at versions, entry points, names, torch and the store; exit code 1 when something is wrong."""
+    from plait.doctor import examine
+
+    wrong = 0
+    for finding in examine(_store(store)):
+        wrong += not finding.ok
+        click.echo(f"{'ok   ' if finding.ok else 'wrong'}  {finding.text}")
+    if wrong:
+        click.echo(f"{wrong} things are wrong", err=True)
+        sys.exit(1)
+
+
 @main.group()
 def cache() -> None:
     """Look after the store of results."""

@@ -153,11 +153,15 @@ def test_show(workplace):
 
 def test_schema_knows_fields(site):
     distribution(
-        site, "plait-a", "[plait.load_data]\nwho = toy_installed:Numbers\n", toy_installed=Path("toy.py").read_text() + f"\n{API}\n"
+        site,
+        "plait-a",
+        "[plait.load_data]\nwho = toy_installed:Numbers\n",
+        toy_installed=Path("toy.py").read_text() + f"\n{API}\n",
     )
     done = cli(site, "schema")
     assert done.returncode == 0, done.stderr
     schema = json.loads(done.stdout)
+
     def check(step):
         jsonschema.validate({"plait": 1, "steps": {"a": step}}, schema)
 

@@ -1,0 +1,394 @@
+"""The checks. Each is one promise of a method, and raises :class:`ConformanceError` where it is broken."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from plait import codecs
+from plait.configuration import configure, plain_fields
+from plait.context import Run
+from plait.errors import PlaitError
+from plait.methods import HOOKS, Method, find, offers
+from plait.optional import require
+from plait.report.model import Report
+from plait.testing.compare import differences
+from plait.testing.examples import Example, example_for
+
+
+class ConformanceError(AssertionError):
+    """A method breaks a promise; the message says which, and how."""
+
+
+class NotApplicable(Exception):  # noqa: N818 - a reason, not an error
+    """A check has nothing to look at in this method."""
+
+
+class Killed(BaseException):
+    """Ends a run from inside, as a kill would."""
+
+
+class WatchedRun(Run):
+    """A run that remembers what a method asked of it."""
+
+    def __init__(self, **facts: Any) -> None:
+        super().__init__(
+            requested_device="cpu", on_progress=self._tick, on_log=self._tick, on_warning=lambda message: None, **facts
+        )
+        self.device_was_read = False
+        self.ticks = 0
+        self.kill_after: int | None = None
+
+    @property
+    def device(self) -> Any:
+        self.device_was_read = True
+        return super().device
+
+    def _tick(self, *_: Any) -> None:
+        self.ticks += 1
+        if self.kill_after is not None and self.ticks > self.kill_after:
+            raise Killed
+
+
+@attrs.define
+class Subject:
+    """A method with an example of its inputs."""
+
+    method: Method
+    example: Example
+    _first: Any = None
+
+    def instance(self, **fields: Any) -> Any:
+        """The configured method."""
+        return configure(self.method, {**self.example.fields, **fields})
+
+    def call(self, run: Run, instance: Any = None, **replaced: Any) -> Any:
+        """Call the hook with the example's arguments, some of them replaced."""
+        function = getattr(instance or self.instance(), self.method.hook)
+        wanted = [p for p in inspect.signature(function).parameters if p != "run"]
+        arguments: dict[str, Any] = {name: {**self.example.arguments, **replaced}.get(name) for name in wanted}
+        if "run" in inspect.signature(function).parameters:
+            arguments["run"] = run
+        return function(**arguments)
+
+    def result(self) -> Any:
+        """The result for seed 0."""
+        if self._first is None:
+            self._first = self.call(self.run())
+        return self._first
+
+    def run(self, seed: int = 0, folder: Path | None = None) -> WatchedRun:
+        """Fresh surroundings."""
+        return WatchedRun(seed=seed, step="check", folder=folder or Path(tempfile.mkdtemp(prefix="plait-check-")))
+
+    def differences(self, one: Any, other: Any) -> list[str]:
+        """What differs between two results."""
+        return list(differences(one, other, self.example.ignore))
+
+
+def check_configuration(subject: Subject) -> None:
+    """The configuration comes back equal from YAML, and unknown fields are refused."""
+    import yaml
+
+    instance = subject.instance()
+    text = yaml.safe_dump(_writable(instance))
+    again = configure(subject.method, yaml.safe_load(text) or {})
+    if plain_fields(again) != plain_fields(instance):
+        raise ConformanceError(
+            f"the configuration changes on its way through YAML: {plain_fields(instance)} → {plain_fields(again)}"
+        )
+    try:
+        configure(subject.method, {**subject.example.fields, "no_such_field": 1})
+    except PlaitError:
+        return
+    raise ConformanceError("an unknown field is not refused")
+
+
+def _writable(instance: Any) -> dict[str, Any]:
+    from plait.configuration import fields_of, plain
+    from plait.fields import HOOK
+
+    # A field that is a method is written by name, and keeps its own check.
+    return {
+        name: plain(getattr(instance, f.name))
+        for name, f in fields_of(type(instance)).items()
+        if HOOK not in f.metadata
+    }
+
+
+def check_documented(subject: Subject) -> None:
+    """The class has a docstring, and every field says what it means."""
+    from plait.configuration import fields_of
+    from plait.fields import DOC
+
+    if not inspect.getdoc(subject.method.cls):
+        raise ConformanceError(
+            f"class {subject.method.cls.__name__} has no docstring; its first line is what plait list shows"
+        )
+    silent = [name for name, field in fields_of(subject.method.cls).items() if not field.metadata.get(DOC)]
+    if silent:
+        raise ConformanceError(f"fields without a meaning: {', '.join(silent)}; add metadata=doc('…')")
+
+
+def check_repeatable(subject: Subject) -> None:
+    """The same seed gives the same result, bit for bit; another seed another one where the method is random."""
+    if different := subject.differences(subject.result(), subject.call(subject.run())):
+        raise ConformanceError(f"two runs with one seed differ: {different[0]}")
+    if subject.example.random and not subject.differences(subject.result(), subject.call(subject.run(seed=1))):
+        raise ConformanceError("another seed gives the same result, though the example says that the method is random")
+
+
+def check_inputs_untouched(subject: Subject) -> None:
+    """Inputs, train/eval modes, ``requires_grad`` flags, global random states and the default dtype stay as they were."""
+    torch, numpy = require("torch"), require("numpy")
+    before = copy.deepcopy(dict(subject.example.arguments))
+    states = (
+        torch.get_rng_state(),
+        numpy.random.get_state()[1].copy(),
+        random.getstate(),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+    )
+    subject.call(subject.run())
+    after = (
+        torch.get_rng_state(),
+        numpy.random.get_state()[1],
+        random.getstate(),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+    )
+    names = (
+        "torch's global random state",
+        "NumPy's global random state",
+        "Python's global random state",
+        "the default dtype",
+        "grad mode",
+    )
+    for name, old, new in zip(names, states, after, strict=True):
+        if not _same_state(old, new):
+            raise ConformanceError(f"{name} is changed; use run.generator() and give settings back")
+    if different := list(differences(before, dict(subject.example.arguments))):
+        raise ConformanceError(f"an input is modified in place: {different[0]}")
+
+
+def _same_state(old: Any, new: Any) -> bool:
+    same = old == new
+    return bool(same.all()) if hasattr(same, "all") else bool(same)
+
+
+def check_result(subject: Subject) -> None:
+    """The result is of the hook's kind; rows keep their number and order; pixels stay 8-bit images."""
+    result, hook = subject.result(), subject.method.hook
+    if hook == "evaluate" and not isinstance(result, Report):
+        raise ConformanceError(f"evaluate returns a {type(result).__name__}; it has to return a plait.Report")
+    if hook in ("load_model", "defend", "merge", "optimize") and not hasattr(result, "save_pretrained"):
+        raise ConformanceError(
+            f"{hook} returns a {type(result).__name__}; it has to return a model with save_pretrained"
+        )
+    if result is None:
+        raise ConformanceError("the hook returns nothing")
+    if subject.example.keeps_rows:
+        data = subject.example.arguments["data"]
+        if len(result) != len(data):
+            raise ConformanceError(f"the result has {len(result)} rows, the data {len(data)}")
+        names = [name for name in ("name", "label", "id") if name in data.column_names]
+        for name in names:
+            if name not in result.column_names or list(result[name]) != list(data[name]):
+                raise ConformanceError(f"column {name!r} is lost or in another order")
+
+
+def check_budget(subject: Subject) -> None:
+    """After rounding to 8 bits, no pixel has moved further than the budget."""
+    budget = subject.example.budget
+    if budget is None:
+        raise NotApplicable("the example states no budget")
+    numpy = require("numpy")
+    data = subject.example.arguments["data"]
+    for row, (clean, changed) in enumerate(zip(data["image"], subject.result()["image"], strict=True)):
+        moved = (
+            numpy.abs(
+                numpy.asarray(clean.convert("RGB"), dtype=int) - numpy.asarray(changed.convert("RGB"), dtype=int)
+            ).max()
+            / 255
+        )
+        if moved > budget + 1e-9:
+            raise ConformanceError(f"row {row} moves by {moved:.5f}; the budget is {budget:.5f}")
+
+
+def check_batch_sizes(subject: Subject) -> None:
+    """Batches of one, and a last batch that is shorter, work."""
+    from plait.configuration import fields_of
+
+    if "batch_size" not in fields_of(subject.method.cls):
+        raise NotApplicable("no field batch_size")
+    expected = _length(subject.result())
+    for size in (1, 2, 3):
+        try:
+            instance = subject.instance(batch_size=size)
+        except PlaitError:
+            continue  # methods with contrastive losses refuse batches of one, before they start
+        result = subject.call(subject.run(), instance)
+        if _length(result) != expected:
+            raise ConformanceError(f"batch_size {size} gives {_length(result)} rows; another gives {expected}")
+
+
+def _length(result: Any) -> int | None:
+    return len(result) if hasattr(result, "__len__") else None
+
+
+def check_device(subject: Subject) -> None:
+    """The device is taken from ``run``."""
+    if not subject.example.device:
+        raise NotApplicable("the example says that it computes on the CPU")
+    run = subject.run()
+    subject.call(run)
+    if not run.device_was_read:
+        raise ConformanceError("run.device is never read; compute on it")
+
+
+def check_saves(subject: Subject) -> None:
+    """The result is saved and comes back equal."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            codecs.save(subject.result(), Path(folder) / "a")
+        except PlaitError as error:
+            raise ConformanceError(str(error)) from error
+        if different := subject.differences(subject.result(), codecs.load(Path(folder) / "a")):
+            raise ConformanceError(f"the result changes when it is saved and loaded: {different[0]}")
+
+
+def check_progress(subject: Subject) -> None:
+    """Progress is reported with ``run.track`` or ``run.log``."""
+    if not subject.example.progress:
+        raise NotApplicable("the example says that it is done at once")
+    run = subject.run()
+    subject.call(run)
+    if not run.ticks:
+        raise ConformanceError("no progress is reported; loop over run.track(…)")
+
+
+def check_resume(subject: Subject) -> None:
+    """Killed at any moment and run again in the same folder, the result is the same."""
+    run = subject.run()
+    expected = subject.call(run)
+    if run.ticks < 2:
+        raise NotApplicable("it reports too little progress to be killed in between")
+    for kill_after in sorted({1, run.ticks // 2, run.ticks - 1}):
+        folder = Path(tempfile.mkdtemp(prefix="plait-check-"))
+        killed = subject.run(folder=folder)
+        killed.kill_after = kill_after
+        try:
+            subject.call(killed)
+        except Killed:
+            pass
+        else:
+            raise ConformanceError("a kill is swallowed: do not catch BaseException without raising it again")
+        if different := subject.differences(expected, subject.call(subject.run(folder=folder))):
+            raise ConformanceError(
+                f"killed after {kill_after} of {run.ticks} reports and run again, the result differs: {different[0]}"
+            )
+
+
+def check_empty(subject: Subject) -> None:
+    """Inputs without a row are refused in one sentence."""
+    _check_refused(subject, subject.example.empty, "empty")
+
+
+def check_wrong_inputs(subject: Subject) -> None:
+    """Inputs of a wrong kind or shape are refused in one sentence."""
+    _check_refused(subject, subject.example.wrong, "wrong")
+
+
+def _check_refused(subject: Subject, inputs: Mapping[str, Any], kind: str) -> None:
+    if not inputs:
+        raise NotApplicable(f"the example has no {kind} inputs")
+    for name, value in inputs.items():
+        if name not in subject.example.arguments:
+            continue
+        try:
+            subject.call(subject.run(), **{name: value})
+        except PlaitError as error:
+            if "\n" in str(error).strip():
+                raise ConformanceError(f"the message for {kind} {name!r} is more than one line: {error}") from error
+            continue
+        except Exception as error:
+            raise ConformanceError(
+                f"{kind} {name!r} ends in {type(error).__name__}: {error}; raise a PlaitError"
+            ) from error
+        raise ConformanceError(f"{kind} {name!r} is not refused; raise a PlaitError")
+
+
+CHECKS: tuple[Callable[[Subject], None], ...] = (
+    check_configuration, check_documented, check_result, check_repeatable, check_inputs_untouched, check_budget, check_batch_sizes,
+    check_device, check_saves, check_progress, check_resume, check_empty, check_wrong_inputs,
+)  # fmt: skip
+
+
+def subjects(name: str, hook: str | None = None, example: Callable[[], Example] | None = None) -> Iterator[Subject]:
+    """The method under every hook that offers it (or one), each with its example."""
+    if hook is not None:
+        hooks = [hook.replace("-", "_")]
+    elif ":" in name:
+        hooks = [h for h in HOOKS if hasattr(_class_at(name), h)]
+    else:
+        hooks = [h for h in HOOKS if any(o.name == name.rpartition("/")[2] for o in offers(h))]
+    if not hooks:
+        find(HOOKS[0], name)  # tells what is wrong with the name
+    for one in hooks:
+        method = find(one, name)
+        yield Subject(method, example() if example else example_for(method))
+
+
+def _class_at(name: str) -> type[Any]:
+    for hook in HOOKS:
+        try:
+            return find(hook, name).cls
+        except PlaitError as error:
+            if "has no hook" not in str(error):
+                raise
+    raise PlaitError(f"method {name!r} implements none of the hooks {', '.join(HOOKS)}")
+
+
+def run_checks(subject: Subject) -> Iterator[tuple[str, str | None, bool]]:
+    """Run all checks: name, what is wrong (or why it does not apply), and whether it passed."""
+    for check in CHECKS:
+        name = check.__name__.removeprefix("check_")
+        try:
+            check(subject)
+        except NotApplicable as reason:
+            yield name, f"does not apply: {reason}", True
+        except ConformanceError as error:
+            yield name, str(error), False
+        except Exception as error:
+            yield name, f"{type(error).__name__}: {error}", False
+        else:
+            yield name, None, True
+
+
+def conformance(name: str, *, hook: str | None = None, example: Callable[[], Example] | None = None) -> Any:
+    """A parametrised pytest test that runs every check on a method::
+
+    test_conformance = conformance("ensir")
+    """
+    import pytest
+
+    found: list[Subject] = []
+
+    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+    def test(check: Callable[[Subject], None]) -> None:
+        if not found:
+            found.extend(subjects(name, hook, example))
+        for subject in found:
+            try:
+                check(subject)
+            except NotApplicable:
+                continue
+
+    return test

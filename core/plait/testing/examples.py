@@ -1,0 +1,146 @@
+"""Small real inputs to try a method on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+
+from plait.errors import PlaitError
+from plait.methods import Method, _entry_points, _import
+from plait.optional import require
+
+GROUP = "plait.examples"
+
+
+@attrs.frozen(kw_only=True)
+class Example:
+    """What to try a method on.
+
+    Attributes:
+        arguments: the hook's arguments (without ``run``), as small as makes sense.
+        fields: hyperparameters for a quick trial.
+        random: whether another seed has to give another result.
+        keeps_rows: the result has as many rows as ``data``, in its order (attack at test time, restore).
+        progress: whether a run reports progress or logs; ``False`` for methods that are done at once.
+        device: whether the method computes on ``run.device``.
+        budget: largest allowed change of an image in [0, 1] units (L∞), where the method promises one.
+        empty: argument → the same kind of input without a single row; it has to be refused.
+        wrong: argument → an input of a wrong kind or shape; it has to be refused.
+        ignore: columns of a report that may differ between equal runs (times).
+    """
+
+    arguments: Mapping[str, Any]
+    fields: Mapping[str, Any] = attrs.field(factory=dict)
+    random: bool = False
+    keeps_rows: bool = False
+    progress: bool = True
+    device: bool = True
+    budget: float | None = None
+    empty: Mapping[str, Any] = attrs.field(factory=dict)
+    wrong: Mapping[str, Any] = attrs.field(factory=dict)
+    ignore: tuple[str, ...] = ()
+
+
+def example_for(method: Method) -> Example:
+    """The example that the method's package gives, else the built-in one of its hook.
+
+    Raises:
+        PlaitError: there is neither.
+    """
+    given = {ep.name: ep for ep in _entry_points(GROUP)}
+    for name in (f"{method.hook}.{method.name}", method.name):
+        if name in given:
+            function: Any = _import(given[name].value, f"example {name!r}")
+            example: Example = function()
+            return example
+    if method.hook not in BUILT_IN:
+        raise PlaitError(
+            f"hook {method.hook} has no built-in example; give {method.name!r} one in the entry-point group {GROUP}"
+        )
+    return BUILT_IN[method.hook](method)
+
+
+def digits(rows: int = 7) -> Any:
+    """A dataset of scikit-learn's digits: ``image`` (RGB, 8×8), ``name``, ``label``."""
+    datasets, numpy = require("datasets"), require("numpy")
+    bunch = require("sklearn.datasets").load_digits()
+    pixels = (bunch.images[:rows] * 255 / 16).round().astype(numpy.uint8)
+    picture = require("PIL.Image")
+    features = datasets.Features(
+        image=datasets.Image(),
+        name=datasets.Value("string"),
+        label=datasets.ClassLabel(names=[str(d) for d in range(10)]),
+    )
+    content = {
+        "image": [picture.fromarray(numpy.stack([p] * 3, axis=-1)) for p in pixels],
+        "name": [f"digit{i}" for i in range(rows)],
+        "label": [int(label) for label in bunch.target[:rows]],
+    }
+    return datasets.Dataset.from_dict(content, features=features)
+
+
+def classifier(seed: int = 0) -> Any:
+    """A small seeded image classifier ``[N, 3, 8, 8] → [N, 10]`` that saves itself."""
+    from plait.testing.models import make_classifier
+
+    return make_classifier(seed)
+
+
+def _of_data(method: Method, **more: Any) -> Example:
+    data = digits()
+    arguments = {name: value for name, value in {"data": data, **more}.items() if name in method.arguments}
+    empty = {"data": data.select([])} if "data" in arguments else {}
+    wrong = {"data": data.remove_columns("image")} if "data" in arguments else {}
+    return Example(
+        arguments=arguments, empty=empty, wrong=wrong, progress=method.hook not in ("transform", "evaluate", "load_model"),
+        device="model" in arguments and method.hook != "evaluate", keeps_rows=method.hook == "restore" or (method.hook == "attack" and "model" in arguments),
+    )  # fmt: skip
+
+
+def _of_candidates(method: Method) -> Example:
+    data = digits()
+    pictures = [picture.point(lambda value: 255 - value) for picture in data["image"]]
+    negative = require("datasets").Dataset.from_dict({**data.to_dict(), "image": pictures}, features=data.features)
+    candidates = {"one": data, "two": negative}
+    arguments: dict[str, Any] = {"candidates": candidates, "reference": {**candidates, "target": data}}
+    arguments = {name: value for name, value in arguments.items() if name in method.arguments}
+    empty = {"candidates": {name: value.select([]) for name, value in candidates.items()}}
+    wrong = {"candidates": {"one": data, "two": negative.select(range(3))}}
+    return Example(arguments=arguments, empty=empty, wrong=wrong, device=False)
+
+
+def _of_models(method: Method) -> Example:
+    arguments: dict[str, Any] = {
+        "base": classifier(0), "experts": {"a": classifier(1), "b": classifier(2)}, "data": {"a": digits(), "b": digits()},
+    }  # fmt: skip
+    arguments = {name: value for name, value in arguments.items() if name in method.arguments}
+    return Example(arguments=arguments, empty={"experts": {}}, wrong={"experts": {"a": object()}}, device=False)
+
+
+def _of_clients(method: Method) -> Example:
+    data = digits(12)
+    clients = [data.select(range(i, 12, 3)) for i in range(3)]
+    arguments: dict[str, Any] = {"model": classifier(), "clients": clients}
+    return Example(
+        arguments={n: v for n, v in arguments.items() if n in method.arguments},
+        empty={"clients": []},
+        wrong={"clients": [data.remove_columns("image")]},
+    )
+
+
+BUILT_IN: dict[str, Callable[[Method], Example]] = {
+    "load_data": lambda method: Example(arguments={}, progress=False, device=False),
+    "transform": _of_data,
+    "load_model": lambda method: attrs.evolve(_of_data(method), empty={}, wrong={}, device=False),
+    "attack": lambda method: _of_data(method, model=classifier()),
+    "defend": lambda method: _of_data(method, model=classifier(), reference=classifier(1)),
+    "ensemble": _of_candidates,
+    "merge": _of_models,
+    "optimize": lambda method: _of_data(method, model=classifier()),
+    "extract_feature": lambda method: _of_data(method, model=classifier()),
+    "aggregate": _of_clients,
+    "restore": lambda method: _of_data(method),
+    "evaluate": lambda method: _of_data(method, model=classifier()),
+}
