@@ -334,6 +334,25 @@ def check(method: str, hook: str | None) -> None:
 
 
 @main.command()
+@click.argument("name")
+@click.option(
+    "--hook", "hooks", multiple=True, required=True, help="A hook that the package implements; may be repeated."
+)
+@click.option(
+    "--in", "parent", type=click.Path(path_type=Path), default=Path(), help="Where to put the package's folder."
+)
+def new(name: str, hooks: tuple[str, ...], parent: Path) -> None:
+    """Write a complete, working package NAME for a new method."""
+    from plait.new import create
+
+    folder = create(name, list(hooks), parent)
+    click.echo(f"{folder} is ready:")
+    click.echo(f"  pip install -e {folder}")
+    click.echo(f"  plait check {name}")
+    click.echo(f"  plait run {folder}/pipelines/demo.yaml")
+
+
+@main.command()
 @click.argument("names", nargs=-1, required=True)
 @click.option(
     "--from", "folder", type=click.Path(path_type=Path, exists=True, file_okay=False), help="A folder of wheels."

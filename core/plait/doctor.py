@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import attrs
+from packaging.requirements import Requirement
 
 from plait import API, __version__
 from plait.errors import PlaitError
@@ -49,10 +50,6 @@ def _packages() -> Iterator[Finding]:
 
 
 def _unmet(requirement: str) -> str | None:
-    try:
-        from packaging.requirements import Requirement
-    except ImportError:
-        return None
     wanted = Requirement(requirement)
     if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
         return None

@@ -228,7 +228,9 @@ def _import(target: str, what: str) -> type[Any]:
 def _check_api(cls: type[Any], offer: Offer) -> None:
     from plait import API
 
-    written_for = getattr(sys.modules[cls.__module__], "__plait_api__", None)
+    names = cls.__module__.split(".")
+    modules = [sys.modules[".".join(names[:end])] for end in range(len(names), 0, -1)]
+    written_for = next((module.__plait_api__ for module in modules if hasattr(module, "__plait_api__")), None)
     if written_for is None:
         raise PlaitError(
             f"package {offer.package} does not say which plait it is for; set __plait_api__ = {API!r} in {cls.__module__}"

@@ -442,9 +442,9 @@ def _check_kinds(steps: Mapping[str, Step], problems: _Problems) -> None:
 def _order(steps: Mapping[str, Step], problems: _Problems) -> list[str]:
     from graphlib import CycleError, TopologicalSorter
 
-    graph = {name: {r.step for r in step.references() if r.step in steps} for name, step in steps.items()}
+    graph = {name: [r.step for r in step.references() if r.step in steps] for name, step in steps.items()}
     try:
-        return list(TopologicalSorter(graph).static_order())
+        TopologicalSorter(graph).prepare()
     except CycleError as error:
         cycle = error.args[1]
         problems.add(
@@ -452,6 +452,19 @@ def _order(steps: Mapping[str, Step], problems: _Problems) -> list[str]:
             f"steps need each other in a circle: {' → '.join(reversed(cycle))}; take one of these from another step",
         )
         return []
+    order: list[str] = []
+    todo = list(reversed(graph))
+    # As in the file, but for steps that need a later one.
+    while todo:
+        name = todo[-1]
+        missing = [needed for needed in graph[name] if needed not in order]
+        if missing:
+            todo += reversed(missing)
+        else:
+            todo.pop()
+            if name not in order:
+                order.append(name)
+    return order
 
 
 def _with_axes(step: Step, steps: Mapping[str, Step]) -> Step:

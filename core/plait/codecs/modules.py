@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -43,7 +45,8 @@ class ModuleCodec:
 
     def load(self, folder: Path) -> Any:
         facts = json.loads((folder / "module.json").read_text())
-        model = _class(facts).from_pretrained(folder / "model")
+        with contextlib.redirect_stdout(io.StringIO()):  # PyTorchModelHubMixin prints where it loads from
+            model = _class(facts).from_pretrained(folder / "model")
         if "training" in facts:
             training, frozen = set(facts["training"]), set(facts["frozen"])
             for name, part in model.named_modules():

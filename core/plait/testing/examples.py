@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 
+from plait.demo.pictures import digits, with_images
 from plait.errors import PlaitError
 from plait.methods import Method, _entry_points, _import
 from plait.optional import require
@@ -62,34 +63,19 @@ def example_for(method: Method) -> Example:
     return BUILT_IN[method.hook](method)
 
 
-def digits(rows: int = 7) -> Any:
-    """A dataset of scikit-learn's digits: ``image`` (RGB, 8×8), ``name``, ``label``."""
-    datasets, numpy = require("datasets"), require("numpy")
-    bunch = require("sklearn.datasets").load_digits()
-    pixels = (bunch.images[:rows] * 255 / 16).round().astype(numpy.uint8)
-    picture = require("PIL.Image")
-    features = datasets.Features(
-        image=datasets.Image(),
-        name=datasets.Value("string"),
-        label=datasets.ClassLabel(names=[str(d) for d in range(10)]),
-    )
-    content = {
-        "image": [picture.fromarray(numpy.stack([p] * 3, axis=-1)) for p in pixels],
-        "name": [f"digit{i}" for i in range(rows)],
-        "label": [int(label) for label in bunch.target[:rows]],
-    }
-    return datasets.Dataset.from_dict(content, features=features)
-
-
 def classifier(seed: int = 0) -> Any:
     """A small seeded image classifier ``[N, 3, 8, 8] → [N, 10]`` that saves itself."""
-    from plait.testing.models import make_classifier
+    from plait.demo.models import make_classifier
 
     return make_classifier(seed)
 
 
 def _of_data(method: Method, **more: Any) -> Example:
+    from plait.demo.models import images_of
+
     data = digits()
+    if method.hook == "evaluate":
+        data = with_images(data, images_of(data), keep_as="target")
     arguments = {name: value for name, value in {"data": data, **more}.items() if name in method.arguments}
     empty = {"data": data.select([])} if "data" in arguments else {}
     wrong = {"data": data.remove_columns("image")} if "data" in arguments else {}

@@ -1,0 +1,147 @@
+"""``plait new``: a complete, working package for a method, from the templates of its hooks."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from plait import API
+from plait.errors import PlaitError
+from plait.methods import HOOKS, catalogue, nearest, offers
+
+NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+
+
+def templates() -> Path:
+    """Where the templates are: in the wheel, or in the checkout."""
+    shipped = Path(__file__).with_name("templates")
+    return shipped if shipped.is_dir() else Path(__file__).parents[2] / "templates"
+
+
+def check_name(name: str, hooks: list[str]) -> None:
+    """Raise PlaitError unless a package and a method may have this name."""
+    if not NAME.fullmatch(name) or keyword.iskeyword(name.replace("-", "_")):
+        raise PlaitError(f"{name!r} cannot be a package's name; use lower-case letters and digits in words joined by -")
+    if name in catalogue() or f"plait-{name}" in catalogue():
+        raise PlaitError(f"the catalogue has a package for {name!r} already; choose another name")
+    for hook in hooks:
+        taken = [o.package for o in offers(hook) if o.name == name]
+        taken += [p for p, entry in catalogue().items() if name in entry.get("methods", {}).get(hook, ())]
+        if taken:
+            raise PlaitError(f"method {name!r} of hook {hook} is taken by {taken[0]}; choose another name")
+    if name.replace("-", "_") in ("plait", "torch", "datasets", "numpy", "test", "tests"):
+        raise PlaitError(f"{name!r} would hide another package; choose another name")
+
+
+def create(name: str, hooks: list[str], parent: Path) -> Path:
+    """Write the package into ``parent / name``.
+
+    Args:
+        name: of the package and of its methods, in lower case with dashes.
+        hooks: at least one hook.
+
+    Raises:
+        PlaitError: the name is not allowed or taken, a hook is unknown, or the folder exists.
+    """
+    hooks = list(dict.fromkeys(hook.replace("-", "_") for hook in hooks))
+    shown = [hook.replace("_", "-") for hook in HOOKS]
+    for hook in hooks:
+        if hook not in HOOKS:
+            raise PlaitError(
+                f"there is no hook {hook!r}{nearest(hook.replace('_', '-'), shown) or '; the hooks are ' + ', '.join(shown)}"
+            )
+    check_name(name, hooks)
+    folder = parent / name
+    if folder.exists():
+        raise PlaitError(f"{folder} exists already; choose another name or folder")
+    facts = _facts(name, hooks)
+    try:
+        for source, target in _files(facts):
+            target_path = folder / target
+            target_path.parent.mkdir(parents=True, exist_ok=True)
+            target_path.write_text(source, encoding="utf-8")
+    except OSError as error:
+        raise PlaitError(f"{folder} cannot be written: {error.strerror}") from error
+    return folder
+
+
+def _facts(name: str, hooks: list[str]) -> dict[str, Any]:
+    package = name.replace("-", "_")
+    camel = "".join(part.capitalize() for part in name.split("-"))
+    several = len(hooks) > 1
+    methods = []
+    for hook in hooks:
+        about = yaml.safe_load((templates() / "hooks" / hook / "about.yaml").read_text(encoding="utf-8"))
+        cls = camel + ("".join(part.capitalize() for part in hook.split("_")) if several else "")
+        module = f"plugin/{hook}.py" if several else "plugin.py"
+        methods.append(
+            {
+                "hook": hook,
+                "key": hook.replace("_", "-"),
+                "name": name,
+                "cls": cls,
+                "module": module,
+                "target": f"{package}.{module.removesuffix('.py').replace('/', '.')}:{cls}",
+                "readme_step": about["step"].replace("NAME", name),
+                "summary": about["summary"],
+                "algorithm": about["algorithm"],
+            }
+        )
+    return {
+        "name": name,
+        "package": package,
+        "api": API,
+        "methods": methods,
+        "summaries": [m["summary"] for m in methods],
+    }
+
+
+def _files(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Content and path of every file of the package."""
+    package, methods = facts["package"], facts["methods"]
+    steps: list[str] = []
+    files = []
+    for method in methods:
+        folder = templates() / "hooks" / method["hook"]
+        for template in sorted(folder.glob("*.jinja")):
+            text = _render(template, {**facts, **method})
+            file = template.name.removesuffix(".jinja")
+            if file == "steps.yaml":
+                steps += [line for line in text.splitlines() if line.strip() and line not in steps]
+            elif file == "test_algorithm.py":
+                files.append((text, f"tests/test_{method['algorithm']}"))
+            elif file == "plugin.py":
+                files.append((text, f"src/{package}/{method['module']}"))
+            else:
+                files.append((text, f"src/{package}/{file}"))
+    if len(methods) > 1:
+        files.append(('"""The package\'s methods, one file a hook."""\n', f"src/{package}/plugin/__init__.py"))
+    skeleton = templates() / "skeleton"
+    for template in sorted(skeleton.rglob("*.jinja")):
+        target = str(template.relative_to(skeleton)).removesuffix(".jinja")
+        target = target.replace("src/", f"src/{package}/")
+        files.append((_render(template, {**facts, "steps": "\n".join(_distinct_steps(steps))}), target))
+    return files
+
+
+def _distinct_steps(lines: list[str]) -> list[str]:
+    """Steps of several hooks in one pipeline: the first of each name, the others if they differ under another name."""
+    seen: dict[str, str] = {}
+    for line in lines:
+        step = line.split(":", 1)[0]
+        seen.setdefault(step, line)
+    return list(seen.values())
+
+
+def _render(template: Path, facts: dict[str, Any]) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    # The output is source code, not HTML.
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    )
+    return environment.from_string(template.read_text(encoding="utf-8")).render(**facts)
