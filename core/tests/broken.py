@@ -1,0 +1,172 @@
+"""One method that keeps every promise, and for every check one that breaks just it."""
+
+import random
+
+import attrs
+import torch
+from plait import PlaitError, hookimpl
+from plait.demo.models import images_of
+from plait.demo.pictures import with_images
+from plait.fields import doc, in_range
+
+
+def noisy(data, run, generator=None, device=True):
+    images = images_of(data)
+    if device:
+        images = images.to(run.device)
+    for _ in run.track(range(4), "working"):
+        pass
+    return with_images(data, images + 0.01 * torch.randn(images.shape, generator=generator or run.generator()))
+
+
+@attrs.frozen(kw_only=True)
+class Good:
+    """Adds a little noise."""
+
+    batch_size: int = attrs.field(default=4, validator=in_range(1), metadata=doc("images at a time"))
+
+    @hookimpl
+    def restore(self, data, run):
+        return noisy(data, run)
+
+
+@attrs.frozen(kw_only=True)
+class Configuration(Good):
+    """Changes its configuration every time it is made."""
+
+    drawn: float = attrs.field(factory=random.random, converter=lambda value: value + 1, metadata=doc("a number"))
+
+
+@attrs.frozen(kw_only=True)
+class Documented(Good):
+    """Has a silent field."""
+
+    silent: int = 3
+
+
+@attrs.frozen(kw_only=True)
+class Result(Good):
+    """Loses a row."""
+
+    @hookimpl
+    def restore(self, data, run):
+        return noisy(data, run).select(range(len(data) - 1))
+
+
+@attrs.frozen(kw_only=True)
+class Repeatable(Good):
+    """Draws from a fresh seed every time."""
+
+    @hookimpl
+    def restore(self, data, run):
+        return noisy(data, run, torch.Generator().manual_seed(random.SystemRandom().randrange(2**31)))
+
+
+@attrs.frozen(kw_only=True)
+class InputsUntouched(Good):
+    """Moves the global random state."""
+
+    @hookimpl
+    def restore(self, data, run):
+        torch.rand(1)
+        return noisy(data, run)
+
+
+@attrs.frozen(kw_only=True)
+class Budget(Good):
+    """Leaves its budget."""
+
+    @hookimpl
+    def restore(self, data, run):
+        return with_images(noisy(data, run), 1 - images_of(data))
+
+
+@attrs.frozen(kw_only=True)
+class BatchSizes(Good):
+    """Drops the last batch where it is shorter."""
+
+    batch_size: int = attrs.field(default=7, validator=in_range(1), metadata=doc("images at a time"))
+
+    @hookimpl
+    def restore(self, data, run):
+        return noisy(data, run).select(range(len(data) - len(data) % self.batch_size))
+
+
+@attrs.frozen(kw_only=True)
+class Device(Good):
+    """Never looks at the device."""
+
+    @hookimpl
+    def restore(self, data, run):
+        return noisy(data, run, device=False)
+
+
+@attrs.frozen(kw_only=True)
+class Saves(Good):
+    """Returns what no codec knows."""
+
+    @hookimpl
+    def restore(self, data, run):
+        noisy(data, run)
+        return Rows(data)
+
+
+class Rows:
+    def __init__(self, data):
+        self.data = data
+        self.column_names = data.column_names
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, name):
+        return self.data[name]
+
+    def __eq__(self, other):
+        return True
+
+    def __hash__(self):
+        return 0
+
+
+@attrs.frozen(kw_only=True)
+class Progress(Good):
+    """Works in silence."""
+
+    @hookimpl
+    def restore(self, data, run):
+        return with_images(data, images_of(data).to(run.device))
+
+
+@attrs.frozen(kw_only=True)
+class Resume(Good):
+    """Goes on from a checkpoint with other numbers."""
+
+    @hookimpl
+    def restore(self, data, run):
+        resumed = (run.folder / "begun").exists()
+        (run.folder / "begun").touch()
+        result = noisy(data, run)
+        (run.folder / "begun").unlink()
+        return with_images(result, 1 - images_of(data)) if resumed else result
+
+
+@attrs.frozen(kw_only=True)
+class Empty(Good):
+    """Lets empty data through."""
+
+    @hookimpl
+    def restore(self, data, run):
+        return noisy(data, run) if len(data) else data
+
+
+@attrs.frozen(kw_only=True)
+class WrongInputs(Good):
+    """Dies of wrong data."""
+
+    @hookimpl
+    def restore(self, data, run):
+        if not len(data):
+            raise PlaitError("the data has no rows; give at least one")
+        data["image"]
+        return noisy(data, run)

@@ -1,0 +1,3 @@
+"""Logs every plait run to MLflow."""
+
+__plait_api__ = "0.1"

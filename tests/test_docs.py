@@ -1,0 +1,78 @@
+"""The tutorial does what it says, and the generated pages are those of the code."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from plait.pipeline import parse_pipeline
+
+DOCS = Path(__file__).parents[1] / "docs"
+BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page):
+    return BLOCK.findall((DOCS / page).read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PLAIT_STORE", str(tmp_path / "store"))
+    for _, title, content in blocks("write-a-method.md"):
+        if title:
+            (tmp_path / title).write_text(content)
+    return tmp_path
+
+
+def test_the_tutorial(workplace):
+    commands = [
+        line[2:]
+        for language, _, text in blocks("write-a-method.md")
+        if language == "console"
+        for line in text.splitlines()
+    ]
+    first = commands[: next(i for i, command in enumerate(commands) if "plait new" in command)]
+    assert len(first) == 3
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command in first:
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "all checks passed" in done.stdout
+    report = next(Path("runs/brighten").glob("*/report.md")).read_text()
+    assert "| 0.2 | bright |" in report
+
+
+def test_the_stopwatch_is_a_wrapper(workplace):
+    import pluggy
+    from plait.hookspecs import MethodHooks
+
+    manager = pluggy.PluginManager("plait")
+    manager.add_hookspecs(MethodHooks)
+    manager.register(runpy.run_path("stopwatch.py")["Stopwatch"]())
+    manager.check_pending()
+    assert [impl.wrapper for impl in manager.hook.restore.get_hookimpls()] == [True]
+
+
+def test_the_example_pipeline_is_valid():
+    (text,) = [content for language, _, content in blocks("pipelines.in.md") if language == "yaml"]
+    assert len(parse_pipeline(text).cells) == 6
+    assert set(yaml.safe_load(text)["steps"]) == {"digits", "model", "trained", "noisy", "score"}
+
+
+def test_generated_pages_are_up_to_date():
+    made = runpy.run_path(str(DOCS / "reference.py"))
+    assert (DOCS / "hooks.md").read_text(encoding="utf-8") == made["hooks_page"]()
+    assert (DOCS / "pipelines.md").read_text(encoding="utf-8") == made["pipelines_page"]()
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_broken_links(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "hooks" / "index.html").exists()

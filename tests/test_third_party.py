@@ -1,0 +1,107 @@
+"""A package of somebody else's: adds an attack, replaces a method by name, wraps evaluations, listens to runs."""
+
+import json
+
+import pytest
+
+PYPROJECT = """
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+[project]
+name = "other-package"
+version = "3.1"
+dependencies = ["plait>=0.1,<0.2"]
+[project.entry-points."plait.attack"]
+invert = "other.methods:Invert"
+[project.entry-points."plait.ensemble"]
+average = "other.methods:FirstOne"
+[project.entry-points."plait.plugins"]
+audit = "other.methods:Audit"
+diary = "other.methods:Diary"
+[tool.hatch.build.targets.wheel]
+packages = ["other"]
+"""
+METHODS = '''
+import attrs
+from plait import hookimpl
+from plait.demo.models import images_of
+from plait.demo.pictures import with_images
+
+__plait_api__ = "0.1"
+
+@attrs.frozen(kw_only=True)
+class Invert:
+    """Inverts every image."""
+
+    @hookimpl
+    def attack(self, data, run):
+        return with_images(data, 1 - images_of(data))
+
+@attrs.frozen(kw_only=True)
+class FirstOne:
+    """Takes the first candidate."""
+
+    @hookimpl
+    def ensemble(self, candidates, run):
+        return next(iter(candidates.values()))
+
+class Audit:
+    @hookimpl(wrapper=True)
+    def evaluate(self, run):
+        report = yield
+        return attrs.evolve(report, notes=[*report.notes, "seen by the audit"])
+
+class Diary:
+    @hookimpl
+    def run_finished(self, folder, failed):
+        (folder / "diary.txt").write_text(f"{len(failed)} failed")
+'''
+PIPELINE = """
+plait: 1
+name: braid
+steps:
+  digits: {load-data: "plait.demo.methods:Digits"}
+  noisy: {transform: "plait.demo.methods:Noise", from: {data: digits.test}}
+  inverted: {attack: invert, from: {data: digits.test}}
+  fused: {ensemble: AVERAGE, from: {candidates: {inverted: inverted, noisy: noisy}}}
+  score: {evaluate: "plait.demo.methods:Error", from: {data: {fused: fused, inverted: inverted}, reference: digits.test}}
+"""
+
+
+@pytest.fixture
+def installed(environment, wheels):
+    environment.install(next(wheels.glob("plait-0*.whl")), next(wheels.glob("plait_imaging-*.whl")))
+    package = environment.work / "other-package"
+    (package / "other").mkdir(parents=True)
+    (package / "pyproject.toml").write_text(PYPROJECT)
+    (package / "other" / "__init__.py").write_text("")
+    (package / "other" / "methods.py").write_text(METHODS)
+    environment.install(package)
+    return environment
+
+
+@pytest.mark.slow
+def test_a_third_party_package(installed):
+    (installed.work / "p.yaml").write_text(PIPELINE.replace("AVERAGE", "average"))
+    ambiguous = installed.run("plait", "run", "p.yaml", ok=False)
+    assert ambiguous.returncode == 2
+    assert "other-package/average or plait-imaging/average" in ambiguous.stderr
+    doctor = installed.run("plait", "doctor", ok=False)
+    assert doctor.returncode == 1
+    assert "method 'average' of hook ensemble is offered by other-package and plait-imaging" in doctor.stdout
+    assert "plugin audit of other-package wraps evaluate" in doctor.stdout
+
+    (installed.work / "p.yaml").write_text(PIPELINE.replace("AVERAGE", "other-package/average"))
+    installed.run("plait", "run", "p.yaml")
+    (folder,) = (installed.work / "runs" / "braid").iterdir()
+    report = (folder / "report.md").read_text()
+    assert "seen by the audit" in report
+    rows = [line.split("|")[2].strip() for line in report.splitlines() if line.startswith(("| fused", "| inverted"))]
+    assert rows[0] == rows[1]
+    assert (folder / "diary.txt").read_text() == "0 failed"
+
+    (installed.work / "p.yaml").write_text(PIPELINE.replace("AVERAGE", "plait-imaging/average"))
+    installed.run("plait", "run", "p.yaml")
+    known = json.loads(installed.run("plait", "list", "--json").stdout)
+    assert {m["package"] for m in known if m["method"] == "average"} == {"other-package", "plait-imaging"}
