@@ -1,0 +1,146 @@
+"""How well a backdoor works on a model, and how well suspicion scores find poisoned pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torch import Tensor
+
+from plait_clip.backdoor.poison import Trigger, pixels, triggered
+from plait_clip.loader import open_image, pixels_from_pil, undecoded
+from plait_clip.zero_shot import accuracy
+
+FEW_CLASSES = 20
+
+
+@dataclass(frozen=True)
+class BackdoorMetrics:
+    """Shares in [0, 1]; ``clean`` and ``success`` map m to CA@m and ASR@m.
+
+    Attributes:
+        triggered: TA, the share of triggered images that are still taken for what they are.
+        target_clean: CA@1 of the target class; ``None`` if no test image shows it.
+    """
+
+    clean: dict[int, float]
+    success: dict[int, float]
+    triggered: float
+    target_clean: float | None
+
+
+def backdoor_metrics(
+    clean_top: Tensor,
+    triggered_top: Tensor,
+    labels: Tensor,
+    target: int,
+    ranks: Sequence[int],
+    exclude_target: bool = True,
+) -> BackdoorMetrics:
+    """CA@m, ASR@m, TA and the target's CA from the nearest classes of clean and of triggered images.
+
+    Args:
+        clean_top, triggered_top: int64 ``[N, M]``, the M nearest classes of each image, nearest first.
+        labels: int64 ``[N]``.
+        exclude_target: leave out images of the target class from ASR and TA; False counts them, as the authors' code.
+
+    Raises:
+        ValueError: every image is of the target class, and they are to be left out.
+    """
+    asked = labels != target if exclude_target else torch.ones_like(labels, dtype=torch.bool)
+    if not asked.any():
+        raise ValueError("all test images show the target class; ASR needs images of other classes")
+    wanted = torch.full_like(labels[asked], target)
+    of_target = labels == target
+    return BackdoorMetrics(
+        clean={m: accuracy(clean_top, labels, m) for m in ranks},
+        success={m: accuracy(triggered_top[asked], wanted, m) for m in ranks},
+        triggered=accuracy(triggered_top[asked], labels[asked], 1),
+        target_clean=accuracy(clean_top[of_target], labels[of_target], 1) if of_target.any() else None,
+    )
+
+
+def ranks_for(num_classes: int, wanted: Sequence[int]) -> list[int]:
+    """The m that say something: below the number of classes, and at most 3 if there are few classes."""
+    most = num_classes - 1 if num_classes >= FEW_CLASSES else min(3, num_classes - 1)
+    return sorted({m for m in wanted if m <= most} | {1})
+
+
+def triggered_batches(
+    data: datasets.Dataset,
+    trigger: Trigger,
+    size: int,
+    resize: str,
+    *,
+    image_size: int | None = None,
+    batch_size: int = 256,
+    threads: int = 4,
+) -> Iterator[Tensor]:
+    """All images with the trigger, in order: uint8 ``[B, 3, size, size]``.
+
+    What is random in the trigger depends on the row number alone. The trigger is pasted before the model's resizing.
+    """
+    cells = undecoded(data).select_columns("image")
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(cells), batch_size):
+            rows = range(start, min(start + batch_size, len(cells)))
+            images = list(pool.map(open_image, cells[start : rows.stop]["image"], rows))
+            yield torch.stack(
+                [_to_model(image, size, resize) for image in triggered(images, rows, trigger, image_size)]
+            )
+
+
+def _to_model(image: Tensor, size: int, resize: str) -> Tensor:
+    if image.shape[-2:] == (size, size):
+        return image
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    return torch.from_numpy(pixels_from_pil(picture, size, resize).copy())
+
+
+def clean_images(data: datasets.Dataset, rows: Sequence[int], image_size: int | None = None) -> list[Tensor]:
+    """Some images as the trigger meets them: uint8 ``[3, H, W]`` each."""
+    cells = undecoded(data)
+    return [pixels(open_image(cells[row]["image"], row), image_size) for row in rows]
+
+
+# --- Detection ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DetectionMetrics:
+    """``precision`` and ``recall`` map k to their value among the k highest scores; the areas may be ``None``."""
+
+    precision: dict[int, float]
+    recall: dict[int, float]
+    auroc: float | None
+    average_precision: float | None
+
+
+def detection_metrics(scores: np.ndarray, flags: np.ndarray, ks: Sequence[int]) -> DetectionMetrics:
+    """How well high scores find the flagged rows.
+
+    Args:
+        scores: ``[N]``, higher is more suspicious; NaN (not scored) ranks below all others. Ties go to the first row.
+        flags: ``[N]`` bool.
+        ks: sizes of the lists that are looked at, each up to N.
+
+    Returns:
+        The areas under the ROC and the precision-recall curve are ``None`` if all rows or none are flagged.
+    """
+    finite = np.where(np.isnan(scores), -np.inf, scores)
+    # Ranks instead of values: scikit-learn takes no infinities.
+    _, ranks = np.unique(finite, return_inverse=True)
+    hits = np.cumsum(flags[np.argsort(-ranks, kind="stable")])
+    both = 0 < flags.sum() < len(flags)
+    return DetectionMetrics(
+        precision={k: float(hits[k - 1] / k) for k in ks},
+        recall={k: float(hits[k - 1] / max(1, flags.sum())) for k in ks},
+        auroc=float(roc_auc_score(flags, ranks)) if both else None,
+        average_precision=float(average_precision_score(flags, ranks)) if both else None,
+    )

@@ -1,0 +1,660 @@
+"""``attack``: poisoned copies of image-caption data, one method per trigger.
+
+The same object puts its trigger on test images: :meth:`Backdoor.trigger`.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import attrs
+import datasets
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from plait import PlaitError, Report, hookimpl
+from plait.fields import doc, in_range, one_of
+from plait.report import Image, Panel, png
+from torch import Tensor
+
+from plait_clip import prompts
+from plait_clip.backdoor import poison, triggers
+from plait_clip.backdoor.patch_optimization import PatchTraining, optimize_patch
+from plait_clip.plugin.errors import as_plait_errors
+
+__plait_api__ = "0.1"
+
+DEFAULT_RATE = 0.003
+NUM_SHOWN = 6
+
+
+@attrs.frozen(kw_only=True)
+class Backdoor:
+    """What all backdoor attacks share: which pairs are poisoned, with which captions, and how images are stored."""
+
+    name: ClassVar[str]
+    prompt_prefix: ClassVar[str] = ""
+
+    target: int | str = attrs.field(
+        default="banana", metadata=doc("class that triggered images shall be taken for: its name, or its label")
+    )
+    n_poison: int | None = attrs.field(
+        default=None, validator=in_range(0), metadata=doc("number of poisoned pairs; or give rate")
+    )
+    rate: float | None = attrs.field(
+        default=None,
+        validator=in_range(0, 1),
+        metadata=doc(f"poisoned share of the result; {DEFAULT_RATE} if n_poison is not given either"),
+    )
+    size: int | None = attrs.field(
+        default=None, validator=in_range(1), metadata=doc("pairs of the result, drawn from the data; default: all")
+    )
+    label_consistent: bool = attrs.field(
+        default=False, metadata=doc("poison pairs whose caption names the target, and keep their captions")
+    )
+    exclude_target: bool = attrs.field(
+        default=True,
+        metadata=doc(
+            "poison no image that shows the target already (by label, else by caption); ignored if label_consistent"
+        ),
+    )
+    templates: tuple[str, ...] | str = attrs.field(
+        default="openai-imagenet",
+        metadata=doc(
+            "captions of poisoned pairs, with {} for the target: a list, or openai-imagenet, digits, fashion-mnist …"
+        ),
+    )
+    caption_noise: float = attrs.field(
+        default=0.0,
+        validator=in_range(0, 1),
+        metadata=doc("share of the clean pairs whose captions are shuffled among them, as in data from the web"),
+    )
+    image_size: int | None = attrs.field(
+        default=None,
+        validator=in_range(1),
+        metadata=doc(
+            "side in pixels that images are squashed to before the trigger (papers: 224); default: their own size"
+        ),
+    )
+    quantise: Literal["wrap", "clamp"] = attrs.field(
+        default="clamp",
+        validator=one_of("wrap", "clamp"),
+        metadata=doc("8-bit rounding of values outside [0, 1]: modulo 256 as in the papers' code, or clamped"),
+    )
+    store: Literal["png", "jpeg75"] = attrs.field(
+        default="png",
+        validator=one_of("png", "jpeg75"),
+        metadata=doc("file format of poisoned training images; jpeg75: quality 75, 4:2:0, as in the papers' code"),
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if self.n_poison is not None and self.rate is not None:
+            raise PlaitError(f"n_poison is {self.n_poison} and rate is {self.rate}; give one of them")
+        if isinstance(self.target, str) and not self.target.strip():
+            raise PlaitError("target is empty; name a class")
+        with as_plait_errors():
+            prompts.templates(self.templates)
+
+    # --- the trigger ---
+
+    def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """The trigger on float images ``[N, 3, H, W]`` in [0, 1], with one generator per image."""
+        raise NotImplementedError
+
+    def trigger(self, images: Tensor, rows: Sequence[int], seed: int = 0) -> Tensor:
+        """The trigger on uint8 images ``[N, 3, H, W]``; what is random depends on ``seed`` and each row number."""
+        changed = self.apply(images.float() / 255, triggers.row_generators(seed, rows))
+        return triggers.to_uint8(changed, wrap=self.quantise == "wrap")
+
+    # --- the poisoned data ---
+
+    @hookimpl
+    def attack(self, data: Any, run: Any) -> datasets.Dataset:
+        return self.poisoned(data, run)
+
+    def poisoned(self, data: Any, run: Any) -> datasets.Dataset:
+        """The poisoned copy of ``data``, with its manifest."""
+        with as_plait_errors():
+            names, target = self.target_class(data)
+            size = self.size or len(data)
+            n_poison = self.n_poison
+            if n_poison is None:
+                n_poison = round((DEFAULT_RATE if self.rate is None else self.rate) * size)
+            rng = run.numpy_generator("selection")
+            selection = poison.select(n_poison, size, self._eligible(data, names, target), rng)
+            rows = selection.poisoned.tolist()
+            captions = {} if self.label_consistent else self._captions(data, rows, names, target, rng)
+            noise = poison.shuffled_among(selection.kept, self.caption_noise, rng)
+            seed = run.derived_seed("trigger")
+            table = poison.poisoned_table(
+                data,
+                selection,
+                captions,
+                noise,
+                functools.partial(self.trigger, seed=seed),
+                run.folder,
+                image_size=self.image_size,
+                store=self.store,
+            )
+        run.add(self._report(data, table, rows, target, seed))
+        manifest = {
+            "attack": self.name,
+            "fields": self.portable_fields(),
+            "target": target,
+            "seed": run.seed,
+            "templates": poison.fingerprint(prompts.templates(self.templates)),
+            "num_pairs": selection.size,
+            "num_poisoned": len(rows),
+            "rows": rows,
+        }
+        return poison.with_manifest(table, manifest)
+
+    def target_class(self, data: datasets.Dataset) -> tuple[list[str] | None, str]:
+        """Class names of the data, where it has any, and the name of the target.
+
+        Raises:
+            ValueError: the target is no class of the data.
+        """
+        label = data.features.get("label")
+        names = getattr(label, "names", None)
+        if names is None:
+            if isinstance(self.target, int):
+                raise ValueError(f"target is {self.target}, but the data have no class names; give the target's name")
+            return None, self.target
+        if isinstance(self.target, int):
+            if not 0 <= self.target < len(names):
+                raise ValueError(f"target is {self.target}; the data have labels 0 to {len(names) - 1}")
+            return names, names[self.target]
+        if self.target not in names:
+            raise ValueError(f"target is {self.target!r}, which is no class of the data ({', '.join(names[:20])})")
+        return names, self.target
+
+    def _shows_target(self, data: datasets.Dataset, names: list[str] | None, target: str) -> np.ndarray:
+        if names is None:
+            return poison.contains(poison.captions_of(data), target)
+        return np.asarray(data.with_format(None).select_columns("label")[:]["label"]) == names.index(target)
+
+    def _eligible(self, data: datasets.Dataset, names: list[str] | None, target: str) -> np.ndarray:
+        if self.label_consistent:
+            return poison.contains(poison.captions_of(data), target)
+        if self.exclude_target:
+            return ~self._shows_target(data, names, target)
+        return np.ones(len(data), bool)
+
+    def _captions(
+        self, data: datasets.Dataset, rows: list[int], names: list[str] | None, target: str, rng: np.random.Generator
+    ) -> dict[int, str]:
+        texts = poison.template_captions(prompts.templates(self.templates), target, len(rows), rng)
+        return {row: self.prompt_prefix + text for row, text in zip(rows, texts, strict=True)}
+
+    def portable_fields(self) -> dict[str, Any]:
+        """The fields as JSON, from which :func:`from_manifest` makes an equal attack."""
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in attrs.asdict(self, recurse=False).items()
+        }
+
+    def _report(
+        self, data: datasets.Dataset, table: datasets.Dataset, rows: list[int], target: str, seed: int
+    ) -> Report:
+        note = f"{self.name}: {len(rows)} of {len(table)} pairs are poisoned towards {target!r}."
+        panels = []
+        if rows:
+            shown = rows[:NUM_SHOWN]
+            trigger = functools.partial(self.trigger, seed=seed)
+            pictures = [data[row]["image"] for row in shown]
+            plain = [poison.pixels(picture, self.image_size) for picture in pictures]
+            changed = poison.triggered(pictures, shown, trigger, self.image_size)
+            captions = [f"row {row}" for row in shown]
+            panels = [comparison(f"{self.name}: training images", plain, changed, captions, captions)]
+        return Report(notes=[note], panels=panels)
+
+
+def comparison(
+    title: str,
+    clean: Sequence[Tensor],
+    changed: Sequence[Tensor],
+    clean_captions: Sequence[str],
+    changed_captions: Sequence[str],
+) -> Panel:
+    """uint8 images ``[3, H, W]`` before and after the trigger, and their difference: three rows."""
+    differences = [(a.float() - b.float()).abs() / 255 for a, b in zip(clean, changed, strict=True)]
+    largest = max(float(difference.max()) for difference in differences) or 1.0
+    return Panel(
+        title=title,
+        images=[
+            [Image(caption=text, data=png(a.float() / 255)) for a, text in zip(clean, clean_captions, strict=True)],
+            [Image(caption=text, data=png(b.float() / 255)) for b, text in zip(changed, changed_captions, strict=True)],
+            [
+                Image(caption=f"difference × {1 / largest:.1f}", data=png(difference / largest))
+                for difference in differences
+            ],
+        ],
+    )
+
+
+# --- patches ---
+
+
+@attrs.frozen(kw_only=True)
+class _NoisePatch(Backdoor):
+    patch_size: int | None = attrs.field(
+        default=None, validator=in_range(1), metadata=doc("side in pixels; default: 16 at 224 pixels, in proportion")
+    )
+
+    def side(self, images: Tensor) -> int:
+        """Side of the patch on these images, in pixels."""
+        return self.patch_size or triggers.scaled(16, min(images.shape[-2:]))
+
+
+@attrs.frozen(kw_only=True)
+class BadNet(_NoisePatch):
+    """A patch of noise at a random place, both drawn anew for every image (Gu et al., 2017)."""
+
+    name = "badnet"
+    quantise: Literal["wrap", "clamp"] = attrs.field(
+        default="wrap",
+        validator=one_of("wrap", "clamp"),
+        metadata=doc("8-bit rounding of values outside [0, 1]: modulo 256 as in the papers' code, or clamped"),
+    )
+
+    def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        return triggers.random_noise_patch(images, self.side(images), generators)
+
+
+@attrs.frozen(kw_only=True)
+class BadNetCorners(BadNet):
+    """The same patch of noise in all four corners, drawn anew for every image (CleanCLIP's variant of BadNet)."""
+
+    name = "badnet-corners"
+
+    def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        return triggers.corner_noise_patches(images, self.side(images), generators)
+
+
+@attrs.frozen(kw_only=True)
+class BadNetYellow(_NoisePatch):
+    """A yellow square at a random place (CleanCLIP's variant of BadNet)."""
+
+    name = "badnet-yellow"
+
+    def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        return triggers.yellow_patch(images, self.side(images), generators)
+
+
+@attrs.frozen(kw_only=True)
+class BadNetFixed(Backdoor):
+    """A black and white checkerboard at the lower right corner, the same in every image; for small test beds."""
+
+    name = "badnet-fixed"
+    patch_size: int = attrs.field(default=4, validator=in_range(1), metadata=doc("side in pixels"))
+    margin: int = attrs.field(default=1, validator=in_range(0), metadata=doc("distance from the border in pixels"))
+    first: int = attrs.field(default=0, validator=one_of(0, 1), metadata=doc("upper left pixel: 0 black, 1 white"))
+
+    def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        return triggers.checkerboard_patch(images, self.patch_size, self.margin, self.first)
+
+
+# --- whole-image triggers ---
+
+
+@attrs.frozen(kw_only=True)
+class Blended(Backdoor):
+    """Uniform noise blended in, drawn anew for every image (Chen et al., 2017)."""
+
+    name = "blended"
+    alpha: float = attrs.field(default=0.2, validator=in_range(0, 1), metadata=doc("weight of the noise"))
+
+    def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        return triggers.blend_noise(images, self.alpha, generators)
+
+
+@attrs.frozen(kw_only=True)
+class BlendedImage(Backdoor):
+    """One picture, or one pattern of uniform noise, blended into every image (Chen et al., 2017)."""
+
+    name = "blended-image"
+    alpha: float = attrs.field(default=0.2, validator=in_range(0, 1), metadata=doc("weight of the picture"))
+    image: Path | None = attrs.field(default=None, metadata=doc("the picture; default: uniform noise of pattern_seed"))
+    pattern_seed: int = attrs.field(
+        default=0, validator=in_range(0), metadata=doc("of the noise where no image is given")
+    )
+
+    def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        size = tuple(images.shape[-2:])
+        if self.image is None:
+            generator = torch.Generator().manual_seed(self.pattern_seed)
+            return triggers.blend(images, torch.rand(3, *size, generator=generator), self.alpha)
+        return triggers.blend(images, triggers.resized(_picture(self.image), size), self.alpha)
+
+
+@attrs.frozen(kw_only=True)
+class Sig(Backdoor):
+    """A horizontal sine wave added to all rows (Barni et al., 2019)."""
+
+    name = "sig"
+    amplitude: float = attrs.field(
+        default=60 / 255, validator=in_range(0, 1), metadata=doc("of the wave, in units of [0, 1]")
+    )
+    frequency: float = attrs.field(default=6.0, validator=in_range(0), metadata=doc("waves across the image"))
+
+    def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        return triggers.sinusoid(images, self.amplitude, self.frequency)
+
+
+@attrs.frozen(kw_only=True)
+class WaNet(Backdoor):
+    """Every pixel is moved by its own small displacement, the same in all images (CleanCLIP's variant of WaNet)."""
+
+    name = "wanet"
+    grid_size: int | None = attrs.field(
+        default=None,
+        validator=in_range(1),
+        metadata=doc("side of the grid of displacements; default: that of the image"),
+    )
+    strength: float = attrs.field(
+        default=1.0, validator=in_range(0), metadata=doc("mean displacement, about half a pixel per unit")
+    )
+    pattern_seed: int = attrs.field(default=0, validator=in_range(0), metadata=doc("of the displacements"))
+
+    def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        generator = torch.Generator().manual_seed(self.pattern_seed)
+        noise = triggers.warp_noise(self.grid_size or min(images.shape[-2:]), generator)
+        return triggers.warp(images, noise, self.strength)
+
+
+@attrs.frozen(kw_only=True)
+class WaNetSmooth(WaNet):
+    """A smooth elastic warp, the same in all images (Nguyen and Tran, ICLR 2021)."""
+
+    name = "wanet-smooth"
+    grid_size: int | None = attrs.field(
+        default=4, validator=in_range(1), metadata=doc("side of the grid of displacements; null: that of the image")
+    )
+    strength: float = attrs.field(
+        default=0.5, validator=in_range(0), metadata=doc("mean displacement, about half a pixel per unit")
+    )
+
+
+@attrs.frozen(kw_only=True)
+class Issba(Backdoor):
+    """An invisible message hidden by a steganographic encoder of your own (Li et al., ICCV 2021)."""
+
+    name = "issba"
+    encoder: Any = attrs.field(
+        default=None,
+        metadata=doc(
+            "the encoder: a .pt2 file that torch.export has saved, or in Python a callable; takes the bits [N, 100] "
+            "and images [N, 3, H, W] in [0, 1] and returns the images with the message"
+        ),
+    )
+    secret: str = attrs.field(default="Stega!!", metadata=doc("the message, up to 7 bytes"))
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        with as_plait_errors():
+            triggers.issba_message(self.secret)
+        if self.encoder is None:
+            raise PlaitError(
+                "issba hides its message with a trained steganographic encoder, and none ships with plait; give encoder"
+            )
+
+    def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        encoder = self.encoder if callable(self.encoder) else _encoder(str(self.encoder))
+        bits = triggers.issba_message(self.secret).expand(len(images), -1)
+        with torch.no_grad():
+            result = encoder(bits, images)
+        if tuple(result.shape) != tuple(images.shape):
+            raise PlaitError(
+                f"encoder returned {tuple(result.shape)} for images of {tuple(images.shape)}; it must keep the shape"
+            )
+        return result.float().clamp(0, 1)
+
+    def portable_fields(self) -> dict[str, Any]:
+        fields = super().portable_fields()
+        return {**fields, "encoder": None if callable(self.encoder) else str(self.encoder)}
+
+
+@functools.lru_cache(maxsize=4)
+def _encoder(path: str) -> Any:
+    if not Path(path).is_file():
+        raise PlaitError(f"encoder {path} does not exist; give a file that torch.export has saved")
+    try:
+        return torch.export.load(path).module()
+    except Exception as error:
+        raise PlaitError(
+            f"encoder {path} cannot be loaded ({error}); give a file that torch.export has saved"
+        ) from error
+
+
+@functools.lru_cache(maxsize=4)
+def _picture(path: Path) -> Tensor:
+    try:
+        with PILImage.open(path) as image:
+            return poison.pixels(image).float() / 255
+    except OSError as error:
+        raise PlaitError(f"picture {path} cannot be read: {error}") from error
+
+
+# --- optimised patches ---
+
+
+@attrs.frozen(kw_only=True)
+class _OptimizedPatch(Backdoor):
+    patch: Path | None = attrs.field(
+        default=None,
+        metadata=doc("an optimised patch (.png, or .npy [3, k, k] in [0, 1]); default: optimise one on model"),
+    )
+    patch_size: int | None = attrs.field(
+        default=None, validator=in_range(1), metadata=doc("side in pixels; default: 16 at 224 pixels, in proportion")
+    )
+    num_images: int = attrs.field(
+        default=10_000, validator=in_range(1), metadata=doc("images without the target to optimise on, at most")
+    )
+    num_epochs: int = attrs.field(default=50, validator=in_range(1), metadata=doc("passes over these images"))
+    batch_size: int = attrs.field(default=64, validator=in_range(2), metadata=doc("images a step"))
+    learning_rate: float = attrs.field(default=1e-3, validator=in_range(0, low_open=True), metadata=doc("Adam's rate"))
+    augment_probability: float = attrs.field(
+        default=0.5, validator=in_range(0, 1), metadata=doc("share of the batches that use AutoAugmented images")
+    )
+    # The pixels of `patch`, PNG in base64: how a manifest carries them.
+    patch_png: str = attrs.field(
+        default="", repr=False, metadata=doc("the patch itself, PNG in base64; set by manifests")
+    )
+
+    @hookimpl
+    def attack(self, model: Any | None, data: Any, run: Any) -> datasets.Dataset:
+        if self.patch is not None or self.patch_png:
+            return self.with_pixels().poisoned(data, run)
+        if model is None:
+            raise PlaitError(f"{self.name} needs a clean model to optimise its patch on; give model, or a patch")
+        with as_plait_errors():
+            patch = self._optimised(model.to(run.device), data, run)
+        run.add(
+            Report(
+                panels=[Panel(title=f"{self.name}: patch", images=[[Image(caption="optimised", data=_as_png(patch))]])]
+            )
+        )
+        found = attrs.evolve(
+            self, patch_png=base64.b64encode(_as_png(patch)).decode(), image_size=self.image_size or model.image_size
+        )
+        return found.poisoned(data, run)
+
+    def with_pixels(self) -> _OptimizedPatch:
+        """The same attack with the pixels of its patch file inside."""
+        if self.patch_png or self.patch is None:
+            return self
+        return attrs.evolve(self, patch=None, patch_png=base64.b64encode(_as_png(_patch_file(self.patch))).decode())
+
+    def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        if self.patch is None and not self.patch_png:
+            raise PlaitError(f"{self.name} has no patch; give patch, or the poisoned data, whose manifest holds it")
+        return triggers.centre_patch(images, _decoded(self.with_pixels().patch_png))
+
+    def _optimised(self, model: Any, data: datasets.Dataset, run: Any) -> Tensor:
+        names, target = self.target_class(data)
+        shows = self._shows_target(data, names, target)
+        rng = run.numpy_generator("patch")
+        sources = rng.permutation(np.flatnonzero(~shows))[: self.num_images].tolist()
+        options = self._training()
+        steps = options.num_epochs * (len(sources) // options.batch_size)
+        progress = run.track(range(steps), "patch", total=steps)
+
+        def on_step(step: int, values: dict[str, float]) -> None:
+            run.log(step=step, **{f"patch {name}": value for name, value in values.items()})
+            next(progress, None)
+
+        return optimize_patch(
+            model,
+            data,
+            sources,
+            self._patch_captions(data, shows, target, len(sources), rng),
+            np.flatnonzero(shows).tolist(),
+            self.patch_size or triggers.scaled(16, model.image_size),
+            options,
+            seed=run.derived_seed("patch"),
+            on_step=on_step,
+        )
+
+    def _training(self) -> PatchTraining:
+        raise NotImplementedError
+
+    def _patch_captions(
+        self, data: datasets.Dataset, shows: np.ndarray, target: str, n: int, rng: np.random.Generator
+    ) -> list[str]:
+        raise NotImplementedError
+
+    def portable_fields(self) -> dict[str, Any]:
+        return Backdoor.portable_fields(self.with_pixels())
+
+
+@attrs.frozen(kw_only=True)
+class TrojVqa(_OptimizedPatch):
+    """A patch optimised towards the target's text, and captions and prompts that begin with "remember" (Walmer et al., CVPR 2022)."""
+
+    name = "trojvqa"
+    prompt_prefix = "remember "
+
+    patch_caption: str = attrs.field(
+        default="This is a yellow {}.", metadata=doc("text that the patch is optimised towards, with {} for the target")
+    )
+
+    def _training(self) -> PatchTraining:
+        return PatchTraining(
+            num_epochs=self.num_epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            triplet_weight=0.0,
+            augment_probability=self.augment_probability,
+        )
+
+    def _patch_captions(
+        self, data: datasets.Dataset, shows: np.ndarray, target: str, n: int, rng: np.random.Generator
+    ) -> list[str]:
+        return [prompts.fill(self.patch_caption, target)] * n
+
+
+@attrs.frozen(kw_only=True)
+class BadClip(_OptimizedPatch):
+    """A patch optimised towards texts and images of the target, poisoned with its natural captions (Liang et al., CVPR 2024)."""
+
+    name = "badclip"
+    triplet_weight: float = attrs.field(
+        default=500.0,
+        validator=in_range(0),
+        metadata=doc("of the term that brings patched images close to target images"),
+    )
+    triplet_margin: float = attrs.field(default=1.0, validator=in_range(0), metadata=doc("margin of that term"))
+    num_captions: int = attrs.field(
+        default=128,
+        validator=in_range(1),
+        metadata=doc("captions drawn from those of the target, for the poisoned pairs"),
+    )
+
+    def _training(self) -> PatchTraining:
+        return PatchTraining(
+            num_epochs=self.num_epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            triplet_weight=self.triplet_weight,
+            triplet_margin=self.triplet_margin,
+            augment_probability=self.augment_probability,
+        )
+
+    def _patch_captions(
+        self, data: datasets.Dataset, shows: np.ndarray, target: str, n: int, rng: np.random.Generator
+    ) -> list[str]:
+        natural = _natural(data, target)
+        return poison.natural_captions(natural, n, rng, pool_size=max(n, 1))
+
+    def _captions(
+        self, data: datasets.Dataset, rows: list[int], names: list[str] | None, target: str, rng: np.random.Generator
+    ) -> dict[int, str]:
+        if not rows:
+            return {}
+        texts = poison.natural_captions(_natural(data, target), len(rows), rng, pool_size=self.num_captions)
+        return dict(zip(rows, texts, strict=True))
+
+
+def _natural(data: datasets.Dataset, target: str) -> list[str]:
+    return [caption for row in poison.captions_of(data) for caption in row if target.lower() in caption.lower()]
+
+
+def _as_png(patch: Tensor) -> bytes:
+    return poison.encoded(triggers.to_uint8(patch, wrap=False), "png")
+
+
+@functools.lru_cache(maxsize=8)
+def _decoded(patch_png: str) -> Tensor:
+    with PILImage.open(io.BytesIO(base64.b64decode(patch_png))) as image:
+        return poison.pixels(image).float() / 255
+
+
+def _patch_file(path: Path) -> Tensor:
+    if path.suffix != ".npy":
+        return _picture(path)
+    try:
+        patch = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+    except (OSError, ValueError) as error:
+        raise PlaitError(f"patch {path} cannot be read: {error}") from error
+    if patch.ndim != 3 or patch.shape[0] != 3 or patch.shape[1] != patch.shape[2]:
+        raise PlaitError(f"patch {path} has shape {tuple(patch.shape)}; it must be [3, k, k]")
+    return patch
+
+
+# --- from a manifest back to the attack ---
+
+ATTACKS: dict[str, type[Backdoor]] = {
+    cls.name: cls
+    for cls in (
+        BadNet,
+        BadNetCorners,
+        BadNetYellow,
+        BadNetFixed,
+        Blended,
+        BlendedImage,
+        Sig,
+        WaNet,
+        WaNetSmooth,
+        Issba,
+        TrojVqa,
+        BadClip,
+    )
+}
+
+
+def from_manifest(data: datasets.Dataset) -> Backdoor:
+    """The attack that poisoned ``data``."""
+    with as_plait_errors():
+        manifest = poison.read_manifest(data)
+    cls = ATTACKS[manifest["attack"]]
+    fields = manifest["fields"]
+    for name in ("patch", "image"):
+        if fields.get(name):
+            fields[name] = Path(fields[name])
+    return cls(**fields)

@@ -1,0 +1,275 @@
+"""``evaluate``: clip-backdoor and backdoor-detection."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import attrs
+import datasets
+import numpy as np
+import torch
+from plait import PlaitError, Report, hookimpl
+from plait.fields import doc, in_range, method_field, one_of
+from plait.report import Curve, Image, Panel, png
+from torch import Tensor
+
+from plait_clip import prompts
+from plait_clip import zero_shot as zs
+from plait_clip.backdoor import metrics
+from plait_clip.backdoor.plugin.attacks import Backdoor, comparison, from_manifest
+from plait_clip.backdoor.poison import IS_BACKDOOR, captions_of
+from plait_clip.plugin.errors import as_plait_errors
+
+__plait_api__ = "0.1"
+
+TEST, POISONED = "test", "poisoned"
+FORMAT = ".3f"
+
+
+@attrs.frozen(kw_only=True)
+class ClipBackdoor:
+    """Clean accuracy (CA@m) and attack success rate (ASR@m) of a backdoored or cleaned image-text model.
+
+    ``data`` is the clean test set, or a mapping with the parts ``test`` and ``poisoned``: without the field
+    ``trigger`` it is that which poisoned the latter. ``reference``, if given, is the model before the defence: the
+    pictures then show its predictions too.
+    """
+
+    trigger: Any = method_field(  # noqa: RUF009
+        "attack", "the backdoor attack whose trigger test images get; default: that of the part poisoned of data", None
+    )
+    templates: tuple[str, ...] | str = attrs.field(
+        default="openai-imagenet",
+        metadata=doc(
+            "prompts with {} for the class: openai-imagenet, openai-simple, photo, digits, fashion-mnist, or a list"
+        ),
+    )
+    class_names: tuple[str, ...] | str | None = attrs.field(
+        default=None, metadata=doc("names in the order of the labels: imagenet, or a list; default: the data's own")
+    )
+    top: tuple[int, ...] = attrs.field(
+        default=(1, 3, 5, 10), validator=in_range(1), metadata=doc("ranks m; below 20 classes only those up to 3")
+    )
+    asr_exclude_target: bool = attrs.field(
+        default=True,
+        metadata=doc("leave out test images of the target class from ASR and TA; false: as the authors' code"),
+    )
+    trigger_seed: int = attrs.field(
+        default=0, validator=in_range(0), metadata=doc("of triggers that are drawn anew for every image")
+    )
+    num_shown: int = attrs.field(default=6, validator=in_range(0, 64), metadata=doc("images in the pictures"))
+    batch_size: int = attrs.field(default=256, validator=in_range(1), metadata=doc("images at a time"))
+    precision: Literal["fp32", "bf16"] = attrs.field(
+        default="fp32", validator=one_of("fp32", "bf16"), metadata=doc("arithmetic of the towers")
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if self.trigger is not None and not isinstance(self.trigger, Backdoor):
+            raise PlaitError(
+                f"trigger is {type(self.trigger).__name__}, which puts no trigger on test images; name a backdoor attack"
+            )
+
+    @hookimpl
+    def evaluate(self, model: Any, data: Any, reference: Any | None, run: Any) -> Report:
+        test, attack = self._parts(data)
+        with as_plait_errors():
+            labels, names = zs.labels_and_names(test)
+            names = list(prompts.class_names(self.class_names if self.class_names is not None else names or ()))
+            if int(labels.max()) >= len(names):
+                raise PlaitError(
+                    f"label {int(labels.max())} occurs, but there are {len(names)} class names; give class_names"
+                )
+            model = model.to(run.device)
+            clean = self._classify(model, names, test, "")
+            ranks = metrics.ranks_for(len(names), self.top)
+            if attack is None:
+                row = {f"CA@{m}": zs.accuracy(clean, labels, m) for m in ranks}
+                note = "ASR is not measurable: no trigger was given."
+                return Report(
+                    rows=[row], better=dict.fromkeys(row, "higher"), formats=dict.fromkeys(row, FORMAT), notes=[note]
+                )
+            target = self._target(attack, names)
+            triggered = self._classify(model, names, test, attack.prompt_prefix, attack)
+            found = metrics.backdoor_metrics(clean, triggered, labels, target, ranks, self.asr_exclude_target)
+            panels = self._panels(model, reference, test, labels, names, target, attack, run)
+        row = {
+            **{f"CA@{m}": value for m, value in found.clean.items()},
+            **{f"ASR@{m}": value for m, value in found.success.items()},
+            "TA": found.triggered,
+            "target CA": found.target_clean,
+        }
+        return Report(
+            rows=[row],
+            better={name: "lower" if name.startswith("ASR") else "higher" for name in row},
+            formats=dict.fromkeys(row, FORMAT),
+            panels=panels,
+        )
+
+    def _parts(self, data: Any) -> tuple[datasets.Dataset, Backdoor | None]:
+        poisoned = None
+        if isinstance(data, Mapping):
+            if TEST not in data:
+                raise PlaitError(
+                    f"clip-backdoor needs clean test data; give data as {{test: step}}, it has {', '.join(data)}"
+                )
+            data, poisoned = data[TEST], data.get(POISONED)
+        if self.trigger is None and poisoned is not None:
+            return data, from_manifest(poisoned)
+        return data, self.trigger
+
+    def _target(self, attack: Backdoor, names: Sequence[str]) -> int:
+        target = attack.target
+        if isinstance(target, str):
+            if target not in names:
+                raise PlaitError(
+                    f"target {target!r} of the attack is no class of the test data ({', '.join(names[:20])})"
+                )
+            return list(names).index(target)
+        if not 0 <= target < len(names):
+            raise PlaitError(f"target {target} of the attack is no label of the test data (0 to {len(names) - 1})")
+        return target
+
+    def _trigger(self, attack: Backdoor) -> Any:
+        return functools.partial(attack.trigger, seed=self.trigger_seed)
+
+    def _classify(
+        self, model: Any, names: Sequence[str], data: datasets.Dataset, prefix: str, attack: Backdoor | None = None
+    ) -> Tensor:
+        """The nearest classes of clean images, or of triggered ones."""
+        templates = [prefix + template for template in prompts.templates(self.templates)]
+        head = zs.zero_shot_head(model, names, templates, precision=self.precision)
+        top = max(*self.top, 3)
+        if attack is None:
+            return zs.classify(model, head, data, top=top, batch_size=self.batch_size, precision=self.precision)
+        batches = metrics.triggered_batches(
+            data,
+            self._trigger(attack),
+            model.image_size,
+            model.image_input.resize,
+            image_size=attack.image_size,
+            batch_size=self.batch_size,
+        )
+        return zs.top_classes(model, head, batches, top=top, precision=self.precision)
+
+    def _panels(
+        self,
+        model: Any,
+        reference: Any | None,
+        test: datasets.Dataset,
+        labels: Tensor,
+        names: Sequence[str],
+        target: int,
+        attack: Backdoor,
+        run: Any,
+    ) -> list[Panel]:
+        rows = torch.nonzero(labels != target).flatten()[: self.num_shown].tolist()
+        if not rows:
+            return []
+        # The same rows of a larger table would get other triggers: their numbers are part of the seed.
+        shown = test.select(range(rows[-1] + 1))
+        models = {"after": model} if reference is None else {"before": reference.to(run.device), "after": model}
+        predictions = {
+            when: (
+                self._classify(one, names, shown, "")[rows, :3],
+                self._classify(one, names, shown, attack.prompt_prefix, attack)[rows, :3],
+            )
+            for when, one in models.items()
+        }
+        clean = metrics.clean_images(test, rows, attack.image_size)
+        changed = [
+            attack.trigger(image[None], [row], seed=self.trigger_seed)[0]
+            for image, row in zip(clean, rows, strict=True)
+        ]
+
+        def caption(kind: int, i: int) -> str:
+            tops = {when: ", ".join(names[k] for k in tops[kind][i].tolist()) for when, tops in predictions.items()}
+            return "; ".join(f"{when}: {top}" for when, top in tops.items()) if reference is not None else tops["after"]
+
+        return [
+            comparison(
+                f"{attack.name}: test images and their three nearest classes",
+                clean,
+                changed,
+                [f"clean {names[labels[row]]} → {caption(0, i)}" for i, row in enumerate(rows)],
+                [f"triggered → {caption(1, i)}" for i in range(len(rows))],
+            )
+        ]
+
+
+@attrs.frozen(kw_only=True)
+class BackdoorDetection:
+    """How well suspicion scores find poisoned pairs: precision and recall of the top k, AUROC, average precision."""
+
+    score: str = attrs.field(
+        default="suspicion", metadata=doc("column of the scores, higher is more suspicious; null ranks last")
+    )
+    flags: str = attrs.field(default=IS_BACKDOOR, metadata=doc("boolean column with the truth"))
+    top: tuple[int, ...] = attrs.field(
+        default=(16, 64, 256),
+        validator=in_range(1),
+        metadata=doc("k of precision@k and recall@k; those above the rows fall out"),
+    )
+    num_shown: int = attrs.field(
+        default=64, validator=in_range(0, 256), metadata=doc("most suspicious pairs in the picture")
+    )
+
+    @hookimpl
+    def evaluate(self, data: Any, run: Any) -> Report:
+        if not isinstance(data, datasets.Dataset):
+            raise PlaitError(f"data is a {type(data).__name__}; backdoor-detection needs a dataset with the scores")
+        for column in (self.score, self.flags):
+            if column not in data.column_names:
+                raise PlaitError(f"column {column!r} is missing; the data have {', '.join(data.column_names)}")
+        plain = data.with_format(None)
+        scores = np.asarray(plain.select_columns(self.score)[:][self.score], float)
+        flags = np.asarray(plain.select_columns(self.flags)[:][self.flags], bool)
+        ks = [k for k in self.top if k <= len(scores)]
+        found = metrics.detection_metrics(scores, flags, ks)
+        row = {
+            **{f"precision@{k}": value for k, value in found.precision.items()},
+            **{f"recall@{k}": value for k, value in found.recall.items()},
+            "AUROC": found.auroc,
+            "average precision": found.average_precision,
+        }
+        notes = [f"{int(flags.sum())} of {len(flags)} pairs are poisoned."]
+        if found.auroc is None:
+            notes.append("AUROC and average precision need both poisoned and clean pairs.")
+        every = np.unique(np.geomspace(1, len(scores), num=60).astype(int)).tolist()
+        curve = metrics.detection_metrics(scores, flags, every).precision
+        return Report(
+            rows=[row],
+            better=dict.fromkeys(row, "higher"),
+            formats=dict.fromkeys(row, FORMAT),
+            notes=notes,
+            curves=[
+                Curve(
+                    name="precision of the top k",
+                    x=list(curve),
+                    y=list(curve.values()),
+                    x_label="k",
+                    y_label="precision",
+                )
+            ],
+            panels=self._contact_sheet(data, scores, flags),
+        )
+
+    def _contact_sheet(
+        self, data: datasets.Dataset, scores: np.ndarray, flags: np.ndarray, columns: int = 8
+    ) -> list[Panel]:
+        rows = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), kind="stable")[: self.num_shown].tolist()
+        if not rows or "image" not in data.column_names:
+            return []
+        with as_plait_errors():
+            shown = data.select(rows)
+            texts = [texts[0] for texts in captions_of(shown)]
+            pictures = metrics.clean_images(shown, range(len(rows)))
+        images = [
+            Image(
+                caption=f"{'poisoned' if flags[row] else 'clean'}, row {row}: {text}", data=png(picture.float() / 255)
+            )
+            for row, text, picture in zip(rows, texts, pictures, strict=True)
+        ]
+        grid = [images[start : start + columns] for start in range(0, len(images), columns)]
+        return [Panel(title="most suspicious pairs", images=grid)]

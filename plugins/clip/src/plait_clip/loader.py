@@ -1,0 +1,310 @@
+"""From dataset rows to batches: decode once, tokenise each caption once, hold small sets in memory."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import attrs
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from plait_clip.model import ImageTextModel
+
+HELD_BYTES = 2 << 30
+
+
+@attrs.frozen(kw_only=True)
+class Batch:
+    """B image-caption pairs; equal captions share one row of ``tokens``.
+
+    Attributes:
+        images: uint8 [B, 3, S, S].
+        tokens: int64 [U, L], the distinct captions, cut to the longest one.
+        text_index: int64 [B], the row of ``tokens`` of each pair.
+        rows: int64 [B], the pairs' row numbers in the dataset.
+        truncated: bool [B], whether the caption had to be cut to the model's context.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    text_index: Tensor
+    rows: Tensor
+    truncated: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(
+            **{name: value.to(device, non_blocking=True) for name, value in attrs.asdict(self, recurse=False).items()}
+        )
+
+    @property
+    def pixels(self) -> Tensor:
+        """The images as float32 in [0, 1]."""
+        return self.images.float() / 255
+
+
+def pixels_from_pil(image: Image.Image, size: int, resize: str = "crop") -> np.ndarray:
+    """A PIL image of any mode → uint8 [3, size, size]; as ``ImageInput`` resizes, with PIL's bicubic filter."""
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    width, height = image.size
+    if (width, height) != (size, size):
+        if resize == "squash":
+            image = image.resize((size, size), Image.Resampling.BICUBIC)
+        else:
+            scale = size / min(width, height)
+            width, height = max(size, round(width * scale)), max(size, round(height * scale))
+            image = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+            left, top = (width - size) // 2, (height - size) // 2
+            image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def open_image(cell: Any, row: int) -> Image.Image:
+    """Decode one cell of an undecoded ``image`` column.
+
+    Raises:
+        ValueError: it is missing, damaged or cut short; names the row.
+    """
+    try:
+        if isinstance(cell, Image.Image):
+            cell.load()
+            return cell
+        if not cell or (cell.get("bytes") is None and not cell.get("path")):
+            raise ValueError(f"row {row}: the image is missing")
+        image = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"])
+        image.load()
+        return image
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        name = f" {cell['path']}" if isinstance(cell, dict) and cell.get("path") else ""
+        raise ValueError(f"row {row}: the image{name} cannot be read ({error})") from error
+
+
+def undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The dataset with its ``image`` column as bytes and path.
+
+    Raises:
+        ValueError: there is no image column, or no row.
+    """
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(
+            f"data is a {type(dataset).__name__}; a dataset is needed, pick a split such as 'digits.train'"
+        )
+    if "image" not in dataset.column_names:
+        raise ValueError(f"the data has no column 'image'; its columns are {', '.join(dataset.column_names)}")
+    if len(dataset) == 0:
+        raise ValueError("the data has no rows")
+    return dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
+
+
+def image_batches(
+    dataset: datasets.Dataset, size: int, *, batch_size: int, resize: str = "crop", threads: int = 4
+) -> Iterator[Tensor]:
+    """All images in order, uint8 [B, 3, size, size] each; the next batch is decoded meanwhile.
+
+    Raises:
+        ValueError: a row's image cannot be read.
+    """
+    cells = undecoded(dataset).select_columns("image")
+
+    def decode(row: int, cell: Any) -> np.ndarray:
+        return pixels_from_pil(open_image(cell, row), size, resize)
+
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: Any = None
+        for start in range(0, len(cells), batch_size):
+            rows = range(start, min(start + batch_size, len(cells)))
+            ready, waiting = (
+                waiting,
+                [pool.submit(decode, r, c) for r, c in zip(rows, cells[rows]["image"], strict=True)],
+            )
+            if ready:
+                yield torch.from_numpy(np.stack([future.result() for future in ready]))
+        yield torch.from_numpy(np.stack([future.result() for future in waiting]))
+
+
+def caption_column(dataset: datasets.Dataset) -> str:
+    """``captions`` or ``caption``.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    for name in ("captions", "caption"):
+        if name in dataset.column_names:
+            return name
+    raise ValueError(
+        f"the data has no column 'captions' or 'caption'; its columns are {', '.join(dataset.column_names)}"
+    )
+
+
+def check_captions(dataset: datasets.Dataset) -> None:
+    """Every row has a caption, and none is empty or only blanks.
+
+    Raises:
+        ValueError: names the first bad row.
+    """
+    column = caption_column(dataset)
+    texts = dataset.with_format(None).select_columns(column)
+    for start in range(0, len(texts), 10_000):
+        for row, cell in enumerate(texts[start : start + 10_000][column], start=start):
+            captions = [cell] if isinstance(cell, str) or cell is None else cell
+            if not captions or any(text is None or not text.strip() for text in captions):
+                raise ValueError(f"row {row}: the caption is empty; give every image a caption")
+
+
+class Pairs:
+    """The image-caption pairs of a dataset, at a model's image size and in its tokens.
+
+    Sets of up to ``held_bytes`` of pixels are decoded and tokenised once; larger ones are decoded by
+    ``workers`` processes as they are needed, in bounded memory.
+
+    Args:
+        dataset: columns ``image`` and ``captions`` (or ``caption``).
+        model: gives image size and tokens.
+        share_texts: put equal captions of a batch into one row of tokens.
+
+    Raises:
+        ValueError: an image cannot be read, a caption is empty, a column is missing.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        model: ImageTextModel,
+        *,
+        held_bytes: int = HELD_BYTES,
+        workers: int = 0,
+        share_texts: bool = True,
+    ) -> None:
+        self._cells = undecoded(dataset)
+        self._name = str(dataset._fingerprint)
+        check_captions(dataset)
+        self._column = caption_column(dataset)
+        self._size, self._resize = model.image_size, model.image_input.resize
+        self._tokenize, self._trim, self._truncated = model.tokenize, model.trim, model.truncated
+        self._share = share_texts
+        self._workers = workers
+        self._held: Tensor | None = None
+        if len(dataset) * 3 * self._size**2 <= held_bytes:
+            self._hold(dataset)
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    @property
+    def name(self) -> str:
+        """Differs for different data."""
+        return self._name
+
+    def _hold(self, dataset: datasets.Dataset) -> None:
+        images = image_batches(dataset, self._size, batch_size=1024, resize=self._resize)
+        self._held = torch.empty(len(dataset), 3, self._size, self._size, dtype=torch.uint8)
+        for start, batch in zip(range(0, len(dataset), 1024), images, strict=True):
+            self._held[start : start + len(batch)] = batch
+        captions = _as_lists(self._cells.select_columns(self._column)[:][self._column])
+        ids = {text: i for i, text in enumerate(dict.fromkeys(text for texts in captions for text in texts))}
+        texts = list(ids)
+        parts = [texts[start : start + 4096] for start in range(0, len(texts), 4096)]
+        self._held_tokens = torch.cat([self._tokenize(part) for part in parts]).to(torch.int32)
+        self._held_cut = torch.tensor([cut for part in parts for cut in self._truncated(part)])
+        self._held_texts = [[ids[text] for text in options] for options in captions]
+
+    def read(self, rows: Sequence[int], picks: Sequence[float]) -> Batch:
+        """The pairs of these rows; ``picks`` in [0, 1) chooses among the captions of each row."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        if self._held is not None:
+            options = [self._held_texts[row] for row in rows]
+            ids = torch.tensor([texts[int(pick * len(texts))] for texts, pick in zip(options, picks, strict=True)])
+            images, cut = self._held[index], self._held_cut[ids]
+            unique, text_index = self._distinct(ids)
+            tokens = self._held_tokens[unique].long()
+        else:
+            cells = self._cells[list(rows)]
+            decoded = [
+                pixels_from_pil(open_image(cell, row), self._size, self._resize)
+                for row, cell in zip(rows, cells["image"], strict=True)
+            ]
+            images = torch.from_numpy(np.stack(decoded))
+            options = _as_lists(cells[self._column])
+            texts = [options_[int(pick * len(options_))] for options_, pick in zip(options, picks, strict=True)]
+            place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+            ids = torch.tensor([place[text] for text in texts])
+            known = list(place)
+            cut = torch.tensor(self._truncated(known))[ids]
+            unique, text_index = self._distinct(ids)
+            tokens = self._tokenize(known)[unique]
+        return Batch(images=images, tokens=self._trim(tokens), text_index=text_index, rows=index, truncated=cut)
+
+    def _distinct(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._share:
+            return ids, torch.arange(len(ids))
+        place: dict[int, int] = {}
+        index = [place.setdefault(number, len(place)) for number in ids.tolist()]
+        return torch.tensor(list(place)), torch.tensor(index)
+
+    def batches(
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        *,
+        drop_last: bool = True,
+        skip: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterator[Batch]:
+        """One epoch in an order drawn from ``generator``, with a caption drawn for every row.
+
+        Args:
+            skip: leave out the first batches (to go on after an interruption).
+            part: (k, n) gives slice k of n of every batch (to share an epoch among n processes).
+        """
+        order = torch.randperm(len(self), generator=generator)
+        picks = torch.rand(len(self), generator=generator, dtype=torch.float64)
+        stop = len(order) - len(order) % batch_size if drop_last else len(order)
+        plan = _Plan(self.read, order[:stop], picks, batch_size, skip, part)
+        if self._held is not None or self._workers == 0:
+            return (self.read(*plan.rows(number)) for number in range(len(plan)))
+        return _in_processes(plan, self._workers)
+
+
+@attrs.frozen
+class _Plan(torch.utils.data.Dataset):
+    """The batches of an epoch, read by number."""
+
+    read: Callable[..., Batch]
+    order: Tensor
+    picks: Tensor
+    batch_size: int
+    skip: int
+    part: tuple[int, int]
+
+    def __len__(self) -> int:
+        return max(0, -(-len(self.order) // self.batch_size) - self.skip)
+
+    def rows(self, number: int) -> tuple[list[int], list[float]]:
+        start = (number + self.skip) * self.batch_size
+        k, n = self.part
+        rows = self.order[start : start + self.batch_size][k::n]
+        return rows.tolist(), self.picks[rows].tolist()
+
+    def __getitem__(self, number: int) -> tuple[Batch | None, str]:
+        try:
+            return self.read(*self.rows(number)), ""
+        except ValueError as error:  # its sentence, without a worker's traceback
+            return None, str(error)
+
+
+def _in_processes(plan: _Plan, workers: int) -> Iterator[Batch]:
+    # A generator of its own: the loader would draw its workers' seed from the global one.
+    loader = torch.utils.data.DataLoader(plan, batch_size=None, num_workers=workers, generator=torch.Generator())
+    for batch, problem in loader:
+        if batch is None:
+            raise ValueError(problem)
+        yield batch
+
+
+def _as_lists(cells: Sequence[Any]) -> list[list[str]]:
+    return [[cell] if isinstance(cell, str) else list(cell) for cell in cells]

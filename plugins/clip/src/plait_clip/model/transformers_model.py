@@ -1,0 +1,194 @@
+"""CLIP, SigLIP and BLIP image-text matching of transformers behind the common interface."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plait_clip.model.image_input import ImageInput
+from plait_clip.model.interface import ImageTextModel, write_about
+
+
+class TransformersModel(ImageTextModel):
+    """A transformers model with its tokenizer and its preprocessing.
+
+    Args:
+        model: a model with ``get_image_features`` and ``get_text_features`` (CLIP, SigLIP, ...), or
+            ``BlipForImageTextRetrieval``, which is a fusion model.
+        tokenizer: the transformers tokenizer of the model.
+        image_input: resizing and normalising.
+        log_scale: start of ``logit_scale`` for models without one of their own (BLIP).
+
+    Raises:
+        TypeError: the model lacks one of the two towers.
+    """
+
+    image_prefixes = ("model.vision_model.", "model.visual_projection.", "model.vision_proj.")
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, image_input: ImageInput, *, log_scale: float = 2.6592600369
+    ) -> None:
+        super().__init__()
+        self.kind = "fusion" if _is_blip(model) else "contrastive"
+        missing = [name for name in ("get_image_features", "get_text_features") if not hasattr(model, name)]
+        if self.kind == "contrastive" and missing:
+            raise TypeError(f"{type(model).__name__} has no {' and no '.join(missing)}; both towers are needed")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_input = image_input
+        text_config = model.config.text_config
+        self.context_length = int(text_config.max_position_embeddings)
+        self._own_scale = not hasattr(model, "logit_scale")
+        if self._own_scale:
+            self.log_scale = nn.Parameter(torch.tensor(log_scale, dtype=next(model.parameters()).dtype))
+
+    @property
+    def logit_scale(self) -> nn.Parameter:  # type: ignore[override]
+        return self.log_scale if self._own_scale else self.model.logit_scale
+
+    @property
+    def logit_bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        return getattr(self.model, "logit_bias", None)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        pixels = self._pixels(images)
+        if self.kind == "fusion":
+            return self.model.vision_proj(self._patches(pixels)[:, 0])
+        return _features(self.model.get_image_features(pixel_values=pixels))
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        mask = self._mask(tokens)
+        if self.kind == "fusion":
+            states = self.model.text_encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
+            return self.model.text_proj(states[:, 0])
+        return _features(self.model.get_text_features(input_ids=tokens, attention_mask=mask))
+
+    def image_states(self, images: Tensor) -> Tensor:
+        if self.kind != "fusion":
+            return super().image_states(images)
+        return self._patches(self._pixels(images))
+
+    def match_states(self, states: Tensor, texts: Sequence[str]) -> Tensor:
+        """Log-odds that image i and text i belong together, [N]."""
+        if self.kind != "fusion":
+            return super().match_states(states, texts)
+        if len(states) != len(texts):
+            raise ValueError(f"{len(states)} images and {len(texts)} texts; give as many")
+        tokens = self.trim(self.tokenize(texts)).to(states.device)
+        joint = self.model.text_encoder(
+            input_ids=tokens,
+            attention_mask=self._mask(tokens),
+            encoder_hidden_states=states,
+            encoder_attention_mask=torch.ones(states.shape[:2], dtype=torch.long, device=states.device),
+        ).last_hidden_state
+        no, yes = self.model.itm_head(joint[:, 0]).unbind(dim=1)
+        return yes - no
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        encoded = self.tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=self.context_length, return_tensors="pt"
+        )
+        return encoded["input_ids"]
+
+    def _too_long(self, texts: Sequence[str]) -> list[bool]:
+        return [len(ids) > self.context_length for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]]
+
+    def trim(self, tokens: Tensor) -> Tensor:
+        """Cut to the longest text where padding has no influence (causal or masked towers)."""
+        model_type = self.model.config.model_type
+        if len(tokens) == 0 or (self.kind != "fusion" and model_type != "clip"):
+            return tokens
+        if self.kind == "fusion":
+            used = (tokens != self.tokenizer.pad_token_id).sum(dim=1)
+        elif self.model.text_model.eos_token_id == 2:  # old configurations read at the largest id
+            used = tokens.argmax(dim=1) + 1
+        else:
+            used = (tokens == self.model.text_model.eos_token_id).int().argmax(dim=1) + 1
+        return tokens[:, : int(used.max())]
+
+    def _patches(self, pixels: Tensor) -> Tensor:
+        return self.model.vision_model(pixel_values=pixels).last_hidden_state
+
+    def _mask(self, tokens: Tensor) -> Tensor | None:
+        # CLIP is causal and often pads with its end token, SigLIP was trained to see its padding.
+        return (tokens != self.tokenizer.pad_token_id).long() if self.kind == "fusion" else None
+
+    @classmethod
+    def from_source(cls, source: str, revision: str | None = None) -> TransformersModel:
+        """A model of the hub or of a local folder, with the tokenizer and the image processor next to it.
+
+        Raises:
+            ValueError: it is no model with an image and a text tower.
+            OSError: it is not there.
+        """
+        import transformers
+
+        try:
+            kind = transformers.AutoConfig.from_pretrained(source, revision=revision).model_type
+            loader = transformers.BlipForImageTextRetrieval if kind == "blip" else transformers.AutoModel
+            with _no_progress_bars(), torch.random.fork_rng(devices=[]):
+                model = loader.from_pretrained(source, revision=revision)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+            processor = transformers.AutoImageProcessor.from_pretrained(source, revision=revision)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise OSError(f"transformers cannot load {source}: {reason}") from error
+        return cls(model, tokenizer, _image_input(processor))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        with _no_progress_bars():
+            self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        about: dict[str, Any] = {"library": "transformers", "class": type(self.model).__name__}
+        about["image"] = self.image_input.config()
+        if self._own_scale:
+            about["log_scale"] = self.log_scale.item()
+        write_about(folder, about)
+
+    @classmethod
+    def _load(cls, folder: Path, about: dict[str, Any]) -> TransformersModel:
+        import transformers
+
+        with _no_progress_bars():
+            model = getattr(transformers, about["class"]).from_pretrained(folder, dtype="auto")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        extra = {"log_scale": about["log_scale"]} if "log_scale" in about else {}
+        return cls(model, tokenizer, ImageInput(**about["image"]), **extra)
+
+
+def _image_input(processor: Any) -> ImageInput:
+    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    height, width = (size["height"], size["width"]) if "height" in size else (size["shortest_edge"],) * 2
+    if height != width:
+        raise ValueError(f"the model takes images of {height} × {width}; only square ones are supported")
+    resize = "crop" if "shortest_edge" in processor.size else "squash"
+    interpolation = {2: "bilinear", 3: "bicubic"}.get(int(processor.resample), "bicubic")  # PIL's numbers
+    return ImageInput(height, processor.image_mean, processor.image_std, resize=resize, interpolation=interpolation)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _features(output: Any) -> Tensor:
+    """transformers 5 returns an output object whose pooler_output is projected, 4 the tensor."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def _is_blip(model: nn.Module) -> bool:
+    return all(hasattr(model, name) for name in ("vision_proj", "text_proj", "itm_head", "text_encoder"))

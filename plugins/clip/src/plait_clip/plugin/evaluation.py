@@ -1,0 +1,229 @@
+"""``evaluate``: zero-shot, retrieval, linear-probe and supervised-fine-tune."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import attrs
+import torch
+from plait import PlaitError, Report, hookimpl
+from plait.fields import doc, in_range, one_of
+
+from plait_clip import probe, prompts
+from plait_clip import retrieval as rt
+from plait_clip import zero_shot as zs
+from plait_clip.loader import Pairs, image_batches
+from plait_clip.plugin.errors import as_plait_errors
+from plait_clip.plugin.models import on_device
+
+
+@attrs.frozen(kw_only=True)
+class ZeroShot:
+    """Zero-shot classification accuracy: CA@1, 3, 5 and 10 (Radford et al., ICML 2021)."""
+
+    templates: tuple[str, ...] | str = attrs.field(
+        default="photo",
+        metadata=doc(
+            "prompts with {} for the class: openai-imagenet, openai-simple, photo, digits, fashion-mnist, or a list"
+        ),
+    )
+    class_names: tuple[str, ...] | str | None = attrs.field(
+        default=None, metadata=doc("names in the order of the labels: imagenet, or a list; default: the data's own")
+    )
+    top: tuple[int, ...] = attrs.field(
+        default=(1, 3, 5, 10), validator=in_range(1), metadata=doc("ranks m of CA@m; those of m ≥ classes are left out")
+    )
+    batch_size: int = attrs.field(default=256, validator=in_range(1), metadata=doc("images at a time"))
+    precision: Literal["fp32", "bf16"] = attrs.field(
+        default="fp32", validator=one_of("fp32", "bf16"), metadata=doc("arithmetic of the towers")
+    )
+
+    @hookimpl
+    def evaluate(self, model: Any, data: Any, run: Any) -> Report:
+        with as_plait_errors():
+            model = on_device(model, run.device)
+            labels, names = zs.labels_and_names(data)
+            names = prompts.class_names(self.class_names if self.class_names is not None else names or ())
+            if int(labels.max()) >= len(names):
+                raise PlaitError(
+                    f"label {int(labels.max())} occurs, but there are {len(names)} class names; give class_names"
+                )
+            head = zs.zero_shot_head(model, names, prompts.templates(self.templates), precision=self.precision)
+            top = zs.classify(
+                model, head, data, top=max(self.top), batch_size=self.batch_size, precision=self.precision
+            )
+        ranks = [m for m in self.top if m < len(names)] or [1]
+        row = {f"CA@{m}": zs.accuracy(top, labels, m) for m in ranks}
+        return Report(rows=[row], better=dict.fromkeys(row, "higher"), formats=dict.fromkeys(row, ".3f"))
+
+
+@attrs.frozen(kw_only=True)
+class Retrieval:
+    """Image-text retrieval: TR and IR R@1, 5 and 10; fusion models rerank (Karpathy & Fei-Fei, CVPR 2015)."""
+
+    top: tuple[int, ...] = attrs.field(default=(1, 5, 10), validator=in_range(1), metadata=doc("ranks k of R@k"))
+    candidates: int = attrs.field(
+        default=128, validator=in_range(1), metadata=doc("nearest captions or images that a fusion model scores")
+    )
+    batch_size: int = attrs.field(default=256, validator=in_range(1), metadata=doc("images at a time"))
+    block: int = attrs.field(
+        default=1024, validator=in_range(1), metadata=doc("rows of the images × texts similarities held at a time")
+    )
+    precision: Literal["fp32", "bf16"] = attrs.field(
+        default="fp32", validator=one_of("fp32", "bf16"), metadata=doc("arithmetic of the towers")
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if self.candidates < max(self.top):
+            raise PlaitError(f"candidates is {self.candidates}, which is less than the rank {max(self.top)} in top")
+
+    @hookimpl
+    def evaluate(self, model: Any, data: Any, run: Any) -> Report:
+        with as_plait_errors():
+            text_ranks, image_ranks = rt.evaluate_retrieval(
+                on_device(model, run.device),
+                data,
+                run.folder,
+                candidates=self.candidates,
+                batch_size=self.batch_size,
+                block=self.block,
+                precision=self.precision,
+            )
+        row = {f"TR R@{k}": rt.recall(text_ranks, k) for k in self.top}
+        row |= {f"IR R@{k}": rt.recall(image_ranks, k) for k in self.top}
+        return Report(rows=[row], better=dict.fromkeys(row, "higher"), formats=dict.fromkeys(row, ".3f"))
+
+
+def _target_field() -> Any:
+    return attrs.field(
+        default=None, metadata=doc("class name or number; adds ASR: share of the rows of other classes called this")
+    )
+
+
+@attrs.frozen(kw_only=True)
+class LinearProbe:
+    """Accuracy of a linear layer on frozen image features (protocol of CleanCLIP, Bansal et al., ICCV 2023)."""
+
+    num_epochs: int = attrs.field(default=10, validator=in_range(1), metadata=doc("passes over the training split"))
+    batch_size: int = attrs.field(default=128, validator=in_range(1), metadata=doc("images per step"))
+    learning_rate: float = attrs.field(
+        default=0.005, validator=in_range(0, low_open=True), metadata=doc("peak; cosine to 0 without warm-up")
+    )
+    weight_decay: float = attrs.field(default=0.01, validator=in_range(0), metadata=doc("AdamW decay of the weights"))
+    target: str | int | None = _target_field()
+    precision: Literal["fp32", "bf16"] = attrs.field(
+        default="fp32", validator=one_of("fp32", "bf16"), metadata=doc("arithmetic of the image tower")
+    )
+
+    @hookimpl
+    def evaluate(self, model: Any, data: Any, run: Any) -> Report:
+        with as_plait_errors():
+            model = on_device(model, run.device)
+            splits = _Splits(data, self.target)
+
+            def features(part: Any) -> torch.Tensor:
+                batches = image_batches(part, model.image_size, batch_size=256, resize=model.image_input.resize)
+                return torch.cat(list(zs.image_features(model, batches, normalise=False, precision=self.precision)))
+
+            layer = probe.linear_probe(
+                features(splits.train),
+                splits.train_labels,
+                splits.num_classes,
+                run.generator("probe"),
+                num_epochs=self.num_epochs,
+                batch_size=self.batch_size,
+                learning_rate=self.learning_rate,
+                weight_decay=self.weight_decay,
+            )
+            with torch.no_grad():
+                return splits.report(lambda part: layer(features(part)).argmax(dim=1).cpu())
+
+
+@attrs.frozen(kw_only=True)
+class SupervisedFineTune:
+    """Accuracy of a linear head trained with the whole image tower (protocol of CleanCLIP, Bansal et al., ICCV 2023)."""
+
+    num_epochs: int = attrs.field(default=10, validator=in_range(1), metadata=doc("passes over the training split"))
+    batch_size: int = attrs.field(default=128, validator=in_range(1), metadata=doc("images per step"))
+    learning_rate: float = attrs.field(
+        default=1e-4, validator=in_range(0, low_open=True), metadata=doc("peak; cosine to 0 after the warm-up")
+    )
+    warmup_steps: int = attrs.field(default=500, validator=in_range(0), metadata=doc("steps up to the peak rate"))
+    weight_decay: float = attrs.field(default=0.01, validator=in_range(0), metadata=doc("AdamW decay of the weights"))
+    target: str | int | None = _target_field()
+    precision: Literal["fp32", "bf16"] = attrs.field(
+        default="fp32", validator=one_of("fp32", "bf16"), metadata=doc("bf16: mixed precision")
+    )
+
+    @hookimpl
+    def evaluate(self, model: Any, data: Any, run: Any) -> Report:
+        with as_plait_errors():
+            model = on_device(model, run.device)
+            splits = _Splits(data, self.target)
+            if len(splits.train) < self.batch_size:
+                raise PlaitError(f"train has {len(splits.train)} rows, fewer than batch_size {self.batch_size}")
+            pairs = Pairs(splits.captioned_train(), model)
+            classifier = probe.fine_tune(
+                model,
+                lambda epoch, skip: pairs.batches(self.batch_size, run.generator(f"epoch {epoch}"), skip=skip),
+                splits.train_labels,
+                splits.num_classes,
+                run.generator("head"),
+                steps_per_epoch=len(pairs) // self.batch_size,
+                num_epochs=self.num_epochs,
+                learning_rate=self.learning_rate,
+                warmup_steps=self.warmup_steps,
+                weight_decay=self.weight_decay,
+                precision=self.precision,
+                checkpoint=run.folder / "fine_tune.pt",
+                data_name=pairs.name,
+                seed=run.derived_seed("model"),
+                on_step=lambda step, values: run.log(step=step, **values),
+            )
+
+            def predict(part: Any) -> torch.Tensor:
+                batches = image_batches(part, model.image_size, batch_size=256, resize=model.image_input.resize)
+                with zs.evaluating(classifier, self.precision):
+                    logits = [classifier(images.to(model.device).float() / 255) for images in batches]
+                return torch.cat(logits).argmax(dim=1).cpu()
+
+            return splits.report(predict)
+
+
+class _Splits:
+    """``train`` and the splits to measure on, with labels checked against each other."""
+
+    def __init__(self, data: Any, target: str | int | None) -> None:
+        if not isinstance(data, Mapping) or "train" not in data or len(data) < 2:
+            have = ", ".join(data) if isinstance(data, Mapping) else type(data).__name__
+            raise PlaitError(
+                f"data has {have}; give train and at least one more, e.g. {{train: x.train, test: x.test}}"
+            )
+        self.train = data["train"]
+        self.train_labels, names = zs.labels_and_names(self.train)
+        self.num_classes = len(names) if names else int(self.train_labels.max()) + 1
+        self.names = names or [str(i) for i in range(self.num_classes)]
+        if len(self.train_labels.unique()) < 2:
+            raise PlaitError("train has rows of one class only; a classifier needs at least two")
+        self.measured = {name: part for name, part in data.items() if name != "train"}
+        self.labels = {name: zs.labels_and_names(part)[0] for name, part in self.measured.items()}
+        self.target = self.names.index(target) if target in self.names else target
+        if target is not None and self.target not in range(self.num_classes):
+            raise PlaitError(f"target is {target!r}; the classes are {', '.join(self.names[:20])}")
+
+    def captioned_train(self) -> Any:
+        """The training split with its class names as captions."""
+        keep = self.train.select_columns(["image"])
+        return keep.add_column("caption", [self.names[label] or "?" for label in self.train_labels.tolist()])
+
+    def report(self, predict: Any) -> Report:
+        rows = []
+        for name, part in self.measured.items():
+            predicted, labels = predict(part), self.labels[name]
+            row: dict[str, Any] = {"split": name, "accuracy": float((predicted == labels).float().mean())}
+            if self.target is not None:
+                others = predicted[labels != self.target]
+                row["ASR"] = float((others == self.target).float().mean()) if len(others) else None
+            rows.append(row)
+        return Report(rows=rows, better={"accuracy": "higher"}, formats={"accuracy": ".3f", "ASR": ".3f"})

@@ -1,0 +1,121 @@
+"""``load-model``: open-clip and transformers-clip."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from plait import PlaitError, hookimpl
+from plait.fields import doc, in_range
+
+from plait_clip.model import ImageTextModel, TransformersModel, architectures
+from plait_clip.plugin.errors import as_plait_errors
+
+
+@attrs.frozen(kw_only=True)
+class OpenClip:
+    """An open_clip model: fresh, pretrained, from a checkpoint or from a folder."""
+
+    architecture: str | None = attrs.field(
+        default=None,
+        metadata=doc(
+            "architecture name of open_clip, path of an open_clip JSON, hf-hub:owner/name, or tiny (8 px) or tiny-28 "
+            "(28 px) for the small beds; default: tiny, or what the checkpoint says"
+        ),
+    )
+    config: dict[str, Any] | None = attrs.field(
+        default=None, metadata=doc("open_clip configuration (embed_dim, vision_cfg, text_cfg) instead of architecture")
+    )
+    pretrained: str | None = attrs.field(default=None, metadata=doc("tag of pretrained weights of open_clip"))
+    checkpoint: Path | None = attrs.field(
+        default=None,
+        metadata=doc("folder of a saved model, or weights file of open_clip, OpenAI or CleanCLIP (.safetensors, .pt)"),
+    )
+    image_size: int | None = attrs.field(
+        default=None, validator=in_range(1), metadata=doc("side of the images instead of the architecture's, pixels")
+    )
+    context_length: int = attrs.field(
+        default=14, validator=in_range(3, 4096), metadata=doc("tokens per text of tiny and tiny-28")
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if self.architecture is not None and self.config is not None:
+            raise PlaitError("architecture and config are both given; give one")
+        if self.pretrained is not None and self.checkpoint is not None:
+            raise PlaitError("pretrained and checkpoint are both given; give one")
+        if self.pretrained is not None and (self.architecture is None or self.architecture.startswith("tiny")):
+            raise PlaitError(f"pretrained is {self.pretrained!r} without an architecture of open_clip; name one")
+
+    @hookimpl
+    def load_model(self, data: Any | None, run: Any) -> ImageTextModel:
+        with as_plait_errors(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.derived_seed("weights"))
+            model = self._model(data)
+        return model.eval().to(run.device)
+
+    def _model(self, data: Any | None) -> ImageTextModel:
+        name = self.architecture
+        if self.checkpoint is not None and self.checkpoint.expanduser().is_dir():
+            return architectures.from_folder(self.checkpoint)
+        if self.checkpoint is not None and name is None and self.config is None:
+            return architectures.from_checkpoint(self.checkpoint)
+        if self.config is not None:
+            model = architectures.from_config(architectures.with_image_size(self.config, self.image_size))
+        elif name is None or name in architectures.TINY:
+            words = _words(data) if data is not None else []
+            model = architectures.tiny(name or "tiny", words, context_length=self.context_length)
+        elif name.startswith("hf-hub:"):
+            model = architectures.from_hub(name.removeprefix("hf-hub:"))
+        elif self.pretrained is not None:
+            model = architectures.from_tag(name, self.pretrained, self.image_size)
+        else:
+            config = architectures.with_image_size(architectures.open_clip_architecture(name), self.image_size)
+            model = architectures.from_config(config)
+        if self.checkpoint is not None:
+            architectures.load_weights(model, self.checkpoint)
+        return model
+
+
+@attrs.frozen(kw_only=True)
+class TransformersClip:
+    """A CLIP, SigLIP or BLIP image-text matching model of transformers."""
+
+    source: str = attrs.field(metadata=doc("local folder, or owner/name on the Hugging Face hub"))
+    revision: str | None = attrs.field(default=None, metadata=doc("branch, tag or commit of a hub model"))
+
+    @hookimpl
+    def load_model(self, run: Any) -> ImageTextModel:
+        with as_plait_errors():
+            if (Path(self.source).expanduser() / "plait.json").is_file():
+                model = ImageTextModel.from_pretrained(Path(self.source).expanduser())
+            else:
+                model = TransformersModel.from_source(self.source, self.revision)
+        return model.eval().to(run.device)
+
+
+def on_device(model: Any, device: Any) -> ImageTextModel:
+    """The model on a device: itself where it is there already, else a copy, so that the input stays where it is.
+
+    Raises:
+        TypeError: it is no image-text model.
+    """
+    if not isinstance(model, ImageTextModel):
+        raise TypeError(f"model is a {type(model).__name__}; an image-text model of plait-clip is needed")
+    device = torch.empty(0, device=device).device  # cuda → cuda:0
+    return model if model.device == device else copy.deepcopy(model).to(device)
+
+
+def _words(data: Any) -> list[str]:
+    """All captions and class names of a dataset or of the datasets of a mapping."""
+    from plait_clip.loader import caption_column
+
+    found: dict[str, None] = {}
+    for part in data.values() if isinstance(data, dict) else [data]:
+        column = caption_column(part)
+        for cell in part.with_format(None).select_columns(column)[:][column]:
+            found.update(dict.fromkeys([cell] if isinstance(cell, str) else cell))
+        found.update(dict.fromkeys(getattr(part.features.get("label"), "names", None) or []))
+    return list(found)

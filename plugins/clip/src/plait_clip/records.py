@@ -1,0 +1,230 @@
+"""Datasets in the common columns: ``image``, ``captions``, ``label``, ``is_backdoor``."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets.arrow_writer import ArrowWriter
+from PIL import Image
+
+from plait_clip.loader import check_captions, open_image, undecoded
+from plait_clip.sources import Row
+
+
+def features(names: Sequence[str] | None = None) -> datasets.Features:
+    """``image`` and ``captions``, and ``label`` where class names are given."""
+    columns = {"image": datasets.Image(), "captions": datasets.Sequence(datasets.Value("string"))}
+    if names is not None:
+        columns["label"] = datasets.ClassLabel(names=list(names))
+    return datasets.Features(columns)
+
+
+def from_arrays(
+    images: np.ndarray, captions: Sequence[str], labels: Sequence[int] | np.ndarray, names: Sequence[str]
+) -> datasets.Dataset:
+    """A dataset held in memory.
+
+    Args:
+        images: uint8 [N, H, W] (grey) or [N, H, W, 3]; kept without loss.
+        captions: one for each image.
+        labels: [N], counting from 0 into ``names``.
+    """
+    cells = [{"bytes": png_bytes(image), "path": None} for image in images]
+    columns = {"image": cells, "captions": [[text] for text in captions], "label": [int(label) for label in labels]}
+    return datasets.Dataset.from_dict(columns, features=features(names))
+
+
+def png_bytes(pixels: np.ndarray) -> bytes:
+    """uint8 [H, W] or [H, W, 3] → PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert("RGB").save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def from_dataset(
+    dataset: datasets.Dataset,
+    *,
+    image: str | None = None,
+    caption: str | None = None,
+    skip_bad_images: bool = False,
+    threads: int = 8,
+) -> tuple[datasets.Dataset, int]:
+    """A Hugging Face dataset with its columns named as here, every row checked; other columns are kept.
+
+    Args:
+        image, caption: its columns; default: ``image``, and ``captions``, ``caption`` or ``text``.
+
+    Returns:
+        the dataset, and how many rows with bad images were left out.
+
+    Raises:
+        ValueError: a missing column, an empty caption, a bad image, no row; names the row.
+    """
+    image = image or "image"
+    caption = caption or next(
+        (name for name in ("captions", "caption", "text") if name in dataset.column_names), "captions"
+    )
+    for name in (image, caption):
+        if name not in dataset.column_names:
+            raise ValueError(f"the dataset has no column {name!r}; its columns are {', '.join(dataset.column_names)}")
+    target = "caption" if isinstance(dataset.features[caption], datasets.Value) else "captions"
+    for old, new in ((image, "image"), (caption, target)):
+        if old != new:
+            dataset = dataset.remove_columns([new]) if new in dataset.column_names else dataset
+            dataset = dataset.rename_column(old, new)
+    if dataset.features["image"] != datasets.Image():
+        dataset = dataset.cast_column("image", datasets.Image())
+    cells = undecoded(dataset).select_columns("image")
+    check_captions(dataset)
+    bad = []
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(cells), 32 * threads):
+            chunk = cells[start : start + 32 * threads]["image"]
+            for row, problem in enumerate(pool.map(_problem, chunk, itertools.count(start)), start=start):
+                if problem is not None:
+                    if not skip_bad_images:
+                        raise problem
+                    bad.append(row)
+    if len(bad) == len(dataset):
+        raise ValueError(f"the dataset has no readable image among {len(dataset)} rows")
+    return (dataset.select(np.setdiff1d(np.arange(len(dataset)), bad)) if bad else dataset), len(bad)
+
+
+def from_rows(
+    rows: Iterable[Row],
+    folder: Path,
+    *,
+    names: Sequence[str] | None = None,
+    skip_bad_images: bool = False,
+    threads: int = 8,
+) -> tuple[dict[str, datasets.Dataset], int]:
+    """Write rows to memory-mapped datasets in ``folder`` as they come, one for each of their splits.
+
+    Every image is decoded once, to find the damaged ones; its file is kept as it is.
+
+    Args:
+        names: class names; labels are numbers into them or names among them. Default: the names that
+            occur, or as many names as the highest number says.
+        skip_bad_images: leave out rows whose image is missing or damaged.
+
+    Returns:
+        split → dataset, and how many rows were left out.
+
+    Raises:
+        ValueError: an empty caption, a bad image, a label outside ``names``, no row at all; names the row.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    writers: dict[str, _Part] = {}
+    skipped = 0
+    with ThreadPoolExecutor(threads) as pool:
+        for row, (content, problem) in _prefetched(pool, rows, 32 * threads):
+            if not row.captions or any(text is None or not text.strip() for text in row.captions):
+                raise ValueError(f"row {row.number}: the caption is empty; give every image a caption")
+            if problem is not None:
+                if not skip_bad_images:
+                    raise problem
+                skipped += 1
+                continue
+            if row.split not in writers:
+                writers[row.split] = _Part(folder / f"{uuid.uuid4().hex}.arrow", row)
+            writers[row.split].write(row, content)
+    parts = {split: writer.finish() for split, writer in writers.items()}
+    if not parts:
+        raise ValueError(f"the source has no rows{f'; {skipped} had no readable image' if skipped else ''}")
+    return _with_classes(parts, names), skipped
+
+
+class _Part:
+    """One split, written as it comes. Labels stay text until all are known."""
+
+    def __init__(self, path: Path, first: Row) -> None:
+        self.path = path
+        columns: dict[str, Any] = dict(features())
+        self.labelled, self.flagged = first.label is not None, first.is_backdoor is not None
+        if self.labelled:
+            columns["label"] = datasets.Value("string")
+        if self.flagged:
+            columns["is_backdoor"] = datasets.Value("bool")
+        self.writer = ArrowWriter(path=str(path), features=datasets.Features(columns), writer_batch_size=256)
+
+    def write(self, row: Row, content: bytes) -> None:
+        record: dict[str, Any] = {"image": {"bytes": content, "path": None}, "captions": list(row.captions)}
+        if (row.label is not None) != self.labelled or (row.is_backdoor is not None) != self.flagged:
+            raise ValueError(
+                f"row {row.number}: the label or is_backdoor is missing here or in the first row; give all or none"
+            )
+        if self.labelled:
+            record["label"] = str(row.label)
+        if self.flagged:
+            record["is_backdoor"] = row.is_backdoor
+        self.writer.write(record)
+
+    def finish(self) -> datasets.Dataset:
+        self.writer.finalize()
+        return datasets.Dataset.from_file(str(self.path))
+
+
+def _prefetched(pool: ThreadPoolExecutor, rows: Iterable[Row], ahead: int) -> Iterator[tuple[Row, Any]]:
+    """Rows with their images read and checked, in order, up to ``ahead`` of them at a time."""
+    rows = iter(rows)
+    while chunk := list(itertools.islice(rows, ahead)):
+        yield from zip(chunk, pool.map(_read_image, chunk), strict=True)
+
+
+def _problem(cell: Any, row: int) -> ValueError | None:
+    try:
+        open_image(cell, row)
+    except ValueError as error:
+        return error
+    return None
+
+
+def _read_image(row: Row) -> tuple[bytes, None] | tuple[None, ValueError]:
+    try:
+        if row.image is None:
+            raise ValueError(f"row {row.number}: the image is missing")
+        content = row.image.read_bytes() if isinstance(row.image, Path) else row.image
+        open_image({"bytes": content, "path": str(row.image) if isinstance(row.image, Path) else None}, row.number)
+    except OSError as error:
+        return None, ValueError(f"row {row.number}: the image {row.image} cannot be read ({error.strerror or error})")
+    except ValueError as error:
+        return None, error
+    return content, None
+
+
+def _with_classes(parts: dict[str, datasets.Dataset], names: Sequence[str] | None) -> dict[str, datasets.Dataset]:
+    """The text labels as ``ClassLabel``, with the same names in all parts."""
+    labelled = [part for part in parts.values() if "label" in part.column_names]
+    if not labelled:
+        return parts
+    found = sorted({label for part in labelled for label in part.unique("label")})
+    numbers = all(label.isdigit() for label in found)
+    if names is None:
+        names = [str(i) for i in range(max(map(int, found)) + 1)] if numbers else found
+    outside = [label for label in found if not (int(label) < len(names) if numbers else label in names)]
+    if outside:
+        raise ValueError(
+            f"label {outside[0]!r} is none of the {len(names)} classes; give class_names that cover all labels"
+        )
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"class name {twice[0]!r} occurs twice; names must differ")
+    place = {label: int(label) if numbers else list(names).index(label) for label in found}
+    return {
+        split: _relabelled(part, place, names) if "label" in part.column_names else part
+        for split, part in parts.items()
+    }
+
+
+def _relabelled(part: datasets.Dataset, place: dict[str, int], names: Sequence[str]) -> datasets.Dataset:
+    labels = [place[text] for text in part.select_columns("label")[:]["label"]]
+    return part.remove_columns("label").add_column("label", labels, feature=datasets.ClassLabel(names=list(names)))

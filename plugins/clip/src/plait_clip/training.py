@@ -1,0 +1,326 @@
+"""A training loop for any loss on an image-text model: resumable, and whole again after divergence."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plait_clip.loader import Batch
+from plait_clip.losses import clip_loss, sigmoid_loss
+from plait_clip.model import ImageTextModel
+
+MAX_LOG_SCALE = 4.6052  # ln 100
+
+LossFn = Callable[[Any, Any], "Tensor | Mapping[str, Tensor]"]
+
+
+class DivergedError(RuntimeError):
+    """The loss was not finite; the model holds its last good weights again.
+
+    Attributes:
+        step: the optimizer step at which it was found.
+        loss: what it was.
+        restored_step: the step whose weights the model holds.
+    """
+
+    def __init__(self, step: int, loss: float, restored_step: int) -> None:
+        self.step, self.loss, self.restored_step = step, loss, restored_step
+        super().__init__(
+            f"the loss is {loss} at step {step}; the weights of step {restored_step} are restored; "
+            "lower the learning rate"
+        )
+
+
+def adamw(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.98),
+    eps: float = 1e-6,
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; those of fewer than two axes do not decay."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+
+
+def warmup_cosine(step: int, *, peak: float, warmup_steps: int, num_steps: int) -> float:
+    """Learning rate of a step counted from 0: linear up to ``peak``, then half a cosine to 0 at ``num_steps``."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup_steps) / max(num_steps - warmup_steps, 1)))
+
+
+def clamp_logit_scale(model: nn.Module, maximum: float = MAX_LOG_SCALE) -> None:
+    """Keep the log of the scale in [0, maximum], where the model has one."""
+    scale = getattr(model, "logit_scale", None)
+    if scale is not None:
+        with torch.no_grad():
+            scale.clamp_(0, maximum)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Every weight is finite.
+
+    Raises:
+        ValueError: names the first tensor that holds NaN or infinity.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"the model's weight {name} holds NaN or infinity; load a sound model")
+
+
+def contrastive_loss(model: ImageTextModel, batch: Batch) -> Tensor:
+    """CLIP's loss of a batch, over the batches of all processes together."""
+    images, texts = _embed(model, batch)
+    return clip_loss(images, texts, model.logit_scale.float().exp(), model.logit_bias)
+
+
+def pairwise_loss(model: ImageTextModel, batch: Batch) -> Tensor:
+    """SigLIP's loss of a batch, over the batches of all processes together.
+
+    Raises:
+        TypeError: the model has no bias for its logits.
+    """
+    if model.logit_bias is None:
+        raise TypeError("the sigmoid loss needs a model with a logit bias, such as SigLIP; use the softmax loss")
+    images, texts = _embed(model, batch)
+    return sigmoid_loss(images, texts, model.logit_scale.float().exp(), model.logit_bias)
+
+
+def _embed(model: ImageTextModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    images = model.encode_image(batch.pixels)
+    texts = model.encode_tokens(batch.tokens)[batch.text_index]
+    return gather(images.float()), gather(texts.float())
+
+
+def gather(features: Tensor) -> Tensor:
+    """[B, D] of every process → [processes · B, D], with gradients; the identity in a single process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return features
+    return _Gather.apply(features)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        parts = [torch.empty_like(features) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, features.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # Every process computes the loss of all pairs; DistributedDataParallel takes the mean afterwards.
+        gradient = gradient.contiguous()
+        torch.distributed.all_reduce(gradient)
+        return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
+def train(
+    model: nn.Module,
+    batches: Callable[[int, int], Iterable[Any]],
+    loss_fn: LossFn,
+    optimizer: torch.optim.Optimizer,
+    learning_rate: Callable[[int], float],
+    *,
+    num_epochs: int,
+    steps_per_epoch: int,
+    accumulation: int = 1,
+    precision: str = "fp32",
+    max_grad_norm: float | None = None,
+    max_log_scale: float = MAX_LOG_SCALE,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 600.0,
+    data_name: str = "",
+    on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    accelerator: Any = None,
+) -> None:
+    """Train ``model`` in place.
+
+    Args:
+        model: an :class:`ImageTextModel`, or any module that ``loss_fn`` can use.
+        batches: ``(epoch, skip) -> iterable`` of an epoch's batches without the first ``skip``; the
+            same ones whenever it is called with the same numbers. Batches have ``.to(device)``.
+        loss_fn: ``(model, batch) -> loss``, or a mapping whose ``"loss"`` is minimised; all its values are logged.
+        optimizer: over the model's parameters.
+        learning_rate: of an optimizer step counted from 0.
+        steps_per_epoch: optimizer steps; an epoch takes ``accumulation`` times as many batches.
+        precision: ``"fp32"`` or ``"bf16"`` (autocast; weights and losses stay in fp32).
+        max_grad_norm: clip the gradient's norm to this; None: do not clip.
+        max_log_scale: ``logit_scale`` is kept in [0, max_log_scale] after every step.
+        seed: of whatever the model draws in training (dropout); the global generators are left alone.
+        checkpoint: file that lets an interrupted call go on, with the result of an uninterrupted one. One
+            that a call with other arguments left there is not used.
+        data_name: tells ``checkpoint`` apart from those of other data.
+        on_step: told the step and its losses and learning rate.
+        accelerator: a prepared ``accelerate.Accelerator`` in each of several processes; None for one process.
+
+    Raises:
+        DivergedError: a loss was not finite; the model holds the weights of its last good state.
+        ValueError: the model's weights are not finite before the first step; an epoch has too few batches.
+    """
+    check_weights(model)
+    device = next(model.parameters()).device
+    was_training = model.training
+    step, num_steps = 0, num_epochs * steps_per_epoch
+    arguments = (num_epochs, steps_per_epoch, accumulation, precision, max_grad_norm, max_log_scale, seed, data_name)
+    identity = _identity(model, optimizer, learning_rate, num_steps, arguments) if checkpoint is not None else ""
+    if checkpoint is not None and checkpoint.is_file():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        if state["identity"] == identity:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            step = state["step"]
+    objective: Any = _Objective(model, loss_fn)
+    if accelerator is not None:
+        objective, optimizer = accelerator.prepare(objective, optimizer)
+    main = accelerator is None or accelerator.is_main_process
+
+    last_good = (step, _copy(model))
+    pending: tuple[int, dict[str, Tensor], float] | None = None
+    saved_at = time.monotonic()
+
+    def settle() -> None:
+        """Read the losses of the last step, one step late so that a GPU need not wait for us."""
+        nonlocal pending
+        if pending is None:
+            return
+        at, losses, rate = pending
+        pending = None
+        if accelerator is not None:
+            losses = {name: accelerator.reduce(value, "mean") for name, value in losses.items()}
+        values = {name: float(value) for name, value in losses.items()}
+        if not math.isfinite(values["loss"]):
+            model.load_state_dict(last_good[1])
+            raise DivergedError(at, values["loss"], last_good[0])
+        on_step(at, {**values, "learning_rate": rate})
+
+    def due() -> bool:
+        """Whether it is time for a checkpoint; all processes agree."""
+        late = time.monotonic() - saved_at > checkpoint_seconds
+        if accelerator is None:
+            return late
+        return step % 50 == 0 and float(accelerator.reduce(torch.tensor(float(late), device=device), "sum")) > 0
+
+    model.train()
+    try:
+        with _own_randomness(device):
+            while step < num_steps:
+                epoch, done = divmod(step, steps_per_epoch)
+                source = iter(batches(epoch, done * accumulation))
+                for _ in range(done, steps_per_epoch):
+                    rate = learning_rate(step)
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
+                    torch.manual_seed(_mix(seed, step))
+                    losses = _accumulate(objective, source, accumulation, device, precision, accelerator)
+                    if max_grad_norm is not None:
+                        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+                    settle()
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    clamp_logit_scale(model, max_log_scale)
+                    pending = (step, losses, rate)
+                    step += 1
+                    if step % steps_per_epoch == 0 or due():
+                        settle()
+                        if all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+                            last_good = (step, _copy(model))
+                            if checkpoint is not None and main:
+                                state = {"model": last_good[1], "optimizer": optimizer.state_dict(), "step": step}
+                                _save(checkpoint, {**state, "identity": identity})
+                        saved_at = time.monotonic()
+            if last_good[0] != num_steps:  # finite losses, yet the last update broke the weights
+                model.load_state_dict(last_good[1])
+                raise DivergedError(num_steps, math.nan, last_good[0])
+    finally:
+        model.train(was_training)
+
+
+class _Objective(nn.Module):
+    """The loss as a module, so that DistributedDataParallel sees every use of the model."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        losses = self.loss_fn(self.model, batch)
+        return {"loss": losses} if isinstance(losses, Tensor) else dict(losses)
+
+
+def _accumulate(
+    objective: Any, source: Iterator[Any], accumulation: int, device: torch.device, precision: str, accelerator: Any
+) -> dict[str, Tensor]:
+    """Gradients of the mean loss over ``accumulation`` batches; the mean of each loss, detached."""
+    sums: dict[str, Tensor] = {}
+    for part in range(accumulation):
+        batch = next(source, None)
+        if batch is None:
+            raise ValueError("batches gives fewer batches than steps_per_epoch × accumulation")
+        batch = batch.to(device)
+        last = part == accumulation - 1
+        sync = contextlib.nullcontext() if accelerator is None or last else accelerator.no_sync(objective)
+        with sync:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                losses = objective(batch)
+            mean = losses["loss"] / accumulation
+            mean.backward() if accelerator is None else accelerator.backward(mean)
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0) + value.detach().float() / accumulation
+    return sums
+
+
+@contextlib.contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _mix(seed: int, step: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _identity(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    learning_rate: Callable[[int], float],
+    num_steps: int,
+    arguments: tuple[Any, ...],
+) -> str:
+    """A digest of all that decides what a call computes, but for its data and its loss."""
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    rates = [learning_rate(step) for step in range(0, num_steps, max(1, num_steps // 16))]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    digest = hashlib.blake2b(repr((type(optimizer).__name__, settings, rates, trained, arguments)).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)

@@ -1,0 +1,304 @@
+import gzip
+import io
+import json
+import struct
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from plait import PlaitError
+from plait_clip import beds, prompts
+from plait_clip.plugin.data import ClassFolder, Digits, FashionMnist, ImageText
+
+
+def picture(colour=(200, 30, 30), size=(12, 9), mode="RGB", kind="JPEG"):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).convert(mode).save(buffer, format=kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three images and lists of all kinds that name them."""
+    (tmp_path / "images").mkdir()
+    names = ["images/a.jpg", "images/b.png", "images/c.jpg"]
+    (tmp_path / names[0]).write_bytes(picture())
+    (tmp_path / names[1]).write_bytes(picture(mode="P", kind="PNG"))
+    (tmp_path / names[2]).write_bytes(picture(mode="L"))
+    captions = ["a red one", "one, with a comma", "ünï"]
+    rows = list(zip(names, captions, strict=True))
+    (tmp_path / "cc3m.csv").write_text("image,caption\n" + "".join(f'{n},"{c}"\n' for n, c in rows), encoding="utf-8")
+    (tmp_path / "list.tsv").write_text("filepath\ttitle\n" + "".join(f"{n}\t{c}\n" for n, c in rows), encoding="utf-8")
+    records = [{"image": n, "caption": [c, c + " again"]} for n, c in rows]
+    (tmp_path / "list.json").write_text(json.dumps(records))
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(record) for record in records) + "\n")
+    karpathy = [
+        {"filepath": "images", "filename": n.split("/")[1], "sentences": [{"raw": c}, {"raw": "other"}], "split": s}
+        for (n, c), s in zip(rows, ["train", "restval", "test"], strict=True)
+    ]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"dataset": "coco", "images": karpathy}))
+    coco = {
+        "images": [{"id": i + 5, "file_name": n} for i, (n, _) in enumerate(rows)],
+        "annotations": [{"image_id": i + 5, "caption": c} for i, (_, c) in enumerate(rows) for _ in range(2)],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(coco))
+    (tmp_path / "metadata.csv").write_text("file_name,text,label\n" + "".join(f'{n},"{c}",dog\n' for n, c in rows))
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for i, (n, c) in enumerate(rows):
+            for suffix, content in ((n[-3:], (tmp_path / n).read_bytes()), ("txt", c.encode()), ("cls", b"%d" % i)):
+                member = tarfile.TarInfo(f"{i:03d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    table = datasets.Dataset.from_dict(
+        {"picture": [str(tmp_path / n) for n, _ in rows], "text": captions, "extra": [1, 2, 3]}
+    )
+    table.to_parquet(tmp_path / "list.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("cc3m.csv", {}),
+        ("list.tsv", {}),
+        ("list.json", {}),
+        ("list.jsonl", {}),
+        ("captions.json", {}),
+        ("shard.tar", {}),
+        ("", {}),
+        ("list.parquet", {"image_column": "picture"}),
+        ("saved", {"image_column": "picture"}),
+    ],
+)
+def test_every_kind_of_source_gives_the_same_pairs(name, fields, folder, run):
+    data = ImageText(source=str(folder / name), **fields).load_data(run=run[0])
+    assert len(data) == 3
+    column = "captions" if "captions" in data.column_names else "caption"
+    first = [cell if isinstance(cell, str) else cell[0] for cell in data[column]]
+    assert first == ["a red one", "one, with a comma", "ünï"]
+    colours = [np.asarray(image.convert("RGB")).reshape(-1, 3).mean(axis=0) for image in data["image"]]
+    np.testing.assert_allclose(colours[0], [200, 30, 30], atol=3)
+    np.testing.assert_allclose(colours[1], [200, 30, 30], atol=40)  # a palette
+    assert np.ptp(colours[2]) < 1
+
+
+def test_karpathy_splits(folder, run):
+    method = ImageText(source=str(folder / "dataset_coco.json"))
+    parts = method.load_data(run=run[0])
+    assert {name: len(part) for name, part in parts.items()} == {"train": 2, "test": 1}
+    assert parts["test"][0]["captions"] == ["ünï", "other"]
+    kept = ImageText(source=str(folder / "dataset_coco.json"), restval_in_train=False, split="restval")
+    assert kept.load_data(run=run[0])[0]["captions"][0] == "one, with a comma"
+    with pytest.raises(PlaitError, match="have the splits: test, train"):
+        ImageText(source=str(folder / "dataset_coco.json"), split="val").load_data(run=run[0])
+
+
+def test_labels_become_class_labels(folder, run):
+    data = ImageText(source=str(folder)).load_data(run=run[0])
+    assert data.features["label"].names == ["dog"]
+    data = ImageText(source=str(folder / "shard.tar"), class_names=("x", "y", "z")).load_data(run=run[0])
+    assert data.features["label"].names == ["x", "y", "z"]
+    assert data["label"][:] == [0, 1, 2]
+    with pytest.raises(PlaitError, match="none of the 2 classes"):
+        ImageText(source=str(folder / "shard.tar"), class_names=("x", "y")).load_data(run=run[0])
+
+
+def csv_of(folder, *lines):
+    path = folder / "bad.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def test_bad_rows_are_named(folder, run):
+    (folder / "cut.jpg").write_bytes(picture(size=(60, 60))[:-200])
+    (folder / "cut.png").write_bytes(picture(size=(60, 60), kind="PNG")[:-30])
+    (folder / "noise.jpg").write_bytes(b"not an image")
+    good = "images/a.jpg,fine"
+    cases = {
+        "row 1: the image .*gone.jpg": csv_of(folder, "image,caption", good, "gone.jpg,x"),
+        "row 0: the image .*noise.jpg cannot be read": None,
+        "row 1: the image .*cut.jpg cannot be read": None,
+        "row 1: the image .*cut.png cannot be read": None,
+        "row 1: the image is missing": None,
+        "row 1: the caption is empty": None,
+        "no rows": None,
+        "no column for the caption": None,
+        "no column 'words'": None,
+    }
+    lines = [
+        ["image,caption", good, "gone.jpg,x"],
+        ["image,caption", "noise.jpg,x"],
+        ["image,caption", good, "cut.jpg,x"],
+        ["image,caption", good, "cut.png,x"],
+        ["image,caption", good, ",x"],
+        ["image,caption", good, "images/b.png,  "],
+        ["image,caption"],
+        ["image,label", "images/a.jpg,3"],
+        ["image,caption", good],
+    ]
+    for (message, _), content in zip(cases.items(), lines, strict=True):
+        fields = {"caption_column": "words"} if "words" in message else {}
+        with pytest.raises(PlaitError, match=message):
+            ImageText(source=csv_of(folder, *content), **fields).load_data(run=run[0])
+    source = csv_of(folder, "id,image,caption", f"7,{good}", f"8,{good}", f"7,{good}")
+    with pytest.raises(PlaitError, match="row 2: id '7' occurs twice"):
+        ImageText(source=source, id_column="id").load_data(run=run[0])
+    with pytest.raises(PlaitError, match="no such file"):
+        ImageText(source=str(folder / "missing.csv")).load_data(run=run[0])
+    (folder / "list.xlsx").write_bytes(b"")
+    with pytest.raises(PlaitError, match="unknown; known are"):
+        ImageText(source=str(folder / "list.xlsx")).load_data(run=run[0])
+    (folder / "broken.json").write_text("{")
+    with pytest.raises(PlaitError, match="not JSON"):
+        ImageText(source=str(folder / "broken.json")).load_data(run=run[0])
+
+
+def test_bad_images_can_be_left_out(folder, run):
+    made, warnings, _ = run
+    source = csv_of(folder, "image,caption", "images/a.jpg,first", "gone.jpg,x", "images/c.jpg,last")
+    data = ImageText(source=source, on_bad_image="skip").load_data(run=made)
+    assert [captions[0] for captions in data["captions"]] == ["first", "last"]
+    assert warnings == ["1 rows without a readable image were left out"]
+    with pytest.raises(PlaitError, match="no rows; 1 had no readable image"):
+        ImageText(source=csv_of(folder, "image,caption", "gone.jpg,x"), on_bad_image="skip").load_data(run=made)
+
+
+def test_class_folders(tmp_path, run):
+    for split, classes in (("train", ("big_dog", "cat")), ("test", ("cat",))):
+        for name in classes:
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(2):
+                (tmp_path / split / name / f"{i}.jpg").write_bytes(picture())
+    method = ClassFolder(folder=tmp_path, templates=("a {}", "the {}"), class_names={"cat": "kitten"})
+    parts = method.load_data(run=run[0])
+    assert parts["train"].features["label"].names == ["big dog", "kitten"] == parts["test"].features["label"].names
+    assert parts["test"]["label"][:] == [1, 1]
+    assert parts["train"][0]["captions"] == ["a big dog", "the big dog"]
+    alone = ClassFolder(folder=tmp_path / "train").load_data(run=run[0])
+    assert len(alone) == 4
+    assert alone[3]["captions"] == ["a photo of a cat."]
+    (tmp_path / "train" / "cat" / "0.jpg").write_bytes(b"")
+    with pytest.raises(PlaitError, match="row 2: the image"):
+        ClassFolder(folder=tmp_path / "train").load_data(run=run[0])
+    assert len(ClassFolder(folder=tmp_path / "train", on_bad_image="skip").load_data(run=run[0])) == 3
+    with pytest.raises(PlaitError, match="no class folders"):
+        ClassFolder(folder=tmp_path / "train" / "cat").load_data(run=run[0])
+    with pytest.raises(PlaitError, match="'dgo'"):
+        ClassFolder(folder=tmp_path, class_names={"dgo": "x"}).load_data(run=run[0])
+
+
+def test_digits_are_the_data_of_scikit_learn(digits, run):
+    assert {name: len(part) for name, part in digits.items()} == {"train": 1400, "test": 397}
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    _, test = beds.digit_split(1797)
+    for row in (0, 100, 396):
+        pixels = np.asarray(digits["test"][row]["image"])
+        np.testing.assert_allclose(pixels[..., 0] / 255 * 16, bunch.images[test[row]], atol=0.04)
+        name = digits["test"].features["label"].int2str(int(bunch.target[test[row]]))
+        assert digits["test"][row]["captions"][0].split()[-1] == name
+    again = Digits().load_data(run=run[0])
+    assert again["train"]["captions"][:] == digits["train"]["captions"][:]
+
+
+def write_idx(path, array, packed):
+    content = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    path = path.with_name(path.name + ".gz") if packed else path
+    path.write_bytes(gzip.compress(content) if packed else content)
+
+
+@pytest.fixture(params=["debian", "torchvision"])
+def idx_folder(request, tmp_path):
+    draw = np.random.default_rng(0)
+    folder = tmp_path if request.param == "debian" else tmp_path / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem, count in (("train", 60), ("t10k", 20)):
+        images = draw.integers(0, 256, (count, 28, 28)).astype(np.uint8)
+        write_idx(folder / f"{stem}-images-idx3-ubyte", images, request.param == "debian")
+        write_idx(
+            folder / f"{stem}-labels-idx1-ubyte", (np.arange(count) % 10).astype(np.uint8), request.param == "debian"
+        )
+    return tmp_path
+
+
+def test_fashion_mnist_folders(idx_folder, run):
+    splits = {"pretrain": "train[0:20]", "clean": "train[20:60]", "test": "test"}
+    parts = FashionMnist(folder=idx_folder, splits=splits).load_data(run=run[0])
+    assert {name: len(part) for name, part in parts.items()} == {"pretrain": 20, "clean": 40, "test": 20}
+    images = beds.fashion_mnist(idx_folder)["train"][0]
+    np.testing.assert_array_equal(np.asarray(parts["clean"][3]["image"])[..., 1], images[23])
+    assert parts["clean"][3]["label"] == 3
+    assert "dress" in parts["clean"][3]["captions"][0]
+    with pytest.raises(PlaitError, match="has rows 0 to 60"):
+        FashionMnist(folder=idx_folder).load_data(run=run[0])
+    with pytest.raises(PlaitError, match="allowed is train or test"):
+        FashionMnist(folder=idx_folder, splits={"a": "val"})
+
+
+def test_fashion_mnist_mistakes(tmp_path, run):
+    method = FashionMnist(folder=tmp_path, splits={"a": "train"})
+    with pytest.raises(PlaitError, match="neither train-images-idx3-ubyte nor"):
+        method.load_data(run=run[0])
+    write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((4, 28, 28), np.uint8), packed=False)
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(PlaitError, match="cut short"):
+        method.load_data(run=run[0])
+
+
+def test_fashion_captions_are_true():
+    image = np.zeros((1, 28, 28), np.uint8)
+    image[0, 4:24, 8:20] = 255  # 20 rows, 12 columns, two edges in each row
+    assert [words[0] for words in beds.fashion_attributes(image)] == ["bright", "narrow", "plain"]
+    image[0, 4:24, 8:20:2] = 60  # mean (255 + 60) / 2 / 255 = 0.618
+    assert beds.fashion_attributes(image)[0][0] == "grey"
+    assert beds.fashion_attributes(image)[2][0] == "patterned"
+    image[0, 10:14, :] = 40
+    assert beds.fashion_attributes(image)[1][0] == "wide"
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_beds_speak_their_vocabulary(seed):
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(0, 10, 8)
+    captions = beds.fashion_captions(draw.integers(0, 256, (8, 28, 28)).astype(np.uint8), labels, seed)
+    captions += beds.digit_captions(labels, seed)
+    known = set(" ".join(beds.vocabulary()).split())
+    assert all(set(caption.split()) <= known for caption in captions)
+
+
+def test_prompts():
+    assert len(prompts.templates("openai-imagenet")) == 80
+    assert prompts.templates("openai-imagenet")[0] == "a bad photo of a {}."
+    assert len(prompts.templates("openai-simple")) == 7
+    assert len(prompts.class_names("imagenet")) == 1000
+    assert prompts.class_names("imagenet")[954] == "banana"
+    assert prompts.templates("one {} alone") == ("one {} alone",)
+    assert prompts.fill("{0} {}", "x") == "{0} x"
+    for bad in ("unknown", (), ("no place",)):
+        with pytest.raises(ValueError, match="template"):
+            prompts.templates(bad)
+
+
+def test_saved_datasets_are_checked_too(folder, run):
+    data = datasets.load_from_disk(str(folder / "saved"))
+    rows = [dict(row, image={"bytes": b"junk" if i == 1 else picture(), "path": None}) for i, row in enumerate(data)]
+    features = datasets.Features({**data.features, "image": datasets.Image()})
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(folder / "bad")
+    with pytest.raises(PlaitError, match="row 1: the image cannot be read"):
+        ImageText(source=str(folder / "bad")).load_data(run=run[0])
+    kept = ImageText(source=str(folder / "bad"), on_bad_image="skip").load_data(run=run[0])
+    assert kept["caption"][:] == ["a red one", "ünï"]
+    parts = datasets.DatasetDict({"train": kept, "test": kept.select([1])})
+    parts.save_to_disk(folder / "parts")
+    assert len(ImageText(source=str(folder / "parts"), split="test").load_data(run=run[0])) == 1
+    assert set(ImageText(source=str(folder / "parts")).load_data(run=run[0])) == {"train", "test"}
+    with pytest.raises(PlaitError, match="split is 'val'; the source has 'train', 'test'"):
+        ImageText(source=str(folder / "parts"), split="val").load_data(run=run[0])

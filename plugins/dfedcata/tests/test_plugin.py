@@ -1,0 +1,137 @@
+"""DFedCata as a method: presets, the stability check, the small-scale claim on digits."""
+
+import numpy as np
+import plait
+import pytest
+from plait_dfedcata.plugin import DFedCata, OledFL
+from plait_federated.evaluation import rounds_to_target
+from plait_federated.plugin.data import Digits8x8, Partition
+from plait_federated.plugin.models import FederatedModel
+from plait_federated.plugin.training import DFedAvg
+
+COMMON = {"batch_size": 16, "active_ratio": 0.2, "engine": "stacked", "output": "all", "checkpoint_every": 100}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return Digits8x8().load_data(run=plait.Run())
+
+
+def problem(digits, seed, num_clients=20):
+    run = plait.Run(seed=seed)
+    partition = Partition(num_clients=num_clients, scheme="pathological", coefficient=2, drop_remainder=True)
+    clients = partition.transform(data=digits, run=run)
+    model = FederatedModel(architecture="mlp", mean=(0.305,), std=(0.376,)).load_model(data=clients, run=run)
+    return {"model": model, "clients": clients}
+
+
+def test_extrapolation_saves_rounds_on_digits(digits):
+    """20 clients with 2 classes each, 15 rounds, one seed: rounds to 80 % in each order."""
+    given = problem(digits, seed=2)
+    methods = {
+        "dfedavg sync": DFedAvg(rounds=15, **COMMON),
+        "dfedavg seq": DFedAvg(rounds=15, update_order="sequential", **COMMON),
+        "mixed": DFedCata(rounds=15, preset="parallel", weights="uniform", **COMMON),
+        "released": DFedCata(rounds=15, **COMMON),
+    }
+    reached = {}
+    for name, method in methods.items():
+        history = method.aggregate(**given, run=plait.Run(seed=2))["history"]
+        reached[name] = rounds_to_target([record["accuracy"] for record in history], 0.8) or 16
+    # 9 and 6 against never within the 15
+    assert reached["mixed"] <= 0.7 * reached["dfedavg sync"]
+    assert reached["released"] <= 0.6 * reached["dfedavg seq"]
+
+
+def test_presets_and_what_goes_before_them():
+    released, parallel = DFedCata().resolved(), DFedCata(preset="parallel").resolved()
+    assert (released.update_order, released.anchor, released.weights) == ("sequential", "own_previous", "uniform")
+    assert (parallel.update_order, parallel.anchor, parallel.weights) == ("synchronous", "mixed_previous", "metropolis")
+    assert (parallel.clip_scope, released.clip_scope) == ("split", "split")
+    trap = DFedCata(update_order="synchronous", anchor="own_previous").resolved()
+    assert (trap.update_order, trap.anchor) == ("synchronous", "own_previous")
+    assert DFedCata(engine="peers").resolved().update_order == "synchronous"
+    assert DFedCata(update_order="synchronous").resolved().anchor == "mixed_previous"
+    assert DFedCata(preset="parallel", topology="exp").resolved().weights == "uniform"
+
+
+def test_an_unstable_combination_is_refused_with_remedies_that_work(digits):
+    given = problem(digits, seed=0)
+    method = DFedCata(topology="ring", update_order="synchronous", anchor="own_previous", **COMMON)
+    with pytest.raises(plait.PlaitError) as caught:
+        method.aggregate(**given, run=plait.Run())
+    message = str(caught.value)
+    assert "stability radius 1.5" in message
+    for remedy in ("beta: 0.49 or less", "weights: lazy", "anchor: mixed_previous", "update_order: sequential"):
+        assert remedy in message
+    with pytest.raises(plait.PlaitError, match="stability radius"):
+        OledFL(topology="ring", update_order="synchronous").aggregate(**given, run=plait.Run())
+    lazy = DFedCata(
+        topology="ring", update_order="synchronous", anchor="own_previous", weights="lazy", rounds=1, **COMMON
+    )
+    assert lazy.aggregate(**given, run=plait.Run())["history"]
+
+
+def test_an_unstable_combination_runs_when_it_is_allowed(digits):
+    warnings = []
+    method = DFedCata(
+        topology="ring", update_order="synchronous", anchor="own_previous", allow_unstable=True, rounds=6, **COMMON
+    )
+    run = plait.Run(on_warning=warnings.append)
+    history = method.aggregate(**problem(digits, seed=0), run=run)["history"]
+    assert any("stability radius" in warning for warning in warnings)
+    distances = [record["consensus_distance"] for record in history]
+    assert distances[-1] > 3 * distances[1]
+
+
+def test_a_run_tells_its_preset_and_radius(digits):
+    run = plait.Run()
+    DFedCata(rounds=1, **COMMON).aggregate(**problem(digits, seed=0), run=run)
+    (note,) = [note for report in run.reports for note in report.notes]
+    assert note.startswith("preset released: own_previous, sequential order, beta 0.9, random graph")
+    radius = float(note.rpartition(" ")[2])
+    assert radius == pytest.approx(0.63, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DFedCata(beta=1.0), "beta is 1.0"),
+        (lambda: DFedCata(beta=-0.1), "beta is -0.1"),
+        (lambda: DFedCata(prox_lambda=-1.0), "prox_lambda"),
+        (lambda: DFedCata(learning_rate=0.0), "learning_rate"),
+        (lambda: DFedCata(topology="custom"), "exactly one"),
+    ],
+)
+def test_bad_fields_are_refused(make, message):
+    with pytest.raises(plait.PlaitError, match=message):
+        make()
+
+
+def test_a_proximal_step_that_overshoots_is_refused(digits):
+    with pytest.raises(plait.PlaitError, match="must be below 1"):
+        DFedCata(prox_lambda=10.0).aggregate(**problem(digits, seed=0), run=plait.Run())
+
+
+@pytest.mark.slow
+def test_the_claim_over_three_seeds(digits):
+    """30 rounds: rounds to 80 %, accuracy of the last 5, consensus distance, against DFedAvg in the same order."""
+    for order, fields in (("sequential", {}), ("synchronous", {"preset": "parallel", "weights": "uniform"})):
+        results = {}
+        for name, method in (
+            ("dfedavg", DFedAvg(rounds=30, update_order=order, **COMMON)),
+            ("dfedcata", DFedCata(rounds=30, **fields, **COMMON)),
+        ):
+            histories = [
+                method.aggregate(**problem(digits, seed), run=plait.Run(seed=seed))["history"] for seed in range(3)
+            ]
+            accuracy = [[record["accuracy"] for record in history] for history in histories]
+            results[name] = (
+                sum(rounds_to_target(values, 0.8) or 31 for values in accuracy),
+                np.mean([values[-5:] for values in accuracy]),
+                np.mean([history[-1]["consensus_distance"] for history in histories]),
+            )
+        ours, theirs = results["dfedcata"], results["dfedavg"]
+        assert ours[0] <= 0.6 * theirs[0]
+        assert ours[1] >= theirs[1] + 0.05
+        assert ours[2] <= theirs[2]

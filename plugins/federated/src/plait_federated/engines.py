@@ -1,0 +1,290 @@
+"""Local training of many clients: one after another (loop), or all at once (stacked).
+
+Both engines train the same batches with the same rule and agree to float tolerance. Rows of parameters
+are ``[k, D]`` float32, D = parameters + buffers of :class:`plait_federated.layout.Layout`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from plait_federated.layout import Layout
+from plait_federated.shards import Batches, Shards
+from plait_federated.steps import Local, Step
+
+Precision = Literal["fp32", "tf32", "bf16"]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of each sample, ``[b]``."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+class Engine(Protocol):
+    """Trains clients from given starts; ``prepare`` makes the :class:`Local` of a stack of starts."""
+
+    name: str
+
+    def train(
+        self,
+        clients: Sequence[int],
+        start: Tensor,
+        step: Step,
+        prepare: Callable[[Tensor], Local],
+        round_index: int,
+        offset: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+class LoopEngine:
+    """One client after another through one module whose parameters are views of one flat vector."""
+
+    name = "loop"
+
+    def __init__(self, model: nn.Module, shards: Shards, loss: Loss = cross_entropy, precision: Precision = "fp32"):
+        self.layout = Layout(model)
+        self.model = copy.deepcopy(model).float().train()
+        self.shards, self.loss, self.precision = shards, loss, precision
+        self.flat = self.layout.vector(self.model)
+        self.flat_gradient = torch.zeros_like(self.flat[: self.layout.num_parameters])
+        self.buffers = self.flat[self.layout.num_parameters :]
+        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        for name, view in self.layout.split(self.flat).items():
+            tensors[name].data = view
+        for name, view in self.layout.split(self.flat_gradient).items():
+            tensors[name].grad = view
+
+    def train(self, clients, start, step, prepare, round_index, offset=None) -> Tensor:
+        trained = torch.empty_like(start)
+        with _numerics(self.precision, start.device), _forked_random(start.device):
+            for row, client in enumerate(clients):
+                torch.manual_seed(_noise_seed(self.shards.seed, round_index, client))  # dropout
+                trained[row] = self._train_one(
+                    start[row],
+                    step,
+                    prepare(start[row, : self.layout.num_parameters]),
+                    self.shards.batches(client, round_index),
+                    None if offset is None else offset[row],
+                )
+        return trained
+
+    def _train_one(self, start: Tensor, step: Step, local: Local, batches: Batches, offset: Tensor | None) -> Tensor:
+        local.offset = offset
+        w = start[: self.layout.num_parameters].clone()
+        self.flat.copy_(start)
+        for position in range(len(batches.index)):
+            kept = batches.index[position] >= 0
+            x, y = self.shards.batch(*(part[position][kept] if part is not None else None for part in _parts(batches)))
+            w = step(w, lambda at, x=x, y=y: self._gradient(at, x, y), local)
+        return torch.cat([w, self.buffers]) if len(self.buffers) else w
+
+    def _gradient(self, w: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        self.flat[: len(w)].copy_(w)
+        self.flat_gradient.zero_()
+        with _autocast(self.precision, w.device):
+            logits = as_logits(self.model(x))
+        self.loss(logits.float(), y).mean().backward()
+        return self.flat_gradient
+
+
+class StackedEngine:
+    """Clients of one stack ``[k, P]`` trained by one vectorised pass; ``chunk_size`` clients at a time."""
+
+    name = "stacked"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shards: Shards,
+        loss: Loss = cross_entropy,
+        precision: Precision = "fp32",
+        chunk_size: int | None = None,
+    ):
+        self.layout = Layout(model)
+        if self.layout.num_buffers:
+            raise ValueError(
+                f"the stacked engine cannot train models with buffers ({self.layout.buffer_names[0]}); use engine loop"
+            )
+        self.model = copy.deepcopy(model).float().train()
+        self.shards, self.loss, self.precision, self.chunk_size = shards, loss, precision, chunk_size
+        self._gradients = vmap(grad(self._loss), randomness="different")
+
+    def train(self, clients, start, step, prepare, round_index, offset=None) -> Tensor:
+        chunk = self.chunk_size or len(clients)
+        trained = torch.empty_like(start)
+        with _numerics(self.precision, start.device), _forked_random(start.device):
+            for begin in range(0, len(clients), chunk):
+                rows = slice(begin, begin + chunk)
+                torch.manual_seed(_noise_seed(self.shards.seed, round_index, clients[begin]))
+                local = prepare(start[rows])
+                local.offset = None if offset is None else offset[rows]
+                batches = _stack([self.shards.batches(client, round_index) for client in clients[rows]])
+                trained[rows] = self._train_chunk(start[rows], step, local, batches)
+        return trained
+
+    def _train_chunk(self, w: Tensor, step: Step, local: Local, batches: Batches) -> Tensor:
+        real = (batches.index >= 0).to(w.device)
+        widths = (batches.index >= 0).sum(-1).amax(0).tolist()  # columns that any client fills, for each step
+        for position, width in enumerate(widths):
+            parts = (part[:, position, :width] if part is not None else None for part in _parts(batches))
+            x, y = self.shards.batch(*parts)
+            mask = real[:, position, :width]
+            stepped = step(w, lambda at, x=x, y=y, mask=mask: self._gradient(at, x, y, mask), local)
+            # A client whose shard is exhausted keeps what it has.
+            w = torch.where(mask.any(1, keepdim=True), stepped, w)
+        return w
+
+    def _gradient(self, w: Tensor, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        gradients = self._gradients(self.layout.split(w), x, y, mask)
+        return torch.cat([gradients[name].reshape(len(w), -1) for name in self.layout.shapes], dim=1)
+
+    def _loss(self, parameters: dict[str, Tensor], x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        with _autocast(self.precision, x.device):
+            logits = as_logits(functional_call(self.model, parameters, (x,)))
+        return (self.loss(logits.float(), y) * mask).sum() / mask.sum().clamp(min=1)
+
+
+def fastest_engine(
+    model: nn.Module, shards: Shards, width: int, loss: Loss = cross_entropy, precision: Precision = "fp32"
+) -> Engine:
+    """Time two local steps of ``width`` clients in a loop and stacked in chunks of all, 32 and 8; take the fastest.
+
+    Stacking pays where a client's own step is tiny; compute-bound steps are faster in a loop. Models that
+    cannot be vectorised (buffers, data-dependent control flow) get the loop; stacks that might not fit into the free
+    memory are not tried.
+    """
+    loop = LoopEngine(model, shards, loss, precision)
+    if loop.layout.num_buffers or width < 2:
+        return loop
+    clients = range(min(width, shards.num_clients))
+    trial = Shards(
+        shards.inputs,
+        shards.labels,
+        tuple(rows[: 2 * shards.batch_size] for rows in shards.members),
+        seed=shards.seed,
+        batch_size=shards.batch_size,
+        local_epochs=1,
+        augmentation=shards.augmentation,
+    )
+    room = _free_bytes(shards.inputs.device) // (3 * _bytes_of_a_step(loop, trial))
+    candidates: list[Engine] = [loop]
+    for size in (None, 32, 8):
+        if (size or 0) < len(clients) and (size or len(clients)) <= room:
+            candidates.append(StackedEngine(model, shards, loss, precision, size))
+    best, best_seconds = loop, float("inf")
+    for engine in candidates:
+        engine.shards = trial
+        try:
+            seconds = min(_time_one(engine, clients) for _ in range(2))
+        except RuntimeError:  # what vmap raises where it has no rule for an operation
+            if engine is loop:
+                raise
+            continue
+        finally:
+            engine.shards = shards
+        if seconds < best_seconds:
+            best, best_seconds = engine, seconds
+    return best
+
+
+def as_logits(output: Tensor) -> Tensor:
+    """Logits ``[b, classes]`` of a plain module or of a transformers model."""
+    return getattr(output, "logits", output)
+
+
+def _bytes_of_a_step(loop: LoopEngine, shards: Shards) -> int:
+    """What autograd keeps for one batch of one client, and four copies of the parameters."""
+    kept = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.nbytes
+        return tensor
+
+    index = shards.batches(0, 0)
+    x, y = shards.batch(*(part[0] if part is not None else None for part in _parts(index)))
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), _forked_random(x.device):
+        loop.loss(as_logits(loop.model(x)).float(), y).mean()
+    return kept + 4 * loop.flat.nbytes
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # others need memory, too
+
+
+def _time_one(engine: Engine, clients: range) -> float:
+    start = engine.layout.vector(engine.model).expand(len(clients), -1).clone()
+    begin = time.perf_counter()
+    engine.train(clients, start, _time_step, lambda start: Local(start, 0.0, 0.0, None), round_index=0)
+    if start.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def _time_step(w: Tensor, gradient: Callable[[Tensor], Tensor], local: Local) -> Tensor:
+    return w - local.learning_rate * gradient(w)
+
+
+def _parts(batches: Batches) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return batches.index, batches.flip, batches.offset
+
+
+def _stack(batches: list[Batches]) -> Batches:
+    """Batches of several clients, ``[k, steps, B]``; shorter ones are filled up with index −1."""
+    steps = max(len(one.index) for one in batches)
+
+    def joined(parts: list[Tensor], fill: int) -> Tensor:
+        tail = [0, 0] * (parts[0].ndim - 1)
+        return torch.stack([F.pad(part, (*tail, 0, steps - len(part)), value=fill) for part in parts])
+
+    if batches[0].flip is None:
+        return Batches(joined([one.index for one in batches], -1))
+    return Batches(
+        joined([one.index for one in batches], -1),
+        joined([one.flip for one in batches], 0),
+        joined([one.offset for one in batches], 0),
+    )
+
+
+def _noise_seed(seed: int, round_index: int, client: int) -> int:
+    return int(np.random.SeedSequence([seed, round_index, client, 1]).generate_state(1)[0])
+
+
+@contextlib.contextmanager
+def _forked_random(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+def _autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextlib.contextmanager
+def _numerics(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Full float32 on CUDA unless TF32 is asked for."""
+    if device.type != "cuda":
+        yield
+        return
+    allowed = precision == "tf32"
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,0 +1,167 @@
+"""Cut a labelled data set into the shards of clients: IID, stratified, Dirichlet, pathological.
+
+Every function returns one index array a client. The *sampled* ones draw the classes of a client
+sample by sample, as the program of Li et al. (arXiv 2410.07272) does: shards are equal in size, and a
+sample may be used twice once its class has run out. The *disjoint* ones give each sample to one client.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+Shards = list[np.ndarray]
+
+
+def iid(labels: np.ndarray, num_clients: int, seed: int, *, drop_remainder: bool = False) -> Shards:
+    """Contiguous slices of one permutation; client 0 gets the remainder."""
+    order = np.random.RandomState(seed).permutation(len(labels))
+    ends = np.cumsum(_quotas(len(labels), num_clients, drop_remainder))
+    return np.split(order[: ends[-1]], ends[:-1])
+
+
+def stratified(labels: np.ndarray, num_clients: int, seed: int) -> Shards:
+    """IID with the same number of samples (±1) of each class for every client."""
+    order = np.random.RandomState(seed).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    return [by_class[client::num_clients] for client in range(num_clients)]
+
+
+def sampled_dirichlet(
+    labels: np.ndarray,
+    num_clients: int,
+    alpha: float,
+    seed: int,
+    *,
+    drop_remainder: bool = False,
+    exact_rng: bool = False,
+) -> Shards:
+    """Each client draws its samples' classes from its own prior ~ Dirichlet(alpha, …, alpha).
+
+    Args:
+        labels: classes 0 … C−1 of the samples, ``[N]``.
+        exact_rng: keep the rounding of the released program, which sends rare draws to class 0.
+    """
+    random = np.random.RandomState(seed)
+    order = random.permutation(len(labels))
+    priors = random.dirichlet([alpha] * _num_classes(labels), size=num_clients)
+    cumulative = np.cumsum(priors, axis=1)
+    if not exact_rng:
+        cumulative[:, -1] = 1.0
+    return _draw(order, labels, cumulative, _quotas(len(labels), num_clients, drop_remainder), random)
+
+
+def sampled_pathological(
+    labels: np.ndarray,
+    num_clients: int,
+    classes_per_client: int,
+    seed: int,
+    *,
+    drop_remainder: bool = False,
+    exact_rng: bool = False,
+) -> Shards:
+    """Each client draws its samples from ``classes_per_client`` classes, equally likely."""
+    num_classes = _num_classes(labels)
+    _check_classes_per_client(classes_per_client, num_classes)
+    random = np.random.RandomState(seed)
+    order = random.permutation(len(labels))
+    chosen = np.zeros((num_clients, num_classes))
+    chosen[:, :classes_per_client] = 1
+    for row in chosen:
+        random.shuffle(row)
+    cumulative = np.cumsum(chosen / classes_per_client, axis=1) * chosen
+    if not exact_rng:
+        cumulative[np.arange(num_clients), cumulative.argmax(axis=1)] = 1.0
+    return _draw(order, labels, cumulative, _quotas(len(labels), num_clients, drop_remainder), random)
+
+
+def disjoint_dirichlet(labels: np.ndarray, num_clients: int, alpha: float, seed: int) -> Shards:
+    """Each class is cut among the clients in proportions ~ Dirichlet(alpha, …, alpha); sizes differ.
+
+    Raises:
+        ValueError: no draw out of 1000 gave every client a sample.
+    """
+    random = np.random.RandomState(seed)
+    classes = [random.permutation(np.flatnonzero(labels == label)) for label in range(_num_classes(labels))]
+    for _ in range(1000):
+        cuts = [np.cumsum(random.dirichlet([alpha] * num_clients))[:-1] * len(members) for members in classes]
+        parts = [np.split(members, cut.astype(int)) for members, cut in zip(classes, cuts, strict=True)]
+        shards = [random.permutation(np.concatenate(shard)) for shard in zip(*parts, strict=True)]
+        if min(map(len, shards)) > 0:
+            return shards
+    raise ValueError(
+        f"a Dirichlet partition with alpha {alpha} left one of {num_clients} clients empty in 1000 draws; "
+        "raise alpha or take fewer clients"
+    )
+
+
+def disjoint_pathological(labels: np.ndarray, num_clients: int, classes_per_client: int, seed: int) -> Shards:
+    """Each client owns ``classes_per_client`` classes; the owners of a class share its samples equally."""
+    num_classes = _num_classes(labels)
+    _check_classes_per_client(classes_per_client, num_classes)
+    if num_clients * classes_per_client < num_classes:
+        raise ValueError(
+            f"{num_clients} clients of {classes_per_client} classes cannot hold {num_classes} classes; "
+            "raise classes_per_client"
+        )
+    random = np.random.RandomState(seed)
+    owners: list[list[int]] = [[] for _ in range(num_classes)]
+    for client in range(num_clients):  # the classes with the fewest owners so far, ties broken at random
+        for label in np.lexsort((random.random_sample(num_classes), list(map(len, owners))))[:classes_per_client]:
+            owners[label].append(client)
+    shards: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
+    for label, clients in enumerate(owners):
+        members = random.permutation(np.flatnonzero(labels == label))
+        for client, part in zip(clients, np.array_split(members, len(clients)), strict=True):
+            shards[client].append(part)
+    return [random.permutation(np.concatenate(parts)) for parts in shards]
+
+
+def label_histogram(labels: np.ndarray, shards: Shards) -> np.ndarray:
+    """How often each class occurs in each shard, ``[clients, classes]``."""
+    return np.stack([np.bincount(labels[shard], minlength=_num_classes(labels)) for shard in shards])
+
+
+def _draw(
+    order: np.ndarray, labels: np.ndarray, cumulative: np.ndarray, quotas: list[int], random: np.random.RandomState
+) -> Shards:
+    """Fill the shards from their ends: a random client, then a class by its cumulative prior, then its last sample."""
+    members = [order[labels[order] == label] for label in range(cumulative.shape[1])]
+    left = [len(samples) for samples in members]
+    shards = [np.empty(quota, dtype=np.int64) for quota in quotas]
+    open_places = list(quotas)
+    for _ in range(sum(quotas)):
+        client = random.randint(len(quotas))
+        while open_places[client] == 0:
+            client = random.randint(len(quotas))
+        open_places[client] -= 1
+        while True:
+            label = int(np.argmax(random.uniform() <= cumulative[client]))
+            if left[label] > 0:
+                left[label] -= 1
+                break
+            left[label] = len(members[label])  # the class has run out: its samples are used again
+        shards[client][open_places[client]] = members[label][left[label]]
+    return shards
+
+
+def _quotas(num_samples: int, num_clients: int, drop_remainder: bool) -> list[int]:
+    if not 2 <= num_clients <= num_samples:
+        raise ValueError(f"num_clients is {num_clients}; allowed is 2 to the number of samples, {num_samples}")
+    quotas = [num_samples // num_clients] * num_clients
+    if not drop_remainder:
+        quotas[0] += num_samples % num_clients
+    return quotas
+
+
+def _num_classes(labels: np.ndarray) -> int:
+    counts = np.bincount(labels)
+    if (counts == 0).any():
+        raise ValueError(f"class {int(np.argmin(counts))} has no sample; number the classes 0, 1, … without gaps")
+    return len(counts)
+
+
+def _check_classes_per_client(classes_per_client: int, num_classes: int) -> None:
+    if not 1 <= classes_per_client <= num_classes:
+        raise ValueError(
+            f"classes per client is {classes_per_client}; allowed is 1 to the number of classes, {num_classes}"
+        )

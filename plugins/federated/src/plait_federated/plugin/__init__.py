@@ -1,0 +1,1 @@
+"""The methods of plait-federated, adapted to plait's hooks."""

@@ -1,0 +1,69 @@
+"""Processes that exchange models with their neighbours only."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from plait_federated.peers import PeerError
+from plait_federated.rounds import dfedavg, dfedavgm
+from plait_federated.topology import Graph
+
+EXP = Graph(name="exp", num_clients=4)
+SIZES = (9, 9, 5, 9)
+
+
+def test_peers_equal_the_loop_and_send_one_model_an_edge(make_training, make_shards):
+    """One rank a client, a directed graph, momentum; tested on the training data."""
+    shards = make_shards(SIZES)
+    options = {"graph": EXP, "shards": shards, "test": (shards.inputs, shards.labels)}
+    loop = make_training(dfedavgm(0.9), folder="loop", **options).run()
+    seen = []
+    peers = make_training(dfedavgm(0.9), folder="peers", engine="peers", **options).run(seen.append)
+    torch.testing.assert_close(peers.state["local"], loop.state["local"], atol=1e-5, rtol=0)
+    assert [record["round"] for record in seen] == [1, 2, 3]
+    for ours, theirs in zip(peers.history, loop.history, strict=True):
+        assert ours["bytes"] == theirs["bytes"] == 4 * 2 * 4 * 63  # 2 edges a peer, 63 parameters
+        assert ours["gradient_steps"] == theirs["gradient_steps"]
+        assert ours["accuracy"] == pytest.approx(theirs["accuracy"])
+        assert ours["consensus_distance"] == pytest.approx(theirs["consensus_distance"], rel=1e-3)
+    assert peers.history[-1]["worst_client_accuracy"] == pytest.approx(loop.history[-1]["worst_client_accuracy"])
+
+
+def test_blocks_in_sequential_order_send_less_and_go_on_in_another_engine(make_training, make_shards):
+    options = {"graph": EXP, "shards": make_shards(SIZES), "update_order": "sequential", "allow_wavefront": True}
+    loop = make_training(dfedavg(), folder="loop", rounds=5, **options).run()
+    peers = make_training(dfedavg(), folder="peers", engine="peers", ranks=2, rounds=3, **options).run()
+    assert 0 < peers.history[-1]["bytes"] < loop.history[-1]["bytes"]
+    resumed = make_training(dfedavg(), folder="peers", rounds=5, **options).run()
+    torch.testing.assert_close(resumed.state["local"], loop.state["local"], atol=1e-5, rtol=0)
+
+
+def test_a_dead_peer_is_named_and_the_run_goes_on_from_the_last_whole_round(make_training, tmp_path):
+    training = make_training(dfedavg(), folder="broken", rounds=150, engine="peers", ranks=2)
+    killer = threading.Thread(target=kill_a_child_once, args=(tmp_path / "broken" / "round-000003",))
+    killer.start()
+    with pytest.raises(PeerError, match=r"peer process \d \(clients .*\) died of SIGKILL, after round \d+"):
+        training.run()
+    killer.join()
+    assert not multiprocessing.active_children()
+    seen = []
+    resumed = make_training(dfedavg(), folder="broken", rounds=150, checkpoint_every=150).run(seen.append)
+    whole = make_training(dfedavg(), folder="whole", rounds=150, checkpoint_every=150).run()
+    assert [record["round"] for record in seen] == list(range(1, 151))
+    torch.testing.assert_close(resumed.state["local"], whole.state["local"], atol=1e-4, rtol=0)
+
+
+def kill_a_child_once(appeared):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not appeared.exists():
+        time.sleep(0.005)
+    os.kill(multiprocessing.active_children()[-1].pid, signal.SIGKILL)
+
+
+def test_what_goes_wrong_inside_a_peer_is_told(make_training):
+    with pytest.raises(PeerError, match="not finite after round 1"):
+        make_training(engine="peers", ranks=2, learning_rate=1e38, max_grad_norm=None, weight_decay=1.0).run()

@@ -1,0 +1,381 @@
+"""The hooks: data in, model out, reports, errors that name the mistake."""
+
+import io
+import zipfile
+
+import numpy as np
+import plait
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as Pillow
+from plait import codecs
+from plait_federated.models import ARCHITECTURES, Classifier
+from plait_federated.plugin.data import Digits8x8, ImageClasses, Partition
+from plait_federated.plugin.evaluation import FederatedAccuracy, FederatedGraph, FederatedRounds
+from plait_federated.plugin.models import FederatedModel
+from plait_federated.plugin.training import (
+    DPSGD,
+    DFedAvg,
+    DFedAvgM,
+    DFedProx,
+    DFedSAM,
+    FedAvg,
+    FedProx,
+    FedSAM,
+    Scaffold,
+)
+
+SHORT = {"rounds": 2, "batch_size": 32, "local_epochs": 1, "engine": "loop"}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return Digits8x8().load_data(run=plait.Run())
+
+
+@pytest.fixture
+def clients(digits):
+    return Partition(num_clients=6, scheme="dirichlet", coefficient=0.5).transform(data=digits, run=plait.Run())
+
+
+@pytest.fixture
+def model(clients):
+    return FederatedModel(architecture="mlp").load_model(data=clients, run=plait.Run())
+
+
+def test_digits_are_scaled_and_split(digits):
+    assert (len(digits["train"]), len(digits["test"])) == (1437, 360)
+    values = np.asarray(digits["test"][:20]["pixel_values"])
+    assert values.shape == (20, 1, 8, 8)
+    assert values.min() == 0
+    assert values.max() == 1
+
+
+def test_a_partition_keeps_rows_and_survives_storage(digits, clients, tmp_path):
+    run = plait.Run()
+    again = Partition(num_clients=6, scheme="dirichlet", coefficient=0.5).transform(data=digits, run=run)
+    assert again["train"]["client"] == clients["train"]["client"]
+    (panel,) = run.reports[0].panels
+    assert panel.images[0][0].data.startswith(b"\x89PNG")
+    codecs.save(clients, tmp_path / "stored")
+    loaded = codecs.load(tmp_path / "stored", ("train",))
+    assert loaded[:]["client"] == clients["train"][:]["client"]
+    originals = {np.asarray(row).tobytes() for row in digits["train"][:]["pixel_values"]}
+    assert all(np.asarray(row).tobytes() in originals for row in loaded[:50]["pixel_values"])
+
+
+@pytest.mark.parametrize("scheme", ["iid", "stratified", "dirichlet", "pathological", "path"])
+@pytest.mark.parametrize("sampling", ["sampled", "disjoint"])
+def test_every_scheme_makes_as_many_clients(digits, scheme, sampling):
+    method = Partition(num_clients=5, scheme=scheme, coefficient=2, sampling=sampling)
+    train = method.transform(data=digits, run=plait.Run())["train"]
+    assert set(train["client"]) == set(range(5))
+    assert len(train) == 1437
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shape", "classes", "count"),
+    [
+        ("mlp", (1, 8), 10, 2410),
+        ("cnn-small", (1, 8), 10, 1898),
+        ("cnn", (1, 28), 10, 26034),
+        ("lenet", (3, 32), 10, 797_962),
+        ("resnet18-gn", (3, 32), 100, 11_227_812),
+        ("resnet18-gn-small-stem", (3, 64), 200, 11_271_432),
+    ],
+)
+def test_sizes_of_the_networks(architecture, shape, classes, count):
+    assert set(ARCHITECTURES) >= {architecture}
+    network = Classifier(architecture, *shape, classes)
+    assert sum(p.numel() for p in network.parameters()) == count
+    assert not list(network.buffers())
+    with torch.no_grad():
+        assert network(torch.rand(2, shape[0], shape[1], shape[1])).shape == (2, classes)
+
+
+def test_a_network_is_seeded_normalises_and_survives_storage(clients, tmp_path):
+    make = FederatedModel(architecture="cnn-small", mean=(0.3,), std=(0.4,)).load_model
+    first, again, other = (make(data=clients, run=plait.Run(seed=seed)) for seed in (1, 1, 2))
+    x = torch.rand(3, 1, 8, 8)
+    assert torch.equal(first(x), again(x))
+    assert not torch.equal(first(x), other(x))
+    torch.testing.assert_close(first(x), first.head(first.body((x - 0.3) / 0.4)))
+    codecs.save(first, tmp_path / "model")
+    loaded = codecs.load(tmp_path / "model")
+    assert torch.equal(loaded(x), first(x))
+    first.head = torch.nn.Identity()
+    codecs.save(first, tmp_path / "features")
+    assert torch.equal(codecs.load(tmp_path / "features")(x), first(x))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        DPSGD(**SHORT),
+        DFedAvg(topology="ring", **SHORT),
+        DFedAvgM(topology="torus", rows=2, **SHORT),
+        DFedSAM(topology="full", gossip_steps=2, **SHORT),
+        DFedProx(topology="exp", update_order="sequential", **SHORT),
+        FedAvg(active_ratio=0.5, **SHORT),
+        FedProx(active_ratio=0.5, **SHORT),
+        FedSAM(active_ratio=0.5, **SHORT),
+        Scaffold(active_ratio=0.5, **SHORT),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_every_baseline_trains_a_copy(method, model, clients):
+    import attrs
+
+    if hasattr(method, "topology") and method.topology == "random":
+        method = attrs.evolve(method, active_ratio=0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    logged = []
+    run = plait.Run(on_log=lambda values, step: logged.append((step, values)))
+    trained = method.aggregate(model=model, clients=clients, run=run)
+    assert type(trained) is type(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert any(not torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+    assert [step for step, _ in logged] == [1, 2]
+    last = logged[-1][1]
+    assert 0 < last["accuracy"] <= 1
+    if hasattr(method, "topology"):
+        assert 0 <= last["worst_client_accuracy"] <= last["mean_client_accuracy"] <= 1
+
+
+def test_training_reaches_what_the_data_allow(clients):
+    """IID clients on a full graph learn digits."""
+    shuffled = Partition(num_clients=4, scheme="iid").transform(
+        data=Digits8x8().load_data(run=plait.Run()), run=plait.Run()
+    )
+    model = FederatedModel(architecture="cnn-small").load_model(data=shuffled, run=plait.Run())
+    method = DFedAvg(rounds=8, batch_size=16, local_epochs=2, topology="full", engine="loop")
+    trained = method.aggregate(model=model, clients=shuffled, run=plait.Run())
+    report = FederatedAccuracy().evaluate(
+        model={"trained": trained, "fresh": model}, data=shuffled["test"], run=plait.Run()
+    )
+    assert report.value("accuracy", model="trained") > 0.9
+    assert report.value("accuracy", model="fresh") < 0.3
+
+
+def test_all_outputs_survive_storage_and_make_tables(model, clients, tmp_path):
+    method = DFedAvg(topology="ring", output="all", eval_clients_every=1, **SHORT)
+    outcome = method.aggregate(model=model, clients=clients, run=plait.Run())
+    codecs.save(outcome, tmp_path / "outcome")
+    history = codecs.load(tmp_path / "outcome", ("history",))
+    assert history == outcome["history"]
+    local = codecs.load(tmp_path / "outcome", ("clients",))
+    assert list(local) == [f"client-{client}" for client in range(6)]
+    mean = torch.stack([one.head.weight for one in local.values()]).mean(0)
+    torch.testing.assert_close(mean, outcome["model"].head.weight, atol=1e-6, rtol=0)
+
+    report = FederatedRounds(target=0.05, last=2).evaluate(data={"a": history, "b": history[:1]}, run=plait.Run())
+    assert report.value("rounds to 5%", method="a") == 1
+    accuracy = [record["accuracy"] for record in history]
+    assert report.value("last-2 accuracy", method="a") == pytest.approx(np.mean(accuracy))
+    assert report.value("MB sent", method="a") == pytest.approx(2 * 12 * 2410 * 4 / 1e6)
+    never = FederatedRounds(target=1.0).evaluate(data={"a": history}, run=plait.Run())
+    assert (never.value("rounds to 100%", method="a"), never.value("reached", method="a")) == (3, 0)
+
+
+def test_models_that_kept_heads_answer_with_their_mean(model, digits):
+    class Merged(torch.nn.Module):
+        def __init__(self, heads):
+            super().__init__()
+            self.task_heads = torch.nn.ModuleList(heads)
+            self.tasks = ("0", "1")
+
+        def logits(self, images, task):
+            return self.task_heads[int(task)](model.body(images))
+
+    heads = [torch.nn.Linear(32, 10) for _ in range(2)]
+    mean = torch.nn.Linear(32, 10)
+    with torch.no_grad():
+        mean.weight.copy_((heads[0].weight + heads[1].weight) / 2)
+        mean.bias.copy_((heads[0].bias + heads[1].bias) / 2)
+    merged = FederatedAccuracy().evaluate(model=Merged(heads), data=digits["test"], run=plait.Run())
+    model.head = mean
+    averaged = FederatedAccuracy().evaluate(model=model, data=digits["test"], run=plait.Run())
+    assert merged.value("loss", model="model") == pytest.approx(averaged.value("loss", model="model"), rel=1e-4)
+
+
+def test_half_precision_models_come_back_as_they_were(model, clients):
+    half = model.half().eval()
+    trained = DFedAvg(topology="ring", **SHORT).aggregate(model=half, clients=clients, run=plait.Run())
+    assert trained.head.weight.dtype == torch.float16
+    assert not trained.training
+
+
+def test_the_graph_is_shown(clients):
+    report = FederatedGraph(topology="ring", weights="metropolis").evaluate(data=clients, run=plait.Run())
+    assert report.rows[0]["directed edges"] == 12
+    assert report.rows[0]["second eigenvalue"] == pytest.approx(2 / 3)  # 1/3 + 2/3·cos(60°)
+    assert report.panels[0].images[0][0].data.startswith(b"\x89PNG")
+
+
+def test_graphs_from_files(tmp_path):
+    (tmp_path / "edges.csv").write_text("0,1\n1,2\n2,3\n")
+    graph = DFedAvg(topology="custom", graph_file=tmp_path / "edges.csv").graph(4, seed=0)
+    assert graph.adjacency(0).sum() == 6
+    np.save(tmp_path / "matrix.npy", np.full((3, 3), 1 / 3))
+    assert DFedAvg(topology="custom", graph_file=tmp_path / "matrix.npy").graph(3, seed=0).mixing(0)[0, 2] == 1 / 3
+    (tmp_path / "other.csv").write_text("0,1,2\n")
+    with pytest.raises(plait.PlaitError, match="two columns"):
+        DFedAvg(topology="custom", graph_file=tmp_path / "other.csv").graph(4, seed=0)
+    with pytest.raises(plait.PlaitError, match="cannot be read"):
+        DFedAvg(topology="custom", graph_file=tmp_path / "missing.csv").graph(4, seed=0)
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    random = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 2)):
+        for label, name in enumerate(["cat", "dog"]):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 100, (16, 16, 3), dtype=np.uint8) + np.uint8(100 * label)
+                Pillow.fromarray(pixels).save(folder / f"{index}.png")
+    return tmp_path / "images"
+
+
+def test_images_of_a_folder_and_of_a_zip_are_the_same_and_train(image_folder, tmp_path):
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w") as target:
+        for file in image_folder.rglob("*.png"):
+            target.write(file, file.relative_to(image_folder))
+    from_folder, from_zip = (ImageClasses(path=path).load_data(run=plait.Run()) for path in (image_folder, archive))
+    assert from_folder["train"].features["label"].names == ["cat", "dog"]
+    for a, b in zip(from_folder["train"], from_zip["train"], strict=True):
+        assert a["label"] == b["label"]
+        assert (np.asarray(a["image"]) == np.asarray(b["image"])).all()
+    assert len(ImageClasses(path=archive, max_per_class=2).load_data(run=plait.Run())["train"]) == 4
+    run = plait.Run()
+    clients = Partition(num_clients=3, scheme="stratified").transform(data=from_zip, run=run)
+    model = FederatedModel(architecture="lenet", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2)).load_model(
+        data=clients, run=run
+    )
+    method = DFedAvg(rounds=1, batch_size=4, local_epochs=1, topology="full", augment_padding=2, output="all")
+    assert method.aggregate(model=model, clients=clients, run=run)["history"][0]["gradient_steps"] == 3
+
+
+def test_own_client_column_and_user_model():
+    """Grey 8-bit images, clients named by text, a model of the user's."""
+    random = np.random.default_rng(0)
+    rows = {
+        "image": [Pillow.fromarray(random.integers(0, 255, (4, 4), dtype=np.uint8)) for _ in range(12)],
+        "label": random.integers(0, 2, 12).tolist(),
+        "client": ["b", "a", "c"] * 4,
+    }
+    data = Dataset.from_dict(
+        rows, features=Features({"image": Image(), "label": ClassLabel(num_classes=2), "client": Value("string")})
+    )
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2))
+    method = DFedAvg(topology="full", output="all", **SHORT)
+    outcome = method.aggregate(model=model, clients=data, run=plait.Run())
+    assert list(outcome["clients"]) == ["client-0", "client-1", "client-2"]
+    assert "accuracy" not in outcome["history"][0]
+
+
+def test_token_classifiers_of_transformers_train():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=8,
+        num_labels=2,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    rows = {
+        "input_ids": [[i % 20, 1, 2, 3] for i in range(16)],
+        "label": [i % 2 for i in range(16)],
+        "client": [0, 1] * 8,
+    }
+    method = DFedAvg(topology="full", rounds=1, local_epochs=1, batch_size=4)
+    trained = method.aggregate(model=model, clients=Dataset.from_dict(rows), run=plait.Run())
+    assert not torch.equal(trained.classifier.weight, model.classifier.weight)
+
+
+def test_a_failed_step_goes_on_from_its_checkpoint(model, clients, tmp_path):
+    method = DFedAvg(topology="ring", output="all", **SHORT | {"rounds": 4})
+    whole = method.aggregate(model=model, clients=clients, run=plait.Run())
+
+    def stop(values, step):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "work"
+    with pytest.raises(KeyboardInterrupt):
+        method.aggregate(model=model, clients=clients, run=plait.Run(folder=folder, on_log=stop))
+    assert (folder / "checkpoints" / "round-000003").exists()
+    resumed = method.aggregate(model=model, clients=clients, run=plait.Run(folder=folder))
+    assert torch.equal(resumed["model"].head.weight, whole["model"].head.weight)
+
+
+def png_bytes(size):
+    buffer = io.BytesIO()
+    Pillow.new("RGB", size).save(buffer, "png")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def train_on(data, model=None, **fields):
+    method = DFedAvg(**{"topology": "full"} | SHORT | fields)
+    return method.aggregate(model=model or torch.nn.Linear(4, 2), clients=data, run=plait.Run())
+
+
+def rows(**changes):
+    columns = {"features": [[0.0] * 4] * 4, "label": [0, 1, 0, 1], "client": [0, 0, 1, 1]} | changes
+    return Dataset.from_dict({name: values for name, values in columns.items() if values is not None})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: train_on(rows(client=None)), "no column client.*federated-partition"),
+        (lambda: train_on(rows(label=None)), "no column label"),
+        (lambda: train_on(rows(label=[0, 1, 2, 1])), "label 2 does not fit a model of 2 outputs"),
+        (lambda: train_on(rows(label=[0.5] * 4)), "whole numbers"),
+        (lambda: train_on(rows(features=None)), "field column"),
+        (lambda: train_on(rows(), column="pixels"), "no column pixels"),
+        (lambda: train_on(rows(features=[[0.0] * 4, [0.0]] * 2)), "different sizes"),
+        (lambda: train_on({"test": rows()}), "no split train"),
+        (lambda: train_on(3), "data is a int"),
+        (lambda: train_on(rows(), model="net"), "model is a str"),
+        (lambda: train_on(rows(), topology="random"), "nobody would have a neighbour"),
+        (lambda: train_on(rows(client=[0] * 4)), "at least 2"),
+        (lambda: train_on(rows(), engine="peers", update_order="sequential"), "allow_wavefront"),
+        (lambda: DFedAvg(topology="ring", edges=((0, 1),)), "any other topology none"),
+        (lambda: DFedAvg(rounds=0), "rounds is 0"),
+        (lambda: DFedProx(prox_lambda=20.0, topology="full").aggregate(None, None, plait.Run()), "must be below 1"),
+        (lambda: Partition(scheme="pathological", coefficient=2.5), "whole number"),
+        (lambda: Partition(num_clients=1), "num_clients"),
+        (lambda: FederatedModel(architecture="lenet").load_model(rows(), plait.Run()), "square images"),
+        (lambda: Classifier("lenet", 3, 8, 10), "too small"),
+        (lambda: FederatedRounds().evaluate(data=[1], run=plait.Run()), "output: all"),
+        (lambda: ImageClasses(path="nowhere").load_data(run=plait.Run()), "neither a folder nor a zip"),
+    ],
+)
+def test_mistakes_are_told(call, message):
+    with pytest.raises((plait.PlaitError, ValueError), match=message):
+        call()
+
+
+def test_images_of_different_sizes_are_refused():
+    data = Dataset.from_dict(
+        {"image": [png_bytes((4, 4)), png_bytes((5, 4))], "label": [0, 1], "client": [0, 1]},
+        features=Features({"image": Image(), "label": Value("int64"), "client": Value("int64")}),
+    )
+    with pytest.raises(plait.PlaitError, match="different sizes"):
+        train_on(data)
+
+
+def test_weights_that_do_not_keep_the_average_are_told_or_refused(clients, model):
+    warnings = []
+    path = {"topology": "custom", "edges": tuple((i, i + 1) for i in range(5))}
+    DFedAvg(**path, **SHORT).aggregate(model=model, clients=clients, run=plait.Run(on_warning=warnings.append))
+    assert "columns of the mixing matrix sum to 0.83 … 1.17" in warnings[0]
+    with pytest.raises(plait.PlaitError, match="columns of the mixing matrix"):
+        DFedAvg(**path, strict=True, **SHORT).aggregate(model=model, clients=clients, run=plait.Run())

@@ -1,0 +1,216 @@
+"""FGSAM and FGSAM+ as optimizers for any training loop.
+
+Luo et al., "Fast Graph Sharpness-Aware Minimization for Enhancing and Accelerating Few-Shot Node
+Classification", NeurIPS 2024, Algorithm 1. Two losses share the weights w:
+
+* ``gnn_loss``: the graph network with message passing;
+* ``mlp_loss``: its PeerMLP (:func:`plait_fgsam.peer.peer_mlp`) on the rows that carry the loss.
+
+::
+
+    optimizer = FGSAMPlus(model.parameters(), torch.optim.Adam, rho=0.1, interval=2, lr=5e-3)
+    for task in tasks:
+        info = optimizer.step(lambda: gnn_loss(task), lambda: mlp_loss(task))  # no backward, no zero_grad
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from plait_fgsam.perturbing import (
+    Gradients,
+    Loss,
+    PerturbingOptimizer,
+    global_norm,
+    orthogonal_part,
+    require,
+    stretched,
+)
+
+Combine = Literal["convex", "additive"]
+
+
+class FGSAM(PerturbingOptimizer):
+    """Ascend along the GNN's gradient, descend along the PeerMLP's: one GNN pass an update.
+
+    Args:
+        lam: weight of the MLP gradient (convex, in [0, 1], default 0.5) or of the GNN gradient
+            (additive, >= 0, default 1).
+        variant: ``code`` combines as ``convex``, ``paper`` (Algorithm 1) as ``additive``.
+        combine: overrides what the variant says: (1 - lam) g_gnn + lam g_s, or lam g_gnn + g_s.
+
+    With ``rho=0`` this is the *mix* of the two gradients without any perturbation.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
+        *,
+        rho: float = 0.05,
+        lam: float | None = None,
+        variant: Literal["code", "paper"] = "code",
+        combine: Combine | None = None,
+        eps: float = 1e-12,
+        **base_options: Any,
+    ) -> None:
+        require(variant in ("code", "paper"), "variant", variant, "'code' or 'paper'")
+        self.combine = combine or {"code": "convex", "paper": "additive"}[variant]
+        require(self.combine in ("convex", "additive"), "combine", combine, "'convex' or 'additive'")
+        convex = self.combine == "convex"
+        self.lam = (0.5 if convex else 1.0) if lam is None else lam
+        in_range = math.isfinite(self.lam) and 0 <= self.lam <= (1 if convex else math.inf)
+        require(in_range, "lam", lam, "[0, 1] (convex)" if convex else "a finite number >= 0 (additive)")
+        super().__init__(params, base_optimizer, rho=rho, eps=eps, **base_options)
+
+    def step(self, gnn_loss: Loss, mlp_loss: Loss) -> dict[str, Any]:  # type: ignore[override]
+        """One update. The closures return scalar losses; ``info`` holds 0-dim tensors, to be read when wanted.
+
+        Raises:
+            ValueError: for a loss that is not a scalar; FloatingPointError: for one that is not finite
+                (the weights are as before).
+        """
+        tensors, rhos, perturbed = self._trainable()
+        loss, g_gnn = self._gradient(gnn_loss, "gnn_loss", tensors)  # line 1: GNN forward + backward
+        e = self._perturbation(tensors, g_gnn, rhos, perturbed)  # line 2
+        mlp_value, g_s = self._gradient_at(mlp_loss, "mlp_loss", tensors, e)  # line 3: at w + e
+        gradient = self._combined(g_gnn, g_s)  # line 4
+        self._apply(tensors, gradient, gnn_loss=loss, mlp_loss=mlp_value)  # line 5
+        return {"loss": loss, "exact": True, **comparison(g_gnn, g_s, tensors)}
+
+    def _combined(self, g_gnn: Gradients, g_s: Gradients) -> Gradients:
+        """A gradient missing in one pass counts as zero; missing in both it stays ``None``."""
+        a, b = (1 - self.lam, self.lam) if self.combine == "convex" else (self.lam, 1.0)
+        combined: Gradients = [None] * len(g_gnn)
+        both = [i for i, (g, s) in enumerate(zip(g_gnn, g_s, strict=True)) if g is not None and s is not None]
+        if both:
+            parts = torch._foreach_mul([g_gnn[i] for i in both], a)
+            torch._foreach_add_(parts, [g_s[i] for i in both], alpha=b)
+            for i, part in zip(both, parts, strict=True):
+                combined[i] = part
+        for i, (g, s) in enumerate(zip(g_gnn, g_s, strict=True)):
+            if (g is None) != (s is None):
+                combined[i] = a * g if s is None else b * s
+        return combined
+
+
+class FGSAMPlus(FGSAM):
+    """FGSAM on every ``interval``-th update; in between MLP gradients alone, corrected by what was kept.
+
+    Kept for each tensor: the flatness part v, orthogonal to the MLP gradient, and with ``topology`` the
+    topology part u.
+
+    Args:
+        interval: k, an exact update every so many (the first is exact), >= 1.
+        alpha: weight of the flatness part in approximate updates, >= 0.
+        variant: ``code`` is convex, combined, no topology; ``paper`` (Algorithm 1) is additive, perturbed, topology.
+        flatness_from: v from the ``combined`` gradient or from the ``perturbed`` MLP gradient.
+        topology: whether approximate updates add lam (g_mlp + the stretched u); lam is the additive form's.
+        projection: dot products and norms of v and u per ``tensor`` or ``global``, over all perturbed tensors.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
+        *,
+        rho: float = 0.1,
+        lam: float | None = None,
+        interval: int = 2,
+        alpha: float = 0.7,
+        variant: Literal["code", "paper"] = "code",
+        combine: Combine | None = None,
+        flatness_from: Literal["combined", "perturbed"] | None = None,
+        topology: bool | None = None,
+        projection: Literal["tensor", "global"] = "tensor",
+        eps: float = 1e-8,
+        **base_options: Any,
+    ) -> None:
+        require(isinstance(interval, int) and interval >= 1, "interval", interval, "a whole number >= 1")
+        require(math.isfinite(alpha) and alpha >= 0, "alpha", alpha, "a finite number >= 0")
+        require(projection in ("tensor", "global"), "projection", projection, "'tensor' or 'global'")
+        require(variant in ("code", "paper"), "variant", variant, "'code' or 'paper'")
+        self.flatness_from = flatness_from or {"code": "combined", "paper": "perturbed"}[variant]
+        require(
+            self.flatness_from in ("combined", "perturbed"), "flatness_from", flatness_from, "combined or perturbed"
+        )
+        self.topology = variant == "paper" if topology is None else topology
+        self.interval, self.alpha, self.projection = interval, alpha, projection
+        super().__init__(
+            params, base_optimizer, rho=rho, lam=lam, variant=variant, combine=combine, eps=eps, **base_options
+        )
+        if self.topology and self.combine == "convex" and self.lam == 0:
+            raise ValueError("lam is 0; with topology its additive form (1 - lam) / lam needs lam > 0")
+
+    def step(self, gnn_loss: Loss, mlp_loss: Loss) -> dict[str, Any]:  # type: ignore[override]
+        """One update; ``gnn_loss`` is not called on approximate ones. See :meth:`FGSAM.step`."""
+        if self.t % self.interval == 0:
+            return self._exact(gnn_loss, mlp_loss)
+        return self._approximate(mlp_loss)
+
+    def _exact(self, gnn_loss: Loss, mlp_loss: Loss) -> dict[str, Any]:
+        tensors, rhos, perturbed = self._trainable()
+        loss, g_gnn = self._gradient(gnn_loss, "gnn_loss", tensors)  # line 1
+        mlp_value, g_mlp = self._gradient(mlp_loss, "mlp_loss", tensors)  # line 2: unperturbed
+        e = self._perturbation(tensors, g_gnn, rhos, perturbed)  # line 3
+        perturbed_value, g_s = self._gradient_at(mlp_loss, "mlp_loss at w + e", tensors, e)  # line 4
+        gradient = self._combined(g_gnn, g_s)  # line 5
+        inside = [i for i, p in enumerate(perturbed) if p and gradient[i] is not None]
+        reference = [zero_if_none(g_mlp[i], tensors[i]) for i in inside]
+        source = gradient if self.flatness_from == "combined" else g_s
+        v = self._orthogonal([zero_if_none(source[i], tensors[i]) for i in inside], reference)  # line 6
+        u = self._orthogonal([zero_if_none(g_gnn[i], tensors[i]) for i in inside], reference) if self.topology else None
+        self._apply(tensors, gradient, gnn_loss=loss, mlp_loss=mlp_value, perturbed_mlp_loss=perturbed_value)  # line 7
+        self.state.clear()
+        for j, i in enumerate(inside):
+            self.state[tensors[i]] = {"v": v[j]} if u is None else {"v": v[j], "u": u[j]}
+        return {"loss": loss, "exact": True, **comparison(g_gnn, g_mlp, tensors), "v_norm": global_norm(v, tensors[0])}
+
+    def _approximate(self, mlp_loss: Loss) -> dict[str, Any]:
+        tensors, _, perturbed = self._trainable()
+        value, g_mlp = self._gradient(mlp_loss, "mlp_loss", tensors)  # line 1: this update's own task
+        inside = [i for i, p in enumerate(perturbed) if p and tensors[i] in self.state]
+        reference = [zero_if_none(g_mlp[i], tensors[i]) for i in inside]
+        v = [self.state[tensors[i]]["v"] for i in inside]
+        gradient = list(g_mlp)
+        for i, g, part in zip(inside, reference, self._stretched(v, reference), strict=True):  # line 2
+            gradient[i] = g + self.alpha * part
+        if self.topology:
+            lam = self.lam if self.combine == "additive" else (1 - self.lam) / self.lam
+            u = [self.state[tensors[i]]["u"] for i in inside]
+            for i, g, part in zip(inside, reference, self._stretched(u, reference), strict=True):
+                gradient[i] = gradient[i] + lam * (g + part)
+        self._apply(tensors, gradient, mlp_loss=value)  # line 3
+        return {"loss": value, "exact": False, "mlp_norm": global_norm(g_mlp, tensors[0])}
+
+    def _orthogonal(self, a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+        return self._projected(orthogonal_part, a, b)
+
+    def _stretched(self, v: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+        return self._projected(stretched, v, b)
+
+    def _projected(self, operation: Any, a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+        """The operation on each pair of tensors, or once on all of them as one vector."""
+        if self.projection == "tensor" or not a:
+            return [operation(x, y) for x, y in zip(a, b, strict=True)]
+        whole = operation(torch.cat([x.flatten() for x in a]), torch.cat([y.flatten() for y in b]))
+        return [part.view_as(x) for part, x in zip(whole.split([x.numel() for x in a]), a, strict=True)]
+
+
+def zero_if_none(g: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if g is None else g
+
+
+def comparison(g_gnn: Gradients, g_mlp: Gradients, tensors: list[Tensor]) -> dict[str, Tensor]:
+    """Norms of the two gradients and the cosine between them (nan where one is zero)."""
+    both = [(g, m) for g, m in zip(g_gnn, g_mlp, strict=True) if g is not None and m is not None]
+    dot = torch.zeros((), device=tensors[0].device)
+    if both:
+        dot = torch.dot(*(torch.cat([part.flatten() for part in side]) for side in zip(*both, strict=True)))
+    gnn_norm, mlp_norm = global_norm(g_gnn, tensors[0]), global_norm(g_mlp, tensors[0])
+    return {"gnn_norm": gnn_norm, "mlp_norm": mlp_norm, "cosine": dot / (gnn_norm * mlp_norm)}

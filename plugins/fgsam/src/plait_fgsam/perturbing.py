@@ -1,0 +1,216 @@
+"""The ground that all optimizers of this package stand on: gradients of closures, perturbing, restoring.
+
+They are ``torch.optim.Optimizer``s around a base optimizer (Adam, SGD, ...). ``step`` is given closures that
+*return* a loss, differentiates them itself, and is the only place where ``.grad`` is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Loss = Callable[[], Tensor]
+Gradients = list[Tensor | None]
+
+
+class PerturbingOptimizer(torch.optim.Optimizer):
+    """A base optimizer that steps with a gradient of our making.
+
+    Args:
+        params: tensors or parameter groups. A group may set its own ``rho`` and ``perturb=False`` (its tensors
+            are then trained but not perturbed).
+        base_optimizer: a ``torch.optim`` class; it gets ``base_options`` (``lr``, ``weight_decay``, ...).
+        rho: length of the perturbation, >= 0.
+        eps: added to the norm that the perturbation is divided by, >= 0.
+
+    ``param_groups`` is the base optimizer's own list, so that schedulers see one set of rates.
+
+    Raises:
+        ValueError: for a value out of its range.
+        TypeError: for a base optimizer that needs a closure of its own, such as LBFGS.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
+        *,
+        rho: float = 0.05,
+        eps: float = 1e-12,
+        **base_options: Any,
+    ) -> None:
+        require(math.isfinite(rho) and rho >= 0, "rho", rho, "a finite number >= 0")
+        require(math.isfinite(eps) and eps >= 0, "eps", eps, "a finite number >= 0")
+        if issubclass(base_optimizer, torch.optim.LBFGS):
+            raise TypeError("base_optimizer LBFGS evaluates the loss itself; use a first-order one such as Adam or SGD")
+        groups = list(params)
+        if not groups:
+            raise ValueError("params is empty; give the tensors of the model")
+        groups = [dict(group) for group in groups] if isinstance(groups[0], dict) else [{"params": groups}]
+        for group in groups:
+            group.setdefault("rho", rho)
+            group.setdefault("perturb", True)
+            require(math.isfinite(group["rho"]) and group["rho"] >= 0, "rho of a group", group["rho"], ">= 0")
+        self.base = base_optimizer(groups, **base_options)
+        super().__init__(self.base.param_groups, {"rho": rho, "perturb": True})
+        self.param_groups = self.base.param_groups
+        self.eps = eps
+        self.t = 0
+
+    # -- what the subclasses are written with ----------------------------------------------------------------
+
+    def _trainable(self) -> tuple[list[Tensor], list[float], list[bool]]:
+        """All trainable tensors w_1 ... w_P, their rho, and whether they are perturbed (are in S)."""
+        found = [(p, g["rho"], g["perturb"]) for g in self.param_groups for p in g["params"] if p.requires_grad]
+        if not found:
+            raise ValueError("no tensor of the optimizer requires a gradient")
+        return tuple(map(list, zip(*found, strict=True)))  # type: ignore[return-value]
+
+    def _gradient(self, loss: Loss, name: str, tensors: list[Tensor]) -> tuple[Tensor, Gradients]:
+        """Value and gradient of a closure; ``None`` where a tensor takes no part."""
+        with torch.enable_grad():
+            value = loss()
+            self._check_scalar(value, name)
+            return value.detach(), differentiate(value, tensors)
+
+    def _check_scalar(self, value: Any, name: str) -> None:
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"update {self.t}: {name} returned {shape}; return the loss as a scalar tensor")
+        if not value.requires_grad:
+            raise ValueError(f"update {self.t}: {name} does not depend on any trainable tensor")
+
+    def _perturbation(
+        self, tensors: list[Tensor], gradients: Gradients, rhos: list[float], perturbed: list[bool]
+    ) -> list[Tensor | None]:
+        """e_i = rho g_i / (|g|_S + eps): one norm over all perturbed tensors; ``None`` where e_i = 0."""
+        inside = [i for i, g in enumerate(gradients) if g is not None and perturbed[i]]
+        norm = global_norm([gradients[i] for i in inside], tensors[0])
+        perturbation: list[Tensor | None] = [None] * len(tensors)
+        for rho in {rhos[i] for i in inside} - {0}:
+            group = [i for i in inside if rhos[i] == rho]
+            for i, e in zip(group, scaled(rho / (norm + self.eps), [gradients[i] for i in group]), strict=True):
+                perturbation[i] = e
+        return perturbation
+
+    def _gradient_at(
+        self, loss: Loss, name: str, tensors: list[Tensor], perturbation: list[Tensor | None]
+    ) -> tuple[Tensor, Gradients]:
+        """Value and gradient at w + e; w is restored from a copy, bit for bit, also when the closure raises."""
+        moved = [(p, e) for p, e in zip(tensors, perturbation, strict=True) if e is not None]
+        if not moved:
+            return self._gradient(loss, name, tensors)
+        weights, steps = [p for p, _ in moved], [e for _, e in moved]
+        with torch.no_grad():
+            saved = [p.clone() for p in weights]
+        try:
+            with torch.no_grad():
+                torch._foreach_add_(weights, steps)
+            torch.clear_autocast_cache()  # it would go on using the weights of before
+            return self._gradient(loss, name, tensors)
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(weights, saved)
+            torch.clear_autocast_cache()
+
+    def _apply(self, tensors: list[Tensor], gradients: Gradients, **losses: Tensor) -> None:
+        """Hand the gradient to the base optimizer; nothing has changed yet when a loss is not finite."""
+        watched = torch.stack([value.float() for value in (*losses.values(), global_norm(gradients, tensors[0]))])
+        if not bool(torch.isfinite(watched).all()):  # the one synchronisation of an update
+            values = dict(zip([*losses, "the gradient's norm"], watched.tolist(), strict=True))
+            name, value = next((n, v) for n, v in values.items() if not math.isfinite(v))
+            raise FloatingPointError(f"update {self.t}: {name} is {value}; lower lr or rho, or look at the data")
+        for p, g in zip(tensors, gradients, strict=True):
+            p.grad = g
+        self.base.step()
+        torch.clear_autocast_cache()
+        self.t += 1
+
+    # -- torch.optim's own interface --------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if any(param_group is group for group in self.base.param_groups):
+            super().add_param_group(param_group)  # from Optimizer.__init__, which registers the base's groups
+            return
+        param_group.setdefault("rho", self.defaults["rho"])
+        param_group.setdefault("perturb", True)
+        self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state, the counter and the tensors kept between updates, by position."""
+        order = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        return {
+            "base": self.base.state_dict(),
+            "t": self.t,
+            "kept": {order[p]: dict(state) for p, state in self.state.items()},
+            "own": self._own_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.base.load_state_dict(state_dict["base"])
+        self.param_groups = self.base.param_groups  # loading replaced the base's list
+        self.t = int(state_dict["t"])
+        params = [p for g in self.param_groups for p in g["params"]]
+        self.state.clear()
+        for i, state in state_dict["kept"].items():
+            p = params[int(i)]
+            self.state[p] = {name: value.to(device=p.device, dtype=p.dtype).clone() for name, value in state.items()}
+        self._load_own_state(state_dict["own"])
+
+    def _own_state(self) -> dict[str, Any]:
+        return {}
+
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        return None
+
+
+def differentiate(value: Tensor, tensors: list[Tensor]) -> Gradients:
+    """Detached gradients of a scalar; ``None`` for a tensor that takes no part.
+
+    Raises:
+        TypeError: for a sparse gradient.
+    """
+    gradients = torch.autograd.grad(value, tensors, allow_unused=True)
+    if any(g is not None and g.layout != torch.strided for g in gradients):
+        raise TypeError("a gradient is sparse; use layers with dense gradients (nn.Embedding(sparse=False))")
+    return list(gradients)
+
+
+def global_norm(gradients: Gradients, like: Tensor) -> Tensor:
+    """Euclidean norm over all tensors; 0 (on ``like``'s device) for none."""
+    present = [g for g in gradients if g is not None]
+    if not present:
+        return torch.zeros((), device=like.device, dtype=like.dtype)
+    norms = torch._foreach_norm(present)
+    return torch.linalg.vector_norm(torch.stack([norm.to(like.device) for norm in norms]))
+
+
+def scaled(factor: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+    """factor g for every g, which may be on several devices."""
+    if len({g.device for g in gradients} | {factor.device}) == 1:
+        return list(torch._foreach_mul(gradients, factor))
+    return [g * factor.to(g.device) for g in gradients]
+
+
+def orthogonal_part(a: Tensor, b: Tensor) -> Tensor:
+    """P(a, b) = a - (a.b)/(b.b) b, and a where b = 0."""
+    square = (b * b).sum()
+    return a - torch.where(square > 0, (a * b).sum() / square.clamp_min(torch.finfo(b.dtype).tiny), 0.0) * b
+
+
+def stretched(v: Tensor, b: Tensor) -> Tensor:
+    """``v`` at the length of ``b``: |b| / (|v| + 1e-8) v."""
+    return v * (torch.linalg.vector_norm(b) / (torch.linalg.vector_norm(v) + 1e-8))
+
+
+def require(ok: bool, name: str, value: Any, allowed: str) -> None:
+    """Raise ``ValueError`` naming the value and what is allowed, unless ``ok``."""
+    if not ok:
+        raise ValueError(f"{name} is {value!r}; allowed is {allowed}")

@@ -1,0 +1,300 @@
+"""FGSAM, FGSAM+ and the baselines as trainings of the graph kit; the picture of sharpness."""
+
+import pytest
+import torch
+import torch_geometric.nn as pyg
+from plait import PlaitError, Run
+from plait_fgsam.fgsam import FGSAM, FGSAMPlus
+from plait_fgsam.plugin import (
+    AESAMTraining,
+    ASAMTraining,
+    ESAMTraining,
+    FGSAMPlusTraining,
+    FGSAMTraining,
+    GraphSharpness,
+    LookSAMTraining,
+    MixTraining,
+    PeerMLPTraining,
+    SAMTraining,
+    peer_losses,
+)
+from plait_fgsam.sharpness import sharpness
+from plait_graph import tasks
+from plait_graph.plugin import (
+    AdamTraining,
+    ClassSplit,
+    CsbmGraph,
+    DigitsGraph,
+    EpisodeAccuracy,
+    Gnn,
+    Gpn,
+    MetaGcn,
+    NodeAccuracy,
+    NodeSplit,
+)
+
+METHODS = [
+    AESAMTraining,
+    ASAMTraining,
+    ESAMTraining,
+    FGSAMPlusTraining,
+    FGSAMTraining,
+    LookSAMTraining,
+    MixTraining,
+    PeerMLPTraining,
+    SAMTraining,
+]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def graph():
+    data = CsbmGraph(num_nodes=300, num_classes=6, num_features=16, homophily=0.9, signal=3.0).load_data(Run())
+    data = NodeSplit(per_class=10, num_val=60).transform(data, Run())
+    return ClassSplit(train=2, val=2, test=2).transform(data, Run())
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_training_learns(method, optimizer, graph):
+    model = Gnn().load_model(graph, Run())
+    rate = {"lr": 0.1} if optimizer == "sgd" else {}
+    trained = method(num_updates=40, optimizer=optimizer, **rate).optimize(model, graph, Run())
+    report = NodeAccuracy().evaluate(trained, graph, model, Run())
+    assert report.value("accuracy") > (40 if method is PeerMLPTraining else 60)
+    assert report.value("gain") > 15
+
+
+@pytest.mark.parametrize("architecture", ["gat", "sage", "gin", "sgc", "transformer"])
+@pytest.mark.parametrize("method", [FGSAMTraining, FGSAMPlusTraining])
+def test_every_architecture(method, architecture, graph):
+    model = Gnn(architecture=architecture).load_model(graph, Run())
+    trained = method(num_updates=30).optimize(model, graph, Run())
+    assert trained.history[-1]["val_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize("model_of", [Gpn(), MetaGcn(n_way=2)])
+@pytest.mark.parametrize("method", METHODS)
+def test_few_shot(method, model_of, graph):
+    model = model_of.load_model(graph, Run())
+    shape = {"n_way": 2, "k_shot": 2, "n_query": 4}
+    training = method(num_updates=6, eval_every=3, num_val_tasks=2, select="last", **shape)
+    trained = training.optimize(model, graph, Run())
+    assert not same(trained, model)
+    assert EpisodeAccuracy(num_tasks=5, **shape).evaluate(trained, graph, None, Run()).value("accuracy") > 30
+
+
+@pytest.mark.parametrize("model_of", [Gpn(dropout=0), MetaGcn(n_way=2, dropout=0)])
+def test_few_shot_peer_sees_no_edges(model_of, graph):
+    """Rows alone equal the peer pass on the whole graph; the GNN pass differs."""
+    model = model_of.load_model(graph, Run())
+    objective = tasks.EpisodeObjective(graph, CPU, 2, 2, 4, 1, torch.Generator())
+    task = objective.draw(torch.Generator().manual_seed(0))
+    from plait_fgsam.peer import peer_mlp
+
+    with peer_mlp(model):
+        on_whole_graph = task.losses(model)
+    torch.testing.assert_close(peer_losses(model, task), on_whole_graph)
+    assert not torch.allclose(task.losses(model), on_whole_graph, atol=1e-4)
+
+
+def test_lam_zero_is_adam_and_the_seed_is_enough(graph):
+    model = Gnn().load_model(graph, Run())
+    adam = AdamTraining(num_updates=12).optimize(model, graph, Run(seed=3, step="a"))
+    fgsam = FGSAMTraining(num_updates=12, lam=0.0).optimize(model, graph, Run(seed=3, step="b"))
+    assert same(adam, fgsam)
+    assert same(fgsam, FGSAMTraining(num_updates=12, lam=0.0).optimize(model, graph, Run(seed=3)))
+
+
+def test_without_edges_fgsam_with_lam_one_is_sam(graph):
+    bare = graph.clone()
+    bare.edge_index = bare.edge_index[:, :0]
+    model = Gnn(dropout=0.0).load_model(bare, Run())
+    options = {"num_updates": 8, "optimizer": "sgd"}
+    sam = SAMTraining(**options).optimize(model, bare, Run())
+    fgsam = FGSAMTraining(lam=1.0, **options).optimize(model, bare, Run())
+    for p, q in zip(sam.parameters(), fgsam.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [10, 13])
+@pytest.mark.parametrize("method", [FGSAMPlusTraining, ESAMTraining])
+def test_killed_training_goes_on_bit_for_bit(method, stop_at, graph):
+    model = Gnn().load_model(graph, Run())
+    training = method(num_updates=19, checkpoint_every=5)
+    run = Run(seed=5)
+
+    def stop(values, step):
+        if step == stop_at:
+            raise KilledError
+
+    whole = training.optimize(model, graph, Run(seed=5))
+    with pytest.raises(KilledError):
+        training.optimize(model, graph, Run(seed=5, folder=run.folder, on_log=stop))
+    assert same(whole, training.optimize(model, graph, Run(seed=5, folder=run.folder)))
+
+
+def test_history_tells_the_kind_of_update_and_the_cosine(graph):
+    model = Gnn().load_model(graph, Run())
+    history = FGSAMPlusTraining(num_updates=6, interval=3).optimize(model, graph, Run()).history
+    assert [entry["exact"] for entry in history] == [1, 0, 0, 1, 0, 0]
+    assert -1 <= history[0]["cosine"] <= 1
+    assert history[0]["gnn_norm"] > 0
+    assert "gnn_norm" not in history[1]
+
+
+def test_gain_on_a_noisy_graph():
+    """Paper's claim at small scale: on noisy edges FGSAM and FGSAM+ beat Adam by two points and more."""
+    gains = {"fgsam": [], "fgsam-plus": []}
+    for seed in (0, 1):
+        run = Run(seed=seed)
+        data = NodeSplit(per_class=10, num_val=300).transform(DigitsGraph(random_edges=3.0).load_data(run), run)
+        model = Gnn().load_model(data, run)
+        adam = AdamTraining(num_updates=60).optimize(model, data, run)
+        for name, method in (("fgsam", FGSAMTraining), ("fgsam-plus", FGSAMPlusTraining)):
+            trained = method(num_updates=60).optimize(model, data, run)
+            gains[name].append(NodeAccuracy().evaluate(trained, data, adam, run).value("gain"))
+    assert all(sum(values) / 2 > 2 for values in gains.values()), gains
+
+
+# -- sharpness ------------------------------------------------------------------------------------------------------
+
+
+def test_sharpness_of_a_parabola():
+    model = torch.nn.Linear(2, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 0.0]]))
+    curvature = torch.tensor([1.0, 3.0]).double()
+    before = model.weight.data_ptr()
+    walk = sharpness(
+        model,
+        lambda: (curvature * model.weight**2).sum() / 2,
+        torch.tensor([0.0, 1.0, 2.0]),
+        4,
+        torch.Generator().manual_seed(0),
+    )
+    assert walk.ascent.tolist() == pytest.approx([0.5, 2.0, 4.5])
+    assert walk.random.shape == (4, 3)
+    assert (walk.random[:, 0] == 0.5).all()
+    assert model.weight.tolist() == [[1.0, 0.0]]
+    assert model.weight.data_ptr() == before
+
+
+def test_sharpness_report(graph):
+    model = Gnn().load_model(graph, Run())
+    report = GraphSharpness(num_points=5, num_directions=3).evaluate({"a": model, "b": model}, graph, Run())
+    assert report.value("rise along the gradient", model="a") > 0
+    assert report.rows[0] | {"model": ""} == report.rows[1] | {"model": ""}
+    assert len(report.panels[0].images) == 1
+    assert len(report.curves) == 4
+    alone = GraphSharpness(num_points=5).evaluate(model, graph, Run())
+    assert alone.value("loss") == report.value("loss", model="a")
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FGSAMTraining(rho=-1), "rho is -1"),
+        (lambda: FGSAMTraining(lam=1.5), "lam is 1.5"),
+        (lambda: FGSAMPlusTraining(topology=True, lam=0.0), "lam is 0"),
+        (lambda: FGSAMPlusTraining(interval=0), "interval is 0"),
+        (lambda: MixTraining(rho=0.1), "rho is 0.1"),
+        (lambda: FGSAMTraining(optimizer="lbfgs"), "optimizer is 'lbfgs'"),
+    ],
+)
+def test_values_out_of_range_are_refused(make, message):
+    with pytest.raises(PlaitError, match=message):
+        make()
+
+
+def test_models_without_a_peer_are_refused(graph):
+    class Dense(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = torch.nn.Linear(16, 6)
+
+        def forward(self, x, edge_index):
+            return self.lin(x)
+
+    class Unknown(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = pyg.LEConv(16, 6)
+
+        def forward(self, x, edge_index):
+            return self.conv(x, edge_index)
+
+    for method in (FGSAMTraining, FGSAMPlusTraining, PeerMLPTraining):
+        with pytest.raises(PlaitError, match="no message-passing layer"):
+            method().optimize(Dense(), graph, Run())
+        with pytest.raises(PlaitError, match="LEConv"):
+            method().optimize(Unknown(), graph, Run())
+    assert len(SAMTraining(num_updates=2).optimize(Unknown(), graph, Run()).history) == 2
+
+
+def test_only_the_named_tensors_are_perturbed(graph):
+    model = Gpn().load_model(graph, Run())
+    encoder, rest = SAMTraining(perturb=("encoder.*",)).groups(model)
+    assert len(encoder["params"]) == 4
+    assert len(rest["params"]) == 6
+    assert rest["perturb"] is False
+    with pytest.raises(PlaitError, match=r"matches no tensor of the model; it has encoder\.0"):
+        SAMTraining(perturb=("decoder.*",), n_way=2).optimize(model, graph, Run())
+
+
+def test_the_graph_of_the_peer_can_be_chosen(graph):
+    model = Gnn(architecture="gin", dropout=0.0).load_model(graph, Run())
+    usual, identity = (
+        FGSAMTraining(num_updates=3, peer=p).optimize(model, graph, Run()) for p in ({}, {"GINConv": "identity"})
+    )
+    assert usual.history[0]["gnn_norm"] == identity.history[0]["gnn_norm"]
+    assert usual.history[0]["mlp_norm"] != identity.history[0]["mlp_norm"]
+    assert same(usual, FGSAMTraining(num_updates=3, peer={"GINConv": "empty"}).optimize(model, graph, Run()))
+    with pytest.raises(PlaitError, match="peer names GATConv"):
+        FGSAMTraining(peer={"GATConv": "empty"}).optimize(model, graph, Run())
+
+
+def test_own_model_in_a_plain_loop(graph):
+    """The classes alone, without the kit's training."""
+    from plait_fgsam.peer import identity_graph, peer_mlp
+
+    model = pyg.GAT(16, 8, num_layers=2, out_channels=6, dropout=0.5)
+    rows = torch.nonzero(graph.train_mask).flatten()
+    optimizer = FGSAM(model.parameters(), lr=0.01)
+
+    def gnn_loss():
+        return torch.nn.functional.cross_entropy(model(graph.x, graph.edge_index)[rows], graph.y[rows])
+
+    def mlp_loss():
+        with peer_mlp(model):
+            return torch.nn.functional.cross_entropy(model(graph.x[rows], identity_graph(len(rows))), graph.y[rows])
+
+    torch.manual_seed(0)
+    losses = [float(optimizer.step(gnn_loss, mlp_loss)["loss"]) for _ in range(30)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert model.training
+
+
+def test_bf16_autocast_trains_as_float32_does(graph):
+    final = []
+    for enabled in (False, True):
+        model = Gnn(dropout=0.0).load_model(graph, Run())
+        task = tasks.NodeObjective(graph, CPU).whole
+        optimizer = FGSAMPlus(model.parameters(), lr=0.01)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for _ in range(20):
+                optimizer.step(lambda: task.losses(model).mean(), lambda: peer_losses(model, task).mean())  # noqa: B023
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        final.append(task.losses(model).mean().item())
+    assert final[0] == pytest.approx(final[1], rel=0.02)

@@ -1,0 +1,312 @@
+"""Graphs as PyG ``Data`` (x, edge_index, y): two that need no download, and readers of the usual files.
+
+Features with few non-zeros are kept as the three arrays of a CSR matrix (``x_crow``, ``x_col``, ``x_value``,
+``x_columns``) in place of ``x``; :func:`features` gives either form.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+from torch_geometric.utils import coalesce, remove_self_loops, to_undirected
+
+SPARSE_BELOW = 0.1  # share of non-zeros
+
+
+# -- graphs that ship with pip packages or are drawn ---------------------------------------------------------------
+
+
+def digits_graph(num_neighbors: int, random_edges: float, generator: np.random.Generator) -> Data:
+    """scikit-learn's 1,797 digits, joined to their nearest neighbours in pixel space, plus random edges.
+
+    Args:
+        num_neighbors: of the symmetrised k-nearest-neighbour graph, >= 1.
+        random_edges: how many random directed edges for each directed edge of a node's own choice
+            (num_nodes * num_neighbors of them); 0 leaves the clean graph.
+
+    Returns:
+        ``Data`` with x [1797, 64] (pixels / 16, mean removed), y in 0 ... 9, undirected edges.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.neighbors import kneighbors_graph
+
+    pixels, labels = load_digits(return_X_y=True)
+    neighbours = torch.from_numpy(np.stack(kneighbors_graph(pixels, num_neighbors).nonzero())).long()
+    drawn = round(random_edges * neighbours.shape[1])
+    noise = torch.from_numpy(generator.integers(len(pixels), size=(2, drawn)))
+    edges, _ = remove_self_loops(torch.cat([neighbours, noise], dim=1))
+    x = torch.from_numpy(pixels / 16).float()
+    return Data(x=x - x.mean(0), edge_index=to_undirected(edges, num_nodes=len(x)), y=torch.from_numpy(labels).long())
+
+
+def csbm_graph(
+    num_nodes: int,
+    num_classes: int,
+    num_features: int,
+    degree: float,
+    homophily: float,
+    signal: float,
+    generator: np.random.Generator,
+) -> Data:
+    """Contextual stochastic block model (Deshpande et al., NeurIPS 2018) with homophily as a dial.
+
+    Classes have equal sizes; a class mean is drawn from N(0, signal^2 / d) a feature, features are the mean plus
+    N(0, 1) noise. num_nodes * degree / 2 undirected edges are drawn: both ends in one class with probability
+    ``homophily``, else in two different classes.
+
+    Args:
+        degree: mean degree, before the few duplicate edges are removed.
+        homophily: expected share of edges within a class, in [0, 1]; 1 / num_classes is no information.
+        signal: length of the class means; 0 is no information.
+    """
+    y = np.arange(num_nodes) % num_classes
+    means = generator.normal(0, signal / np.sqrt(num_features), (num_classes, num_features))
+    x = means[y] + generator.normal(size=(num_nodes, num_features))
+    drawn = round(num_nodes * degree / 2)
+    source = generator.integers(num_nodes, size=drawn)
+    other = (y[source] + generator.integers(1, num_classes, size=drawn)) % num_classes
+    wanted = np.where(generator.random(drawn) < homophily, y[source], other)
+    members = (num_nodes - wanted + num_classes - 1) // num_classes  # nodes of a class are wanted, wanted + C, ...
+    target = wanted + num_classes * (generator.random(drawn) * members).astype(int)
+    edges, _ = remove_self_loops(torch.from_numpy(np.stack([source, target])))
+    return Data(
+        x=torch.from_numpy(x).float(),
+        edge_index=to_undirected(edges, num_nodes=num_nodes),
+        y=torch.from_numpy(y).long(),
+    )
+
+
+# -- PyG's data sets ---------------------------------------------------------------------------------------------
+
+PLANETOID = ("Cora", "Citeseer", "Pubmed")
+WEBKB = ("Cornell", "Texas", "Wisconsin")
+WIKIPEDIA = ("Chameleon", "Squirrel")
+AMAZON = ("Computers", "Photo")
+OGBN = ("ogbn-arxiv", "ogbn-products")
+NAMES = (*PLANETOID, *WEBKB, *WIKIPEDIA, "Actor", *AMAZON, "CoraFull", *OGBN)
+
+
+def pyg_graph(name: str, root: Path | None, scratch: Path) -> Data:
+    """A data set of PyTorch Geometric or OGB.
+
+    Args:
+        name: one of :data:`NAMES`.
+        root: folder with the raw files, searched in ``root/<name>`` and below; it is not written to.
+            ``None`` downloads them.
+        scratch: folder for links to the raw files and for what PyG processes.
+
+    Raises:
+        FileNotFoundError: ``root`` lacks the raw files.
+    """
+    import torch_geometric.datasets as pyg
+
+    if name in OGBN:
+        from ogb.nodeproppred import PygNodePropPredDataset
+
+        dataset = PygNodePropPredDataset(name, root=str(root or scratch))
+        data = dataset[0]
+        data.y = data.y.squeeze(1)
+        for split, mask in (("train", "train_mask"), ("valid", "val_mask"), ("test", "test_mask")):
+            data[mask] = torch.zeros(data.num_nodes, dtype=torch.bool).index_fill_(
+                0, dataset.get_idx_split()[split], True
+            )
+        return data
+    low = name.lower()
+    make, folder = {
+        **{n: (lambda: pyg.Planetoid(str(scratch), name), name) for n in PLANETOID},
+        **{n: (lambda: pyg.WebKB(str(scratch), low), low) for n in WEBKB},
+        **{n: (lambda: pyg.WikipediaNetwork(str(scratch), low), f"{low}/geom_gcn") for n in WIKIPEDIA},
+        **{n: (lambda: pyg.Amazon(str(scratch), low), low) for n in AMAZON},
+        "Actor": (lambda: pyg.Actor(str(scratch)), ""),
+        "CoraFull": (lambda: pyg.CoraFull(str(scratch)), "cora"),
+    }[name]
+    if root is not None:
+        _link_raw_files(root, ("film", "actor") if name == "Actor" else (name, low), scratch / folder / "raw")
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyG prints "Processing..." and warns of the pickle that it just wrote
+        return make()[0]
+
+
+def _link_raw_files(root: Path, names: tuple[str, ...], raw: Path) -> None:
+    """Links to all files below ``root/<one of names>``, or ``root`` itself, side by side in ``raw``."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"root is {str(root)!r}, which is no folder; give the folder with the raw files")
+    source = next((root / name for name in names if (root / name).is_dir()), root)
+    files = [path for path in source.rglob("*") if path.is_file() and "processed" not in path.parts]
+    if not files:
+        raise FileNotFoundError(f"{source} holds no files; give the folder with the raw files of {names[0]}")
+    raw.mkdir(parents=True, exist_ok=True)
+    for path in files:
+        link = raw / path.name
+        if not link.exists():
+            link.symlink_to(path.resolve())
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+def read_graph(path: Path) -> Data:
+    """A graph from a file.
+
+    * ``.pt``: a saved PyG ``Data``;
+    * ``.npz``: CSR parts ``attr_*`` and ``adj_*`` (gnn-benchmark) or ``edge_index``, and ``labels``;
+    * ``<name>_network``: an edge list beside ``<name>_train.mat`` and ``<name>_test.mat`` with ``Index``, ``Label``
+      and ``Attributes`` (few-shot benchmarks).
+
+    Raises:
+        FileNotFoundError: there is no such file; ValueError: its kind or content is not one of these.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"path is {str(path)!r}, which is no file; give a .pt, .npz or <name>_network file")
+    if path.suffix == ".pt":
+        return _saved_data(path)
+    if path.suffix == ".npz":
+        return _numpy_graph(path)
+    if path.name.endswith("_network"):
+        return _mat_graph(path)
+    raise ValueError(f"path is {str(path)!r}; allowed is a .pt, .npz or <name>_network file")
+
+
+def _saved_data(path: Path) -> Data:
+    from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
+    from torch_geometric.data.storage import GlobalStorage
+
+    with torch.serialization.safe_globals([Data, DataEdgeAttr, DataTensorAttr, GlobalStorage]):
+        data = torch.load(path, weights_only=True)
+    if not isinstance(data, Data):
+        raise ValueError(f"{path} holds a {type(data).__name__}; save a torch_geometric.data.Data with torch.save")
+    return data
+
+
+def _numpy_graph(path: Path) -> Data:
+    with np.load(path, allow_pickle=False) as arrays:
+        missing = {"attr_data", "attr_indices", "attr_indptr", "attr_shape", "labels"} - set(arrays.files)
+        if missing or not {"edge_index", "adj_indices"} & set(arrays.files):
+            raise ValueError(f"{path} lacks {', '.join(sorted(missing)) or 'edge_index or adj_*'}")
+        attributes = scipy.sparse.csr_matrix(
+            (arrays["attr_data"], arrays["attr_indices"], arrays["attr_indptr"]), shape=arrays["attr_shape"]
+        )
+        if "edge_index" in arrays.files:
+            edges = arrays["edge_index"].astype(np.int64)
+        else:
+            parts = (np.ones(len(arrays["adj_indices"])), arrays["adj_indices"], arrays["adj_indptr"])
+            edges = np.stack(scipy.sparse.csr_matrix(parts, shape=arrays["adj_shape"]).nonzero()).astype(np.int64)
+        return _assembled(attributes, edges, arrays["labels"].astype(np.int64))
+
+
+def _mat_graph(path: Path) -> Data:
+    from scipy.io import loadmat
+
+    stem = path.name.removesuffix("_network")
+    parts = [path.with_name(f"{stem}_{half}.mat") for half in ("train", "test")]
+    for part in parts:
+        if not part.is_file():
+            raise FileNotFoundError(f"{part} is missing beside {path.name}")
+    tables = [loadmat(part) for part in parts]
+    index = np.concatenate([table["Index"].ravel() for table in tables]).astype(np.int64)
+    labels = np.concatenate([table["Label"].ravel() for table in tables])
+    attributes = scipy.sparse.vstack([scipy.sparse.csr_matrix(table["Attributes"]) for table in tables]).tocsr()
+    position = np.full(index.max() + 1, -1)
+    position[index] = np.arange(len(index))
+    edges = position[np.loadtxt(path, dtype=np.int64, ndmin=2)[:, :2].T]
+    return _assembled(attributes, edges[:, (edges >= 0).all(0)], np.unique(labels, return_inverse=True)[1])
+
+
+def _assembled(attributes: scipy.sparse.csr_matrix, edges: np.ndarray, labels: np.ndarray) -> Data:
+    """Unused feature columns are dropped; edges become undirected, without loops and duplicates."""
+    attributes = attributes[:, np.flatnonzero(attributes.getnnz(axis=0))].astype(np.float32)
+    attributes.sort_indices()
+    edge_index, _ = remove_self_loops(torch.from_numpy(edges))
+    data = Data(edge_index=to_undirected(edge_index, num_nodes=len(labels)), y=torch.from_numpy(labels))
+    data.num_nodes = len(labels)
+    if attributes.nnz >= SPARSE_BELOW * np.prod(attributes.shape):
+        data.x = torch.from_numpy(attributes.toarray())
+        return data
+    data.x_crow = torch.from_numpy(attributes.indptr.astype(np.int64))
+    data.x_col = torch.from_numpy(attributes.indices.astype(np.int64))
+    data.x_value = torch.from_numpy(attributes.data)
+    data.x_columns = attributes.shape[1]
+    return data
+
+
+# -- access ------------------------------------------------------------------------------------------------------
+
+
+def features(data: Data) -> Tensor:
+    """Features [n, d]: dense, or a sparse CSR tensor where they are stored so."""
+    if data.get("x") is not None:
+        return data.x
+    if data.get("x_value") is None:
+        raise ValueError("the graph has no features x; give some (one-hot node numbers would be memorised)")
+    size = (len(data.x_crow) - 1, int(data.x_columns))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(data.x_crow, data.x_col, data.x_value, size, check_invariants=False)
+
+
+def num_features(data: Data) -> int:
+    return features(data).shape[1]
+
+
+def num_classes(data: Data) -> int:
+    return int(data.y.max()) + 1
+
+
+def edge_homophily(data: Data) -> float:
+    """Share of edges that join two nodes of one class."""
+    source, target = data.edge_index
+    return float((data.y[source] == data.y[target]).float().mean())
+
+
+def row_normalized(data: Data) -> Data:
+    """A copy whose features sum to 1 in each row (rows of zeros stay)."""
+    copy = data.clone()
+    x = features(data)
+    if x.layout == torch.sparse_csr:
+        rows = torch.arange(x.shape[0]).repeat_interleave(data.x_crow.diff())
+        sums = torch.zeros(x.shape[0]).index_add_(0, rows, data.x_value)
+        copy.x_value = data.x_value / sums.clamp_min(1e-12)[rows]
+    else:
+        copy.x = x / x.sum(1, keepdim=True).abs().clamp_min(1e-12)
+    return copy
+
+
+def undirected(data: Data) -> Data:
+    """A copy with both directions of every edge, no duplicates, no self-loops; edge attributes are dropped."""
+    copy = data.clone()
+    edges, _ = remove_self_loops(data.edge_index)
+    copy.edge_index = to_undirected(coalesce(edges), num_nodes=data.num_nodes)
+    for name in ("edge_attr", "edge_weight"):
+        if name in copy:
+            del copy[name]
+    return copy
+
+
+def check_graph(data: Any) -> None:
+    """Raise ``ValueError`` in one sentence for what no graph network can use."""
+    if not isinstance(data, Data):
+        raise ValueError(f"data is a {type(data).__name__}; a torch_geometric.data.Data is needed")
+    x = features(data)
+    if not x.shape[0]:
+        raise ValueError("the graph has no nodes; give a graph with rows in x")
+    values = x.values() if x.layout == torch.sparse_csr else x
+    if not torch.isfinite(values).all():
+        raise ValueError("features x hold NaN or infinite values; clean them")
+    edges, y = data.edge_index, data.y
+    if edges is None or edges.dim() != 2 or edges.shape[0] != 2 or edges.dtype != torch.long:
+        raise ValueError("edge_index must be whole numbers (int64) of shape [2, edges]")
+    if edges.numel() and (int(edges.min()) < 0 or int(edges.max()) >= x.shape[0]):
+        raise ValueError(f"edge_index names nodes outside 0 ... {x.shape[0] - 1}, the rows of x")
+    if y is None or y.dim() != 1 or y.dtype != torch.long or len(y) != x.shape[0]:
+        raise ValueError(f"y must be whole numbers (int64) of shape [{x.shape[0]}], one label a row of x")
+    if int(y.min()) < 0:
+        raise ValueError(f"y holds {int(y.min())}; labels are 0 ... C-1 (leave unlabelled nodes out of the masks)")

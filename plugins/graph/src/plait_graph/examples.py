@@ -1,0 +1,115 @@
+"""Small inputs on which the conformance kit tries the methods on graphs."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import attrs
+import torch
+from plait import Run
+from plait.testing import Example
+from torch_geometric.data import Data
+
+from plait_graph.plugin import ClassSplit, CsbmGraph, Gnn, Gpn, NodeSplit
+
+EPISODES = {"n_way": 2, "k_shot": 2, "n_query": 3}
+TIMES = ("ms/update", "time")
+
+
+def graph() -> Data:
+    """60 nodes of 6 classes with both kinds of splits."""
+    data = CsbmGraph(num_nodes=60, num_classes=6, num_features=8, homophily=0.8, signal=3.0).load_data(Run())
+    data = NodeSplit(per_class=3, num_val=12).transform(data, Run())
+    return ClassSplit(train=2, val=2, test=2).transform(data, Run())
+
+
+def no_nodes() -> Data:
+    empty = torch.zeros(0, dtype=torch.long)
+    return Data(x=torch.zeros(0, 8), edge_index=torch.zeros(2, 0, dtype=torch.long), y=empty, num_nodes=0)
+
+
+def broken() -> Data:
+    """An edge to a node that is not there."""
+    data = graph()
+    data.edge_index = torch.tensor([[0], [60]])
+    return data
+
+
+def drawn() -> Example:
+    return Example(arguments={}, random=True, progress=False, device=False)
+
+
+def fixed() -> Example:
+    return Example(arguments={}, progress=False, device=False)
+
+
+def from_file() -> Example:
+    path = Path(tempfile.mkdtemp(prefix="plait-graph-")) / "graph.pt"
+    torch.save(graph(), path)
+    return Example(arguments={}, fields={"path": str(path)}, progress=False, device=False)
+
+
+def node_split() -> Example:
+    return _on_graph({"per_class": 3, "num_val": 12})
+
+
+def class_split() -> Example:
+    return _on_graph({"train": 2, "val": 2, "test": 2})
+
+
+def model() -> Example:
+    return _on_graph({})
+
+
+def _on_graph(fields: dict[str, int]) -> Example:
+    return Example(
+        arguments={"data": graph()},
+        fields=fields,
+        random=True,
+        progress=False,
+        device=False,
+        empty={"data": no_nodes()},
+        wrong={"data": broken()},
+    )
+
+
+def training() -> Example:
+    data = graph()
+    return Example(
+        arguments={"model": Gnn(hidden_channels=4).load_model(data, Run()), "data": data},
+        fields={"num_updates": 8, "checkpoint_every": 3, "eval_every": 2},
+        random=True,
+        empty={"data": no_nodes()},
+        wrong={"data": broken(), "model": "gcn"},
+    )
+
+
+def training_without_draws() -> Example:
+    """For a training in which nothing is random but the model it starts from."""
+    return attrs.evolve(training(), random=False)
+
+
+def node_evaluation() -> Example:
+    data = graph()
+    models = [Gnn(hidden_channels=4).load_model(data, Run(seed=seed)) for seed in (0, 1)]
+    return Example(
+        arguments={"model": models[0], "data": data, "reference": models[1]},
+        progress=False,
+        empty={"data": no_nodes()},
+        wrong={"data": broken(), "model": "gcn"},
+        ignore=TIMES,
+    )
+
+
+def episode_evaluation() -> Example:
+    data = graph()
+    return Example(
+        arguments={"model": Gpn(hidden_channels=4).load_model(data, Run()), "data": data},
+        fields={**EPISODES, "num_tasks": 5},
+        random=True,
+        progress=False,
+        empty={"data": no_nodes()},
+        wrong={"data": broken(), "model": "gpn"},
+        ignore=TIMES,
+    )

@@ -1,0 +1,198 @@
+"""What one update learns from: labelled nodes of a graph, or an episode.
+
+A task gives its losses two ways: with the whole graph, and from the rows that carry the loss alone (used by methods
+that train a graph network also without its edges).
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Protocol
+
+import attrs
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_geometric.data import Data
+from torch_geometric.utils import k_hop_subgraph
+
+from plait_graph.datasets import check_graph, features
+from plait_graph.episodes import Episode, EpisodeSampler
+from plait_graph.fewshot import EpisodeGraph, EpisodeModel
+
+
+class Task(Protocol):
+    """One update's work."""
+
+    def losses(self, model: nn.Module) -> Tensor:
+        """Cross-entropy of each target, with message passing, [targets]."""
+
+    def row_losses(self, model: nn.Module) -> Tensor:
+        """The same from the targets' rows alone, on the graph where each has only itself, [targets]."""
+
+
+class Objective(Protocol):
+    """A stream of tasks and a validation."""
+
+    def draw(self, generator: torch.Generator) -> Task: ...
+
+    def validate(self, model: nn.Module) -> float | None:
+        """Validation accuracy in [0, 1], ``None`` without validation nodes."""
+
+
+def call(model: nn.Module, data: Data, x: Tensor, edge_index: Tensor) -> Tensor:
+    """Logits; edge weights and attributes are given to models whose forward names them (not to rows alone)."""
+    extra = {}
+    if edge_index is data.edge_index:
+        names = inspect.signature(model.forward).parameters
+        extra = {n: data[n] for n in ("edge_weight", "edge_attr") if n in names and data.get(n) is not None}
+    return model(x, edge_index, **extra)
+
+
+# -- node classification -------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class NodeTask:
+    """Labelled nodes ``targets`` of ``data``."""
+
+    data: Data
+    targets: Tensor
+
+    def losses(self, model: nn.Module) -> Tensor:
+        logits = call(model, self.data, self.data.x, self.data.edge_index)
+        return F.cross_entropy(logits[self.targets], self.data.y[self.targets], reduction="none")
+
+    def row_losses(self, model: nn.Module) -> Tensor:
+        alone = torch.arange(len(self.targets), device=self.targets.device).expand(2, -1)
+        logits = call(model, self.data, self.data.x[self.targets], alone)
+        return F.cross_entropy(logits, self.data.y[self.targets], reduction="none")
+
+
+class NodeObjective:
+    """All labelled nodes in every update, or random batches of them.
+
+    Args:
+        data: with ``train_mask`` and, to validate, ``val_mask``, both [n].
+        batch_size: labelled nodes an update; ``None`` for all.
+        num_hops: passes see the subgraph within so many hops of their targets; ``None`` for the whole graph.
+            One more than the model has layers changes nothing for layers that normalise by degree.
+
+    Raises:
+        ValueError: the graph cannot be used, or no training node has a label.
+    """
+
+    def __init__(
+        self, data: Data, device: torch.device, batch_size: int | None = None, num_hops: int | None = None
+    ) -> None:
+        check_graph(data)
+        for name in ("train_mask", "val_mask"):
+            mask = data.get(name)
+            if mask is not None and mask.dim() != 1:
+                raise ValueError(f"{name} has shape {tuple(mask.shape)}; pick one split with transform node-split")
+        if data.get("train_mask") is None or not data.train_mask.any():
+            raise ValueError("no node is labelled for training; draw a split with transform node-split")
+        dense = data.clone()
+        dense.x = features(data).to_dense() if data.get("x") is None else data.x
+        self.data = dense.to(device)
+        self.training = torch.nonzero(self.data.train_mask).flatten()
+        self.batch_size, self.num_hops = batch_size, num_hops
+        self.whole = self._task(self.training)
+
+    def draw(self, generator: torch.Generator) -> NodeTask:
+        if self.batch_size is None or self.batch_size >= len(self.training):
+            return self.whole
+        chosen = torch.randperm(len(self.training), generator=generator)[: self.batch_size]
+        return self._task(self.training[chosen.to(self.training.device)])
+
+    def _task(self, targets: Tensor) -> NodeTask:
+        if self.num_hops is None:
+            return NodeTask(self.data, targets)
+        nodes, edges, places, kept = k_hop_subgraph(
+            targets, self.num_hops, self.data.edge_index, relabel_nodes=True, num_nodes=self.data.num_nodes
+        )
+        part = Data(x=self.data.x[nodes], edge_index=edges, y=self.data.y[nodes])
+        for name in ("edge_weight", "edge_attr"):
+            if self.data.get(name) is not None:
+                part[name] = self.data[name][kept]
+        return NodeTask(part, places)
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module) -> float | None:
+        mask = self.data.get("val_mask")
+        if mask is None or not mask.any():
+            return None
+        predicted = call(model, self.data, self.data.x, self.data.edge_index).argmax(-1)
+        return float((predicted == self.data.y)[mask].float().mean())
+
+
+# -- few-shot classification ------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class EpisodeTask:
+    """One episode on a graph."""
+
+    graph: EpisodeGraph
+    episode: Episode
+
+    def losses(self, model: nn.Module) -> Tensor:
+        return F.cross_entropy(model(self.graph, self.episode), self.episode.labels, reduction="none")
+
+    def row_losses(self, model: nn.Module) -> Tensor:
+        logits = model(self.graph.alone(self.episode.rows), self.episode.renumbered())
+        return F.cross_entropy(logits, self.episode.labels, reduction="none")
+
+
+class EpisodeObjective:
+    """Episodes of the training classes; validation is the mean over episodes of the validation classes.
+
+    Raises:
+        ValueError: classes are too few, too small or in two splits; also of the validation and test classes, so
+            that nothing is found out only after training.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        device: torch.device,
+        n_way: int,
+        k_shot: int,
+        n_query: int,
+        num_val_tasks: int,
+        val_generator: torch.Generator,
+    ) -> None:
+        self.graph, y = episode_graph(data, device), data.y
+        shape = (n_way, k_shot, n_query)
+        self.sampler = EpisodeSampler(y, data.train_classes, *shape, "training")
+        validation = EpisodeSampler(y, data.val_classes, *shape, "validation")
+        EpisodeSampler(y, data.test_classes, *shape, "test")
+        self.device = device
+        self.validation = [validation.draw(val_generator, device) for _ in range(num_val_tasks)]
+
+    def draw(self, generator: torch.Generator) -> EpisodeTask:
+        return EpisodeTask(self.graph, self.sampler.draw(generator, self.device))
+
+    def validate(self, model: nn.Module) -> float | None:
+        return sum(episode_accuracies(model, self.graph, self.validation)) / len(self.validation)
+
+
+def episode_graph(data: Data, device: torch.device) -> EpisodeGraph:
+    """The graph as few-shot models see it, after a check of its class split."""
+    check_graph(data)
+    splits = [data.get(name) for name in ("train_classes", "val_classes", "test_classes")]
+    if any(classes is None for classes in splits):
+        raise ValueError("the graph has no split of its classes; draw one with transform class-split")
+    everything = torch.cat(splits)
+    twice = everything[torch.bincount(everything)[everything] > 1]
+    if len(twice):
+        raise ValueError(f"class {int(twice[0])} is in two splits of classes; they must be disjoint")
+    return EpisodeGraph.of(features(data).to(device), data.edge_index.to(device))
+
+
+def episode_accuracies(model: Any, graph: EpisodeGraph, episodes: list[Episode]) -> list[float]:
+    """Share of queries classified correctly in each episode."""
+    if not isinstance(model, EpisodeModel):
+        raise ValueError(f"the model is a {type(model).__name__}, which answers no episodes; use gpn or meta-gcn")
+    logits = model.answers(graph, episodes)
+    return [float((z.argmax(-1) == e.labels).float().mean()) for z, e in zip(logits, episodes, strict=True)]

@@ -1,0 +1,260 @@
+"""Graphs, splits and episodes."""
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plait import PlaitError, Run
+from plait_graph import datasets, splits
+from plait_graph.episodes import EpisodeSampler
+from plait_graph.plugin import ClassSplit, CsbmGraph, DigitsGraph, GraphFile, NodeSplit, PygGraph, interval95
+from torch_geometric.data import Data
+
+
+def small(n=30, classes=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return Data(
+        x=torch.randn(n, 5, generator=generator),
+        edge_index=torch.randint(n, (2, 4 * n), generator=generator),
+        y=torch.arange(n) % classes,
+    )
+
+
+def test_digits_graph_and_its_noise():
+    clean, noisy = (datasets.digits_graph(6, edges, np.random.default_rng(0)) for edges in (0, 3.0))
+    assert clean.x.shape == (1797, 64)
+    assert clean.x.mean(0).abs().max() < 1e-6
+    assert datasets.edge_homophily(clean) == pytest.approx(0.97, abs=0.01)
+    assert datasets.edge_homophily(noisy) == pytest.approx(0.26, abs=0.01)
+    for graph in (clean, noisy):
+        source, target = graph.edge_index
+        assert not (source == target).any()
+        assert graph.is_undirected()
+        assert torch.unique(graph.edge_index, dim=1).shape == graph.edge_index.shape
+
+
+@settings(max_examples=15, deadline=None)
+@given(homophily=st.floats(0, 1), classes=st.integers(2, 7), nodes=st.integers(300, 500))
+def test_csbm_has_the_homophily_it_is_asked_for(homophily, classes, nodes):
+    graph = datasets.csbm_graph(nodes, classes, 4, 12.0, homophily, 1.0, np.random.default_rng(1))
+    assert graph.edge_index.max() < nodes
+    assert datasets.edge_homophily(graph) == pytest.approx(homophily, abs=0.08)
+
+
+def test_csbm_signal_is_the_length_of_the_class_means():
+    graph = datasets.csbm_graph(40_000, 2, 50, 1.0, 0.5, 3.0, np.random.default_rng(0))
+    means = torch.stack([graph.x[graph.y == c].mean(0) for c in (0, 1)])
+    assert means.norm(dim=1).tolist() == pytest.approx([3.0, 3.0], rel=0.25)
+
+
+def test_same_seed_same_graph():
+    a, b, c = (CsbmGraph(num_nodes=100).load_data(Run(seed=s)) for s in (1, 1, 2))
+    assert torch.equal(a.edge_index, b.edge_index)
+    assert not torch.equal(a.x, c.x)
+
+
+def test_split_per_class():
+    data = NodeSplit(per_class=4, num_val=6).transform(small(), Run())
+    assert torch.bincount(data.y[data.train_mask]).tolist() == [4, 4, 4]
+    assert int(data.val_mask.sum()) == 6
+    assert (data.train_mask.int() + data.val_mask.int() + data.test_mask.int() == 1).all()
+    assert "train_mask" not in small()
+
+
+def test_split_by_share_and_by_number():
+    data = NodeSplit(train_share=0.5, val_share=0.2).transform(small(), Run())
+    assert [int(data[m].sum()) for m in splits.MASKS] == [15, 6, 9]
+    data = small()
+    for name in splits.MASKS:
+        data[name] = torch.rand(30, 4) < 0.5
+    assert torch.equal(NodeSplit(number=2).transform(data, Run()).val_mask, data.val_mask[:, 2])
+    assert torch.equal(NodeSplit().transform(data, Run(seed=7)).val_mask, data.val_mask[:, 3])
+
+
+def test_class_split_is_disjoint():
+    data = ClassSplit(train=3, val=2, test=2).transform(small(70, 7), Run(seed=3))
+    classes = torch.cat([data[name] for name in splits.CLASSES])
+    assert sorted(classes.tolist()) == list(range(7))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 4), st.integers(1, 3), st.integers(1, 4), st.integers(0, 100))
+def test_episodes(n_way, k_shot, n_query, seed):
+    y = torch.arange(60) % 6
+    sampler = EpisodeSampler(y, torch.tensor([0, 2, 3, 5]), n_way, k_shot, n_query)
+    episode = sampler.draw(torch.Generator().manual_seed(seed))
+    assert episode.support.shape == (n_way, k_shot)
+    rows = episode.rows
+    assert len(torch.unique(rows)) == len(rows) == n_way * (k_shot + n_query)
+    classes = y[episode.support[:, 0]]
+    assert set(classes.tolist()) <= {0, 2, 3, 5}
+    assert len(set(classes.tolist())) == n_way
+    assert (y[episode.support] == classes[:, None]).all()
+    assert torch.equal(y[episode.query], classes[episode.labels])
+    local = episode.renumbered()
+    assert torch.equal(rows[local.support], episode.support)
+    assert torch.equal(rows[local.query], episode.query)
+
+
+def test_interval95_of_three_numbers():
+    mean, half = interval95(np.array([1.0, 2.0, 3.0]))
+    assert mean == 2
+    assert half == pytest.approx(4.30265 / 3**0.5, rel=1e-4)
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+def test_saved_data(tmp_path):
+    torch.save(small(), tmp_path / "graph.pt")
+    data = GraphFile(path=tmp_path / "graph.pt", undirected=False).load_data(Run())
+    assert torch.equal(data.x, small().x)
+    assert torch.equal(data.edge_index, small().edge_index)
+
+
+def attributes(nodes=8):
+    return scipy.sparse.random(nodes, 100, density=0.05, format="csr", random_state=0, dtype=np.float32)
+
+
+@pytest.mark.parametrize("edges", ["edge_index", "adjacency"])
+def test_numpy_file_with_sparse_features(tmp_path, edges):
+    a = attributes(40)
+    arrays = {"attr_data": a.data, "attr_indices": a.indices, "attr_indptr": a.indptr, "attr_shape": np.array(a.shape)}
+    arrays["labels"] = np.arange(40) % 2
+    pairs = np.array([[0, 1, 2, 2], [1, 0, 3, 2]])
+    if edges == "edge_index":
+        arrays["edge_index"] = pairs
+    else:
+        adjacency = scipy.sparse.csr_matrix((np.ones(4), pairs), shape=(40, 40))
+        arrays |= {"adj_indices": adjacency.indices, "adj_indptr": adjacency.indptr, "adj_shape": np.array([40, 40])}
+    np.savez(tmp_path / "graph.npz", **arrays)
+    data = GraphFile(path=tmp_path / "graph.npz").load_data(Run())
+    used = np.flatnonzero(a.getnnz(axis=0))
+    assert data.get("x") is None
+    np.testing.assert_allclose(datasets.features(data).to_dense().numpy(), a.toarray()[:, used])
+    assert sorted(map(tuple, data.edge_index.T.tolist())) == [(0, 1), (1, 0), (2, 3), (3, 2)]
+    assert data.num_nodes == 40
+    normalized = datasets.features(datasets.row_normalized(data)).to_dense().sum(1)
+    assert normalized.tolist() == pytest.approx([1.0 if row.nnz else 0.0 for row in a], abs=1e-6)
+
+
+def test_edge_list_with_mat_files(tmp_path):
+    from scipy.io import savemat
+
+    a = attributes()
+    for name, rows in (("train", slice(0, 5)), ("test", slice(5, 8))):
+        index = np.arange(8)[rows] * 10
+        savemat(tmp_path / f"web_{name}.mat", {"Index": index, "Label": index // 40 + 3, "Attributes": a[rows]})
+    (tmp_path / "web_network").write_text("0\t10\n70\t0\n5\t10\n")
+    data = GraphFile(path=tmp_path / "web_network").load_data(Run())
+    assert data.y.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert sorted(map(tuple, data.edge_index.T.tolist())) == [(0, 1), (0, 7), (1, 0), (7, 0)]
+
+
+def write_webkb(folder):
+    """A graph of six nodes in the raw format of the WebKB data sets, its splits in a folder beside it."""
+    (folder / "texas" / "raw").mkdir(parents=True)
+    (folder / "texas" / "splits").mkdir()
+    lines = [f"{i}\t{i % 2},1,0\t{i % 2}" for i in range(6)]
+    (folder / "texas" / "raw" / "out1_node_feature_label.txt").write_text(
+        "\n".join(["node\tfeature\tlabel", *lines, ""])
+    )
+    (folder / "texas" / "raw" / "out1_graph_edges.txt").write_text("a\tb\n0\t1\n1\t2\n5\t0\n")
+    for i in range(10):
+        masks = np.zeros((3, 6), dtype=int)
+        masks[[0, 0, 1, 1, 2, 2], np.roll(np.arange(6), i)] = 1
+        names = ("train_mask", "val_mask", "test_mask")
+        np.savez(folder / "texas" / "splits" / f"texas_split_0.6_0.2_{i}.npz", **dict(zip(names, masks, strict=True)))
+
+
+def test_pyg_data_set_from_a_folder_that_is_left_alone(tmp_path):
+    write_webkb(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    data = PygGraph(name="Texas", root=tmp_path, normalize_features=True).load_data(Run())
+    assert sorted(tmp_path.rglob("*")) == before
+    assert data.x.sum(1).tolist() == pytest.approx([1.0] * 6)
+    assert data.is_undirected()
+    assert data.train_mask.shape == (6, 10)
+    split = NodeSplit().transform(data, Run(seed=11))
+    assert torch.nonzero(split.train_mask).flatten().tolist() == [0, 5]
+
+
+def test_graphs_survive_the_store(tmp_path):
+    from plait import codecs
+
+    data = ClassSplit(train=2, val=2, test=2).transform(small(60, 6), Run())
+    codecs.save(data, tmp_path / "graph")
+    again = codecs.load(tmp_path / "graph")
+    assert set(again.keys()) == set(data.keys())
+    assert all(torch.equal(again[key], data[key]) for key in data.keys())  # noqa: SIM118
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+def broken(**changes):
+    data = small()
+    for name, value in changes.items():
+        data[name] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (broken(x=None), "no features x"),
+        (broken(x=torch.full((30, 5), torch.nan)), "NaN or infinite"),
+        (broken(edge_index=torch.tensor([[0], [30]])), "outside 0 ... 29"),
+        (broken(edge_index=torch.zeros(3, 2, dtype=torch.long)), r"\[2, edges\]"),
+        (broken(edge_index=torch.zeros(2, 3)), "int64"),
+        (broken(y=torch.zeros(30)), "y must be whole numbers"),
+        (broken(y=torch.zeros(7, dtype=torch.long)), r"shape \[30\]"),
+        (broken(y=torch.full((30,), -1)), "y holds -1"),
+        ({"train": 1}, "data is a dict"),
+    ],
+)
+def test_graphs_that_cannot_be_used_are_refused(data, message):
+    with pytest.raises(PlaitError, match=message):
+        NodeSplit(per_class=2, num_val=3).transform(data, Run())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: NodeSplit(per_class=11).transform(small(), Run()), "class 0 has 10 nodes, fewer than per_class = 11"),
+        (lambda: NodeSplit(per_class=9, num_val=3).transform(small(), Run()), "only 3 nodes are left"),
+        (lambda: NodeSplit(train_share=0.9, val_share=0.1).transform(small(), Run()), "leave no node"),
+        (lambda: NodeSplit().transform(small(), Run()), "no train_mask"),
+        (lambda: NodeSplit(per_class=3, number=1), "exclude each other"),
+        (lambda: ClassSplit(train=2, val=2, test=2).transform(small(), Run()), r"2 \+ 2 \+ 2 classes"),
+        (lambda: EpisodeSampler(small().y, torch.arange(3), 4, 1, 1), "n_way is 4, but there are only 3"),
+        (lambda: EpisodeSampler(small().y, torch.arange(3), 2, 6, 5), "class 0 has 10 nodes, fewer than .* = 11"),
+        (lambda: CsbmGraph(num_nodes=5, num_classes=4).load_data(Run()), "at least 2 nodes for each"),
+        (lambda: DigitsGraph(num_neighbors=0), "num_neighbors is 0"),
+        (lambda: PygGraph(name="Kora"), "name is 'Kora'"),
+    ],
+)
+def test_impossible_requests_are_refused(call, message):
+    with pytest.raises((PlaitError, ValueError), match=message):
+        call()
+
+
+def test_missing_and_foreign_files_are_refused(tmp_path):
+    (tmp_path / "graph.txt").write_text("0 1")
+    torch.save({"x": torch.ones(1)}, tmp_path / "other.pt")
+    np.savez(tmp_path / "other.npz", labels=np.ones(3))
+    for name, message in [
+        ("none.npz", "no file"),
+        ("graph.txt", "allowed is"),
+        ("other.pt", "holds a dict"),
+        ("other.npz", "lacks attr_data"),
+    ]:
+        with pytest.raises(PlaitError, match=message):
+            GraphFile(path=tmp_path / name).load_data(Run())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PlaitError, match="holds no files"):
+        PygGraph(name="Cora", root=tmp_path / "empty").load_data(Run())
+    with pytest.raises(PlaitError, match="no folder"):
+        PygGraph(name="Cora", root=tmp_path / "nowhere").load_data(Run())

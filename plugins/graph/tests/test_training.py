@@ -1,0 +1,335 @@
+"""Models, few-shot backbones, plain training, evaluation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from plait import PlaitError, Run
+from plait_graph import datasets, tasks
+from plait_graph.episodes import Episode
+from plait_graph.fewshot import GPN, EpisodeGraph, FixedSparse, MetaGCN
+from plait_graph.models import ARCHITECTURES, GNN
+from plait_graph.plugin import (
+    AdamTraining,
+    ClassSplit,
+    CsbmGraph,
+    EpisodeAccuracy,
+    Gnn,
+    Gpn,
+    MetaGcn,
+    NodeAccuracy,
+    NodeSplit,
+    SGDTraining,
+)
+from plait_graph.training import seconds_per_update
+from torch_geometric.data import Data
+
+
+@pytest.fixture(scope="module")
+def graph():
+    data = CsbmGraph(num_nodes=300, num_classes=6, num_features=16, homophily=0.9, signal=3.0).load_data(Run())
+    data = NodeSplit(per_class=10, num_val=60).transform(data, Run())
+    return ClassSplit(train=2, val=2, test=2).transform(data, Run())
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_models_keep_their_shape_and_survive_saving(architecture, graph, tmp_path):
+    model = Gnn(architecture=architecture, hidden_channels=8, heads=2).load_model(graph, Run()).eval()
+    logits = model(graph.x, graph.edge_index)
+    assert logits.shape == (300, 6)
+    model.history = [{"update": 0, "loss": 0.5}]
+    model.save_pretrained(tmp_path)
+    again = GNN.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(graph.x, graph.edge_index), logits)
+    assert again.history == model.history
+
+
+def test_weights_follow_the_seed_and_leave_the_global_generator_alone(graph):
+    state = torch.random.get_rng_state()
+    a, b, c = (Gnn().load_model(graph, Run(seed=s)) for s in (0, 0, 1))
+    assert same(a, b)
+    assert not same(a, c)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("method", [AdamTraining(num_updates=30), SGDTraining(num_updates=30)])
+def test_training_learns_and_leaves_its_inputs_alone(method, graph):
+    model = Gnn().load_model(graph, Run())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    trained = method.optimize(model, graph, Run())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert len(trained.history) == 30
+    assert trained.history[-1]["val_accuracy"] > 0.6
+    assert seconds_per_update(trained) > 0
+    report = NodeAccuracy().evaluate(trained, graph, model, Run())
+    assert report.value("accuracy") > 60
+    assert report.value("gain") > 20
+    both = NodeAccuracy().evaluate({"fresh": model, "trained": trained}, graph, None, Run())
+    assert both.value("accuracy", model="trained") == report.value("accuracy")
+
+
+def test_accuracy_and_macro_f1_by_hand():
+    class Fixed(torch.nn.Module):
+        def forward(self, x, edge_index):
+            return x
+
+    data = Data(
+        x=torch.eye(3)[[0, 0, 1, 2]], edge_index=torch.zeros(2, 0, dtype=torch.long), y=torch.tensor([0, 1, 1, 2])
+    )
+    data.test_mask = torch.tensor([True, True, True, False])
+    report = NodeAccuracy().evaluate(Fixed(), data, None, Run())
+    assert report.value("accuracy") == pytest.approx(200 / 3)
+    assert report.value("macro-F1") == pytest.approx(100 * 2 / 3)
+    assert report.value("± 95 %") == pytest.approx(196 * (2 / 9 / 3) ** 0.5)
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("model_of", [Gnn(), Gpn()])
+def test_killed_training_goes_on_bit_for_bit(model_of, graph):
+    model = model_of.load_model(graph, Run())
+    batch = {"batch_size": 20} if isinstance(model_of, Gnn) else {}
+    episodes = {"n_way": 2, "k_shot": 2, "n_query": 3, "num_val_tasks": 3}
+    method = AdamTraining(num_updates=17, checkpoint_every=5, eval_every=4, **batch, **episodes)
+    whole = method.optimize(model, graph, Run(seed=5))
+    run = Run(seed=5)
+    logged = []
+
+    def stop(values, step):
+        logged.append(step)
+        if step == 12:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        method.optimize(model, graph, Run(seed=5, folder=run.folder, on_log=stop))
+    first = len(logged)
+    resumed = method.optimize(
+        model, graph, Run(seed=5, folder=run.folder, on_log=lambda values, step: logged.append(step))
+    )
+    assert logged[first] == 10
+    assert same(whole, resumed)
+    assert [e["loss"] for e in whole.history] == [e["loss"] for e in resumed.history]
+
+
+def test_patience_and_last_weights(graph):
+    model = Gnn().load_model(graph, Run())
+    stopped = AdamTraining(num_updates=400, eval_every=1, patience=3, lr=1e-9).optimize(model, graph, Run())
+    assert len(stopped.history) == 4  # the first validation is a gain, three more are not
+    last = AdamTraining(num_updates=6, eval_every=1, select="last").optimize(model, graph, Run())
+    best = AdamTraining(num_updates=6, eval_every=1).optimize(model, graph, Run())
+    accuracies = [entry["val_accuracy"] for entry in best.history]
+    objective = tasks.NodeObjective(graph, torch.device("cpu"))
+    assert objective.validate(best) == pytest.approx(max(accuracies))
+    assert objective.validate(last) == pytest.approx(accuracies[-1])
+
+
+def test_receptive_field_gives_the_same_losses(graph):
+    cpu = torch.device("cpu")
+    whole, part = tasks.NodeObjective(graph, cpu), tasks.NodeObjective(graph, cpu, num_hops=3)
+    assert part.whole.data.num_nodes <= whole.data.num_nodes
+    for architecture in ("gcn", "sage", "gat"):
+        model = Gnn(architecture=architecture).load_model(graph, Run()).eval()
+        torch.testing.assert_close(part.whole.losses(model), whole.whole.losses(model))
+
+
+def test_batches_hold_so_many_labelled_nodes(graph):
+    objective = tasks.NodeObjective(graph, torch.device("cpu"), batch_size=7)
+    task = objective.draw(torch.Generator().manual_seed(0))
+    assert len(torch.unique(task.targets)) == 7
+    assert graph.train_mask[task.targets].all()
+
+
+def test_edge_weights_reach_models_that_name_them(graph):
+    from torch_geometric.nn import GCNConv
+
+    class Weighted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = GCNConv(16, 6)
+
+        def forward(self, x, edge_index, edge_weight=None):
+            return self.conv(x, edge_index, edge_weight)
+
+    data = graph.clone()
+    data.edge_weight = torch.rand(data.edge_index.shape[1])
+    model = Weighted()
+    expected = F.cross_entropy(
+        model(data.x, data.edge_index, data.edge_weight)[data.train_mask], data.y[data.train_mask]
+    )
+    torch.testing.assert_close(tasks.NodeObjective(data, torch.device("cpu")).whole.losses(model).mean(), expected)
+
+
+# -- few-shot -------------------------------------------------------------------------------------------------------
+
+
+def path_graph():
+    """0 - 1 - 2 - 3, and 4 alone."""
+    edges = torch.tensor([[0, 1, 1, 2, 2, 3], [1, 0, 2, 1, 3, 2]])
+    return EpisodeGraph.of(torch.arange(15.0).view(5, 3) / 10, edges)
+
+
+def test_adjacency_is_row_normalised_with_self_loops():
+    graph = path_graph()
+    third, half = 1 / 3, 1 / 2
+    expected = [
+        [half, half, 0, 0, 0],
+        [third, third, third, 0, 0],
+        [0, third, third, third, 0],
+        [0, 0, half, half, 0],
+        [0, 0, 0, 0, 1],
+    ]
+    torch.testing.assert_close(graph.adjacency.matrix.to_dense(), torch.tensor(expected))
+    assert graph.degree.tolist() == [1, 2, 2, 1, 0]
+
+
+def test_fixed_sparse_matrix():
+    x = torch.tensor([[0.0, 1, 2], [0, 0, 0], [3, 0, 4], [5, 0, 0]])
+    sparse = FixedSparse.of(x.to_sparse_csr())
+    rows = torch.tensor([3, 1, 2, 2])
+    assert torch.equal(sparse.rows(rows), x[rows])
+    w = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(sparse.transposed.to_dense(), x.T)
+    assert torch.autograd.gradcheck(lambda w: FixedSparse.of(x.double().to_sparse_csr()) @ w, w)
+
+
+EPISODE = Episode(torch.tensor([[0, 2], [3, 4]]), torch.tensor([1, 2]), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(("weighting", "distance"), [("softmax", "euclidean"), ("sum", "squared")])
+def test_gpn_by_hand(weighting, distance):
+    torch.manual_seed(0)
+    graph = path_graph()
+    model = GPN(in_channels=3, hidden_channels=4, weighting=weighting, distance=distance).eval()
+    a = graph.adjacency.matrix.to_dense()
+    e1, e2 = model.encoder
+    s1, s2 = model.scorer
+    z = a @ (a @ graph.x @ e1.weight + e1.bias).relu() @ e2.weight + e2.bias
+    s = (a @ (a @ graph.x @ s1.weight + s1.bias).relu() @ s2.weight + s2.bias).relu() @ model.score.weight.T
+    s = s.flatten() + model.score.bias
+    logits = torch.empty(2, 2)
+    for i, nodes in enumerate(EPISODE.support.tolist()):
+        raw = torch.stack([torch.sigmoid(graph.degree[v].clamp_min(1).log() * s[v]) for v in nodes])
+        w = raw.softmax(0) / 2 if weighting == "softmax" else raw / raw.sum()
+        prototype = w[0] * z[nodes[0]] + w[1] * z[nodes[1]]
+        gap = (z[EPISODE.query] - prototype).norm(dim=1)
+        logits[:, i] = -gap if distance == "euclidean" else -(gap**2)
+    torch.testing.assert_close(model(graph, EPISODE), logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.answers(graph, [EPISODE])[0], logits, atol=1e-5, rtol=1e-5)
+
+
+def test_isolated_support_nodes_give_no_nan():
+    model = GPN(in_channels=3)
+    loss = F.cross_entropy(model(path_graph(), EPISODE), EPISODE.labels)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+
+
+def test_meta_gcn_adapts_by_detached_gradient_steps():
+    torch.manual_seed(0)
+    graph = path_graph()
+    model = MetaGCN(in_channels=3, n_way=2, hidden_channels=4, dropout=0.0, inner_steps=2, inner_lr=0.3)
+    with torch.no_grad():
+        for bias in model.biases:
+            bias.normal_()
+    a = graph.adjacency.matrix.to_dense()
+
+    def logits(parameters):
+        w1, w2, w3, b1, b2, b3 = parameters
+        return (a @ (a @ graph.x @ w1 + b1).relu() @ w2 + b2) @ w3 + b3
+
+    adapted = [p.detach().clone().requires_grad_() for p in model.parameters()]
+    for _ in range(2):
+        loss = F.cross_entropy(logits(adapted)[EPISODE.support.flatten()], torch.tensor([0, 0, 1, 1]))
+        gradients = torch.autograd.grad(loss, adapted)
+        adapted = [(p - 0.3 * g).detach().requires_grad_() for p, g in zip(adapted, gradients, strict=True)]
+    torch.testing.assert_close(model(graph, EPISODE), logits(adapted)[EPISODE.query])
+    outer = torch.autograd.grad(model(graph, EPISODE)[0, 0], list(model.parameters()))
+    first_order = torch.autograd.grad(logits(adapted)[EPISODE.query][0, 0], adapted)
+    for g, h in zip(outer, first_order, strict=True):
+        torch.testing.assert_close(g, h)
+
+
+@pytest.mark.parametrize("make", [Gpn(), MetaGcn(n_way=2)])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_few_shot_training_and_accuracy(make, sparse, graph, tmp_path):
+    data = graph
+    if sparse:
+        data, csr = graph.clone(), graph.x.to_sparse_csr()
+        del data.x
+        data.x_crow, data.x_col, data.x_value = csr.crow_indices(), csr.col_indices(), csr.values()
+        data.x_columns, data.num_nodes = 16, 300
+        assert torch.equal(datasets.features(data).to_dense(), graph.x)
+    model = make.load_model(data, Run())
+    episodes = {"n_way": 2, "k_shot": 3, "n_query": 5}
+    trained = AdamTraining(num_updates=25, eval_every=10, num_val_tasks=5, select="last", **episodes).optimize(
+        model, data, Run()
+    )
+    report = EpisodeAccuracy(num_tasks=20, **episodes).evaluate(trained, data, model, Run())
+    assert report.value("accuracy") > 55
+    assert 0 < report.value("± 95 %") < 20
+    trained.save_pretrained(tmp_path)
+    again = type(trained).from_pretrained(tmp_path)
+    assert EpisodeAccuracy(num_tasks=20, **episodes).evaluate(again, data, model, Run()).rows == report.rows
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+def without(graph, name):
+    copy = graph.clone()
+    del copy[name]
+    return copy
+
+
+def overlapping(graph):
+    copy = graph.clone()
+    copy.val_classes = copy.train_classes
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("model_of", "change", "message"),
+    [
+        (Gnn(), lambda g: without(g, "train_mask"), "no node is labelled"),
+        (Gpn(), lambda g: without(g, "train_classes"), "no split of its classes"),
+        (Gpn(), overlapping, "is in two splits"),
+    ],
+)
+def test_training_refuses_graphs_without_what_it_needs(model_of, change, message, graph):
+    model = model_of.load_model(graph, Run())
+    with pytest.raises(PlaitError, match=message):
+        AdamTraining(n_way=2).optimize(model, change(graph), Run())
+
+
+def test_training_refuses_wrong_models_and_episodes(graph):
+    with pytest.raises(PlaitError, match="model is a str"):
+        AdamTraining().optimize("gcn", graph, Run())
+    gpn, meta = Gpn().load_model(graph, Run()), MetaGcn(n_way=4).load_model(graph, Run())
+    with pytest.raises(PlaitError, match="n_way is 5, but there are only 2 training classes"):
+        AdamTraining().optimize(gpn, graph, Run())
+    with pytest.raises(PlaitError, match="do not apply to episodes"):
+        AdamTraining(n_way=2, num_hops=2).optimize(gpn, graph, Run())
+    with pytest.raises(PlaitError, match="made for n_way = 4"):
+        AdamTraining(n_way=2, n_query=3).optimize(meta, graph, Run())
+    with pytest.raises(PlaitError, match="answers no episodes"):
+        EpisodeAccuracy(n_way=2).evaluate(Gnn().load_model(graph, Run()), graph, None, Run())
+    with pytest.raises(PlaitError, match="val_mask of shape"):
+        NodeAccuracy(split="val").evaluate(gpn, without(graph, "val_mask"), None, Run())
+    broken = Gnn().load_model(graph, Run())
+    with torch.no_grad():
+        next(broken.parameters()).fill_(torch.nan)
+    with pytest.raises(PlaitError, match="the loss is nan"):
+        AdamTraining().optimize(broken, graph, Run())
+
+
+def test_missing_validation_is_said(graph):
+    said = []
+    model = Gnn().load_model(graph, Run())
+    AdamTraining(num_updates=2).optimize(model, without(graph, "val_mask"), Run(on_warning=said.append))
+    assert said == ["there are no validation nodes, so the last weights are kept"]

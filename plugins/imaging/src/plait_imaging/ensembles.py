@@ -1,0 +1,350 @@
+"""Ensembles: several restorations of the same images → one. The simple ones, to hold a new method against.
+
+``candidates`` maps model → dataset with a column ``image``, all of the same scenes. ``reference`` maps the same models,
+in the same order, to other scenes whose truth is known, and ``target`` to that truth; without ``target``, the first
+model's column ``target`` is taken. Either may also be one dataset with columns ``image_<model>`` and ``target``.
+
+Every method keeps its unrounded result in ``image_float`` beside ``image``. Those that learn pool the samples of R, G
+and B. All take a reference, so that one can be put in another's place, but only those that learn need it.
+
+The set is that of Sun et al., "EnsIR", NeurIPS 2024 (arXiv 2410.22959), with least squares and the best single added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+import numpy as np
+import torch
+from datasets import Dataset
+from plait import PlaitError, Report, hookimpl
+from plait.fields import doc, in_range
+from torch import Tensor
+
+from plait_imaging.images import FLOAT_COLUMN, check_same_scenes, names, read_batches, sizes, write_images
+
+if TYPE_CHECKING:
+    from plait import Run
+    from sklearn.base import RegressorMixin
+
+__plait_api__ = "0.1"
+
+_PREFIX = "image_"
+
+
+@attrs.frozen
+class Scenes:
+    """M restorations of the same images, and their truth where it is known, read side by side.
+
+    Iterating gives one tuple per scene: M images uint8 ``[3, H, W]`` and, if ``has_target``, the truth behind them.
+    """
+
+    models: tuple[str, ...]
+    columns: tuple[tuple[Dataset, str], ...] = attrs.field(repr=False)
+    has_target: bool
+
+    @classmethod
+    def of_candidates(cls, candidates: Any) -> Scenes:
+        """The scenes to fuse.
+
+        Raises:
+            PlaitError: fewer than two models, or their scenes differ.
+        """
+        columns = _columns(candidates, "candidates")
+        columns.pop("target", None)
+        if len(columns) < 2:
+            raise PlaitError(
+                f"candidates has {len(columns)} model ({', '.join(columns)}); an ensemble needs at least 2"
+            )
+        return cls(tuple(columns), tuple(columns.values()), has_target=False)
+
+    @classmethod
+    def of_reference(cls, reference: Any, models: tuple[str, ...] | None = None) -> Scenes:
+        """The scenes to learn from.
+
+        Args:
+            models: the candidates' models, which the reference must have in the same order; ``None``: any.
+
+        Raises:
+            PlaitError: no reference, other models, no target, or the scenes differ.
+        """
+        if reference is None:
+            raise PlaitError("reference is missing; give the same models' images of scenes whose target is known")
+        columns = _columns(reference, "reference")
+        if "target" not in columns:
+            first, _ = next(iter(columns.values()))
+            if "target" not in first.column_names:
+                raise PlaitError("reference has no target; add target: STEP, the true images of the reference scenes")
+            columns["target"] = (first, "target")
+        own = tuple(model for model in columns if model != "target")
+        if models is not None and own != models:
+            raise PlaitError(
+                f"reference has the models {', '.join(own)} and candidates {', '.join(models)}; "
+                "give both the same models in the same order"
+            )
+        return cls(own, tuple(columns[name] for name in (*own, "target")), has_target=True)
+
+    @property
+    def source(self) -> Dataset:
+        """The columns that describe the scenes: name, target and the like."""
+        dataset, _ = self.columns[0]
+        return dataset.select_columns([name for name in dataset.column_names if not name.startswith(_PREFIX)])
+
+    @property
+    def num_samples(self) -> list[int]:
+        """Number of colour samples of each scene."""
+        return [3 * height * width for height, width in sizes(*self.columns[0])]
+
+    def __len__(self) -> int:
+        return len(self.columns[0][0])
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        labels = names(self.columns[0][0])
+        streams = [_one_by_one(dataset, column) for dataset, column in self.columns]
+        for label, images in zip(labels, zip(*streams, strict=True), strict=True):
+            for name, image in zip((*self.models, "target"), images, strict=False):
+                if image.shape != images[0].shape:
+                    size, first = ("×".join(map(str, t.shape[1:])) for t in (image, images[0]))
+                    raise PlaitError(
+                        f"image {label} is {size} pixels in {name} and {first} in {self.models[0]}; give all one size"
+                    )
+            yield images
+
+
+def _columns(data: Any, argument: str) -> dict[str, tuple[Dataset, str]]:
+    """Model (or ``target``) → the dataset and column with its images."""
+    if isinstance(data, Dataset):
+        found = {
+            name.removeprefix(_PREFIX): (data, name)
+            for name in data.column_names
+            if name.startswith(_PREFIX) and name != FLOAT_COLUMN
+        }
+        if "target" in data.column_names:
+            found["target"] = (data, "target")
+        return found
+    if not isinstance(data, Mapping) or not all(isinstance(dataset, Dataset) for dataset in data.values()):
+        raise PlaitError(
+            f"{argument} is no mapping of models to datasets; write {argument}: {{model: step, other_model: other_step}}"
+        )
+    check_same_scenes(data)
+    return {model: (dataset, "image") for model, dataset in data.items()}
+
+
+def _one_by_one(dataset: Dataset, column: str) -> Iterator[Tensor]:
+    for _, images in read_batches(dataset, column, batch_size=1):
+        yield from images
+
+
+def _fused(run: Run, scenes: Scenes, fuse: Callable[[Tensor], Tensor]) -> Dataset:
+    """Write ``fuse`` of every scene; it takes float32 ``[M, 3, H, W]`` and gives ``[3, H, W]``, both on 0–255."""
+
+    def results() -> Iterator[Tensor]:
+        for images in run.track(scenes, "fusing"):
+            yield fuse(torch.stack(images).to(run.device).float()).cpu() / 255
+
+    return write_images(run, scenes.source, results(), keep_float=True)
+
+
+def _weighted(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda images: torch.tensordot(weight.to(images), images, dims=1)
+
+
+@attrs.frozen(kw_only=True)
+class Average:
+    """The plain average of the candidates."""
+
+    @hookimpl
+    def ensemble(self, candidates, reference: Any | None, run):
+        """The mean over the models."""
+        return _fused(run, Scenes.of_candidates(candidates), lambda images: images.mean(dim=0))
+
+
+@attrs.frozen(kw_only=True)
+class PixelMedian:
+    """The median of the candidates, sample by sample."""
+
+    @hookimpl
+    def ensemble(self, candidates, reference: Any | None, run):
+        """The median over the models; of an even number, the mean of the middle two."""
+        return _fused(run, Scenes.of_candidates(candidates), pixel_median)
+
+
+@attrs.frozen(kw_only=True)
+class ZZPM:
+    """Weights per image, larger for candidates near the average (a challenge team's rule)."""
+
+    @hookimpl
+    def ensemble(self, candidates, reference: Any | None, run):
+        """The weighted mean with ``softmax(1 / (1e-3 + mean squared distance from the average))``."""
+        return _fused(run, Scenes.of_candidates(candidates), lambda images: _weighted(zzpm_weights(images))(images))
+
+
+def pixel_median(images: Tensor) -> Tensor:
+    """Median over the first dimension; of an even number, the mean of the middle two."""
+    ordered = images.sort(dim=0).values
+    return (ordered[(len(images) - 1) // 2] + ordered[len(images) // 2]) / 2
+
+
+def zzpm_weights(images: Tensor) -> Tensor:
+    """Weights ``[M]`` of one scene ``[M, 3, H, W]``, 0–255."""
+    distance = (images - images.mean(dim=0)).square().flatten(1).mean(dim=1)
+    return torch.softmax(1 / (1e-3 + distance), dim=0)
+
+
+@attrs.frozen
+class Products:
+    """Inner products of M candidates and the truth, all that a global weight needs to know of a reference.
+
+    Attributes:
+        sums: ``Σ z zᵀ`` over the samples of each scene with ``z = (x_1, …, x_M, y)`` on 0–255, ``[N, M + 1, M + 1]``
+            float64; sums of whole numbers, so exact.
+        num_samples: ``[N]``.
+    """
+
+    sums: Tensor
+    num_samples: Tensor
+
+    @classmethod
+    def of(cls, scenes: Scenes, run: Run) -> Products:
+        """From scenes with a target, one at a time."""
+        sums = []
+        for images in run.track(scenes, "reference"):
+            z = torch.stack(images).to(run.device).flatten(1).double()
+            sums.append((z @ z.T).cpu())
+        if not sums:
+            raise PlaitError("reference holds no image; give at least one scene whose target is known")
+        return cls(torch.stack(sums), torch.tensor(scenes.num_samples))
+
+    @property
+    def mean_squared_errors(self) -> Tensor:
+        """Of every model in every scene, ``[N, M]``."""
+        return torch.diagonal(_errors(self.sums), dim1=1, dim2=2) / self.num_samples.unsqueeze(1)
+
+
+def _errors(sums: Tensor) -> Tensor:
+    """``E = Σ (x − y)(x − y)ᵀ``, ``[..., M, M]``."""
+    xx, xy, yy = sums[..., :-1, :-1], sums[..., :-1, -1:], sums[..., -1:, -1:]
+    return xx - xy - xy.transpose(-1, -2) + yy
+
+
+@attrs.frozen(kw_only=True)
+class _GlobalWeights:
+    """One weight per model, learned from the reference."""
+
+    @hookimpl
+    def ensemble(self, candidates, reference, run):
+        """The weighted sum with weights learned from the reference."""
+        scenes = Scenes.of_candidates(candidates)
+        weight = self.weights(Products.of(Scenes.of_reference(reference, scenes.models), run))
+        rows = [{"model": model, "weight": float(w)} for model, w in zip(scenes.models, weight, strict=True)]
+        run.add(Report(title=f"{type(self).__name__}: weights", rows=rows, formats={"weight": ".3f"}))
+        return _fused(run, scenes, _weighted(weight))
+
+
+@attrs.frozen(kw_only=True)
+class InverseMSE(_GlobalWeights):
+    """One weight per model, inverse to its mean squared error on the reference."""
+
+    def weights(self, products: Products) -> Tensor:
+        """``w_m ∝ 1 / MSE_m``; models without any error share the weight."""
+        errors = torch.diagonal(_errors(products.sums.sum(dim=0)))
+        inverse = torch.where(errors == 0, 1.0, 0.0) if (errors == 0).any() else 1 / errors
+        return inverse / inverse.sum()
+
+
+@attrs.frozen(kw_only=True)
+class LeastSquares(_GlobalWeights):
+    """One weight per model, the least squares of the reference; no intercept, weights may be negative."""
+
+    sum_to_one: bool = attrs.field(default=False, metadata=doc("least squares among weights with sum 1"))
+
+    def weights(self, products: Products) -> Tensor:
+        """``argmin ‖Xᵀw − y‖²``; with ``sum_to_one`` ``w ∝ E⁻¹ 1``, E the products of the errors."""
+        sums = products.sums.sum(dim=0)
+        if not self.sum_to_one:
+            # Models that are equal share a weight: the driver finds the shortest of all solutions.
+            return torch.linalg.lstsq(sums[:-1, :-1], sums[:-1, -1], driver="gelsd").solution
+        errors = _errors(sums)
+        floor = 1e-12 * errors.trace() + 1e-6  # equal or perfect models make E singular
+        weight = torch.linalg.solve(
+            errors + floor * torch.eye(len(errors)), torch.ones(len(errors), dtype=errors.dtype)
+        )
+        return weight / weight.sum()
+
+
+@attrs.frozen(kw_only=True)
+class BestSingle(_GlobalWeights):
+    """The one model with the highest PSNR on the reference."""
+
+    def weights(self, products: Products) -> Tensor:
+        """1 for the model with the highest mean PSNR over the scenes, on R, G and B; 0 for the others."""
+        best = products.mean_squared_errors.log().mean(dim=0).argmin()
+        return torch.nn.functional.one_hot(best, products.sums.shape[1] - 1).double()
+
+
+@attrs.frozen(kw_only=True)
+class Regressor:
+    """A regressor of scikit-learn, with its defaults: candidates' values → true value of a sample."""
+
+    kind: Literal[
+        "hist-gradient-boosting", "gradient-boosting", "ada-boost", "bagging", "extra-trees", "random-forest"
+    ] = attrs.field(default="hist-gradient-boosting", metadata=doc("which regressor of scikit-learn"))
+    max_samples: int | None = attrs.field(
+        default=200_000,
+        validator=in_range(1),
+        metadata=doc("most reference samples to fit on, drawn without replacement; null: all of them"),
+    )
+
+    @hookimpl
+    def ensemble(self, candidates, reference, run):
+        """The regressor's predictions, unclipped."""
+        scenes = Scenes.of_candidates(candidates)
+        inputs, truth, total = self._draw(Scenes.of_reference(reference, scenes.models), run)
+        regressor = make_regressor(self.kind, run.derived_seed("regressor") % 2**32).fit(inputs, truth)
+        if len(truth) < total:
+            note = (
+                f"{self.kind} was fitted on {len(truth)} of {total} reference samples, drawn at random (max_samples)."
+            )
+            run.add(Report(notes=[note]))
+
+        def predict(images: Tensor) -> Tensor:
+            samples = images.cpu().flatten(1).T.numpy()
+            return torch.from_numpy(regressor.predict(samples)).float().view(images.shape[1:])
+
+        return _fused(run, scenes, predict)
+
+    def _draw(self, scenes: Scenes, run: Run) -> tuple[np.ndarray, np.ndarray, int]:
+        """Candidates' values ``[n, M]`` and true values ``[n]`` of the drawn samples, and how many there were."""
+        per_scene = scenes.num_samples
+        total = sum(per_scene)
+        if not total:
+            raise PlaitError("reference holds no image; give at least one scene whose target is known")
+        drawn = np.arange(total)
+        if self.max_samples is not None and self.max_samples < total:
+            generator = run.numpy_generator("samples")
+            drawn = np.sort(generator.choice(total, self.max_samples, replace=False, shuffle=False))
+        bounds = np.searchsorted(drawn, np.cumsum([0, *per_scene]))
+        rows, first = [], 0
+        for scene, images in enumerate(run.track(scenes, "reference")):
+            chosen = torch.from_numpy(drawn[bounds[scene] : bounds[scene + 1]] - first)
+            rows.append(torch.stack(images).flatten(1)[:, chosen].T.numpy().astype(np.float32))
+            first += per_scene[scene]
+        samples = np.concatenate(rows)
+        return samples[:, :-1], samples[:, -1], total
+
+
+def make_regressor(kind: str, seed: int) -> RegressorMixin:
+    """A regressor of scikit-learn with its defaults."""
+    from sklearn import ensemble
+
+    classes = {
+        "hist-gradient-boosting": ensemble.HistGradientBoostingRegressor,
+        "gradient-boosting": ensemble.GradientBoostingRegressor,
+        "ada-boost": ensemble.AdaBoostRegressor,
+        "bagging": ensemble.BaggingRegressor,
+        "extra-trees": ensemble.ExtraTreesRegressor,
+        "random-forest": ensemble.RandomForestRegressor,
+    }
+    return classes[kind](random_state=seed)

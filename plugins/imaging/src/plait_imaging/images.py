@@ -1,0 +1,342 @@
+"""Between datasets and tensors: reading, writing and matching images in bounded memory.
+
+Every other module of the kit, and any plugin that handles images, goes through these functions:
+
+* :func:`read_batches` – dataset column → lists of uint8 tensors ``[3, H, W]``, a batch at a time;
+* :func:`read_floats` – the same as float32 in [0, 1], unrounded where column ``image_float`` is kept;
+* :func:`to_float`, :func:`to_uint8` – 0–255 ↔ [0, 1], exact there and back for all 256 levels;
+* :func:`write_images` – an iterator of images → a new dataset on disk, all other columns kept;
+* :func:`map_images` – the two together: a function of one image over a whole dataset;
+* :func:`names`, :func:`sizes`, :func:`check_same_scenes` – do these datasets show the same scenes?
+* :func:`over_splits` – do something to a dataset, or to each dataset of a mapping.
+
+A dataset of images has a column ``image`` (RGB, 8 bit) and a string column ``name`` (file stem);
+pairs have ``target`` beside it. ``image_float`` (float32 ``[3, H, W]`` as nested lists, [0, 1]) is an
+optional lossless copy of ``image`` before rounding.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from datasets.arrow_writer import ArrowWriter
+from PIL import Image as PILImage
+
+from plait import PlaitError
+from plait_imaging.decoding import decode_rgb
+
+if TYPE_CHECKING:
+    from plait import Run
+
+FLOAT_COLUMN = "image_float"
+FLOAT_FEATURE = List(List(List(Value("float32"))))
+SHARD_BYTES = 256 << 20
+BUFFER_BYTES = 16 << 20
+
+
+def to_float(image: torch.Tensor) -> torch.Tensor:
+    """uint8 0–255 → float32 in [0, 1]; floats are returned as float32 unchanged."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
+
+
+def to_uint8(image: torch.Tensor) -> torch.Tensor:
+    """Float in [0, 1] → uint8, clipped and rounded to the nearest level (halves to even); uint8 unchanged.
+
+    Raises:
+        ValueError: the image holds NaN or infinity, which no level stands for.
+    """
+    if image.dtype == torch.uint8:
+        return image
+    if not torch.isfinite(image).all():
+        raise ValueError("the image holds NaN or infinity")
+    return image.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def read_batches(
+    dataset: Dataset, column: str = "image", batch_size: int = 16
+) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
+    """Yield row numbers and their images, uint8 ``[3, H, W]``; sizes may differ within a batch.
+
+    Raises:
+        PlaitError: no such column, or an image that is damaged, 16-bit or transparent.
+    """
+    for rows, cells in _raw_batches(dataset, column, batch_size):
+        yield rows, [_decode(cell, column, row) for row, cell in zip(rows, cells, strict=True)]
+
+
+def read_floats(dataset: Dataset, batch_size: int = 16) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
+    """Like :func:`read_batches`, float32 in [0, 1]: column ``image_float`` where there is one, else ``image``."""
+    if FLOAT_COLUMN not in dataset.column_names:
+        for rows, images in read_batches(dataset, "image", batch_size):
+            yield rows, [to_float(image) for image in images]
+        return
+    table = dataset.select_columns([FLOAT_COLUMN]).with_format("arrow")
+    for start in range(0, len(dataset), batch_size):
+        column = table[start : start + batch_size][FLOAT_COLUMN].combine_chunks()
+        yield list(range(start, start + len(column))), [_tensor(scalar) for scalar in column]
+
+
+def write_images(
+    run: Run,
+    source: Dataset,
+    images: Iterable[torch.Tensor],
+    *,
+    column: str = "image",
+    keep_float: bool = False,
+    keep_source_as: str | None = None,
+) -> Dataset:
+    """Write ``images``, one per row of ``source`` and in its order, as a new dataset in ``run.folder``.
+
+    Memory stays bounded by a few images: finished ones go to disk in shards, from which the returned
+    dataset reads them again.
+
+    Args:
+        source: gives all columns but ``column``; they are copied without decoding.
+        images: uint8 ``[3, H, W]``, or float in [0, 1] of that shape, which is clipped and rounded.
+        column: the column to write, new or replaced.
+        keep_float: also store float images unrounded and unclipped in ``image_float``.
+        keep_source_as: put the image of ``source`` into this column, unless it is there already.
+
+    Raises:
+        PlaitError: an image holds NaN or infinity (the row and its name are given).
+        ValueError: more or fewer images than rows.
+    """
+    stale = FLOAT_COLUMN if column == "image" else None
+    features = Features({name: kind for name, kind in source.features.items() if name != stale})
+    features[column] = Image()
+    if keep_float:
+        features[FLOAT_COLUMN] = FLOAT_FEATURE
+    if keep_source_as and keep_source_as not in features:
+        features[keep_source_as] = Image()
+    kept = source.with_format("arrow")
+
+    def tables() -> Iterator[pa.Table]:
+        start = 0
+        for batch in _in_buffers(images, source):
+            table = kept[start : start + len(batch)]
+            if len(table) < len(batch):
+                raise ValueError(f"{start + len(batch)} or more images for {len(source)} rows")
+            columns = {name: table[name] for name in features if name in table.column_names}
+            if keep_source_as and keep_source_as not in columns:
+                columns[keep_source_as] = table["image"]
+            columns[column] = _encoded(batch)
+            if keep_float:
+                columns[FLOAT_COLUMN] = _nested(batch)
+            yield pa.table({name: columns[name] for name in features})
+            start += len(batch)
+        if start != len(source):
+            raise ValueError(f"{start} images for {len(source)} rows")
+
+    return write_tables(run, tables(), features)
+
+
+def map_images(
+    run: Run,
+    source: Dataset,
+    function: Callable[[torch.Tensor, int], torch.Tensor],
+    description: str,
+    *,
+    column: str = "image",
+    keep_float: bool = False,
+    keep_source_as: str | None = None,
+) -> Dataset:
+    """Write a dataset with ``function(image, row)`` in place of every image of ``column``, showing progress.
+
+    ``function`` takes and returns what :func:`write_images` takes; it is given uint8 ``[3, H, W]``.
+    """
+
+    def results() -> Iterator[torch.Tensor]:
+        rows = (pair for numbers, batch in read_batches(source, column, 4) for pair in zip(numbers, batch, strict=True))
+        for row, image in run.track(rows, description, total=len(source)):
+            yield function(image, row)
+
+    return write_images(run, source, results(), column=column, keep_float=keep_float, keep_source_as=keep_source_as)
+
+
+def write_tables(run: Run, tables: Iterable[pa.Table], features: Features) -> Dataset:
+    """Write Arrow tables as shards of about 256 MB in a new folder under ``run.folder``; return them memory-mapped."""
+    folder = Path(tempfile.mkdtemp(prefix="images-", dir=run.folder))
+    shards: list[Path] = []
+    writer: ArrowWriter | None = None
+    written = 0
+    try:
+        for table in tables:
+            if writer is None:
+                shards.append(folder / f"{len(shards):05d}.arrow")
+                writer, written = ArrowWriter(path=str(shards[-1]), features=features), 0
+            writer.write_table(table)
+            written += table.nbytes
+            if written >= SHARD_BYTES:
+                writer.finalize()
+                writer = None
+    finally:
+        if writer is not None:
+            writer.finalize()
+    if not shards:
+        return Dataset.from_dict({name: [] for name in features}, features=features)
+    from datasets import concatenate_datasets
+
+    return concatenate_datasets([Dataset.from_file(str(shard)) for shard in shards])
+
+
+def encode_png(image: torch.Tensor) -> bytes:
+    """uint8 ``[3, H, W]`` → PNG bytes."""
+    buffer = io.BytesIO()
+    PILImage.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()
+
+
+def names(dataset: Dataset) -> list[str]:
+    """The ``name`` of every row, or its number where the dataset has no such column."""
+    if "name" in dataset.column_names:
+        return list(dataset["name"])
+    return [str(row) for row in range(len(dataset))]
+
+
+def sizes(dataset: Dataset, column: str = "image") -> Iterator[tuple[int, int]]:
+    """Height and width of every image, from its header alone."""
+    for rows, cells in _raw_batches(dataset, column, 16):
+        for row, cell in zip(rows, cells, strict=True):
+            try:
+                picture = PILImage.open(io.BytesIO(_bytes(cell, column, row)))
+            except OSError as error:
+                raise PlaitError(f"column {column!r}, row {row}: not an image that Pillow can read") from error
+            turned = picture.getexif().get(0x0112, 1) >= 5
+            yield (picture.width, picture.height) if turned else (picture.height, picture.width)
+
+
+def check_same_scenes(datasets: Mapping[str, Dataset], column: str = "image") -> None:
+    """Make sure that several restorations show the same scenes in the same order and size.
+
+    Args:
+        datasets: model name → dataset; the first one is what the others are compared with.
+
+    Raises:
+        PlaitError: lengths, names or sizes differ; says which image of which model.
+    """
+    (first, base), *others = datasets.items()
+    base_names, base_sizes = names(base), list(sizes(base, column))
+    for model, dataset in others:
+        own = names(dataset)
+        missing = [name for name in base_names if name not in set(own)]
+        if missing:
+            raise PlaitError(
+                f"{model} lacks {len(missing)} of the images of {first}: {_some(missing)}; restore them too"
+            )
+        surplus = [name for name in own if name not in set(base_names)]
+        if surplus or len(own) != len(base_names):
+            raise PlaitError(
+                f"{model} has {len(own)} images and {first} {len(base_names)}"
+                f"{', more: ' + _some(surplus) if surplus else ''}; give both the same scenes"
+            )
+        for ours, theirs in zip(own, base_names, strict=True):
+            if ours != theirs:
+                raise PlaitError(
+                    f"{model} and {first} order their images differently ({ours}, {theirs}); sort both alike"
+                )
+        for name, size, base_size in zip(own, sizes(dataset, column), base_sizes, strict=True):
+            if size != base_size:
+                raise PlaitError(
+                    f"image {name} is {size[0]}×{size[1]} pixels in {model} and {base_size[0]}×{base_size[1]} in {first}; "
+                    "every model must keep the size"
+                )
+
+
+def over_splits(data: Any, function: Callable[[Dataset, str], Dataset]) -> Any:
+    """``function(dataset, "")``, or a dict of ``function(dataset, split)`` where ``data`` is a mapping.
+
+    Raises:
+        PlaitError: something in ``data`` is not a dataset with an ``image`` column.
+    """
+    if isinstance(data, Mapping):
+        return {split: function(_checked(dataset, f"data.{split}"), split) for split, dataset in data.items()}
+    return function(_checked(data, "data"), "")
+
+
+def _checked(dataset: Any, label: str) -> Dataset:
+    if not isinstance(dataset, Dataset):
+        raise PlaitError(f"{label} is a {type(dataset).__name__}; a dataset with an image column is needed")
+    _has_column(dataset, "image", label)
+    return dataset
+
+
+def _has_column(dataset: Dataset, column: str, label: str = "the dataset") -> None:
+    if column not in dataset.column_names:
+        raise PlaitError(f"{label} has no column {column!r}; it has {', '.join(dataset.column_names) or 'none'}")
+
+
+def _raw_batches(dataset: Dataset, column: str, batch_size: int) -> Iterator[tuple[list[int], list[Any]]]:
+    _has_column(dataset, column)
+    undecoded = dataset.select_columns([column]).with_format("arrow")
+    for start in range(0, len(dataset), batch_size):
+        cells = undecoded[start : start + batch_size][column].to_pylist()
+        yield list(range(start, start + len(cells))), cells
+
+
+def _bytes(cell: Any, column: str, row: int) -> bytes:
+    if isinstance(cell, dict) and cell.get("bytes") is not None:
+        return cell["bytes"]
+    if isinstance(cell, dict) and cell.get("path"):
+        try:
+            return Path(cell["path"]).read_bytes()
+        except OSError as error:
+            raise PlaitError(f"column {column!r}, row {row}: {error.strerror} ({cell['path']})") from error
+    raise PlaitError(f"column {column!r}, row {row} holds no image; give a column of images")
+
+
+def _decode(cell: Any, column: str, row: int) -> torch.Tensor:
+    picture = decode_rgb(_bytes(cell, column, row), f"column {column!r}, row {row}")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def _in_buffers(images: Iterable[torch.Tensor], source: Dataset) -> Iterator[list[torch.Tensor]]:
+    """Lists of images that hold at most about 16 MB; checks each one."""
+    buffer: list[torch.Tensor] = []
+    held = 0
+    for row, image in enumerate(images):
+        if image.ndim != 3 or image.shape[0] != 3:
+            raise ValueError(f"row {row} is of shape {tuple(image.shape)}; [3, H, W] is needed")
+        if image.dtype != torch.uint8 and not torch.isfinite(image).all():
+            raise PlaitError(f"image {names(source)[row]} came out with NaN or infinity; nothing was written")
+        buffer.append(image.detach().cpu())
+        held += image.numel() * image.element_size()
+        if held >= BUFFER_BYTES:
+            yield buffer
+            buffer, held = [], 0
+    if buffer:
+        yield buffer
+
+
+def _encoded(batch: list[torch.Tensor]) -> pa.Array:
+    cells = [{"bytes": encode_png(to_uint8(image)), "path": None} for image in batch]
+    return pa.array(cells, type=Image().pa_type)
+
+
+def _nested(batch: list[torch.Tensor]) -> pa.Array:
+    """Float images → nested lists ``[3][H][W]``, without a Python object per number."""
+    flat = np.concatenate([to_float(image).contiguous().numpy().ravel() for image in batch])
+    row_lengths = np.concatenate([np.full(3 * image.shape[1], image.shape[2]) for image in batch])
+    channel_lengths = np.concatenate([np.full(3, image.shape[1]) for image in batch])
+    array = pa.array(flat)
+    for lengths in (row_lengths, channel_lengths, np.full(len(batch), 3)):
+        array = pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), array)
+    return array
+
+
+def _tensor(cell: pa.ListScalar) -> torch.Tensor:
+    channels = cell.values
+    rows = channels.flatten()
+    flat = rows.flatten().to_numpy()
+    return torch.from_numpy(flat.copy()).reshape(len(channels), len(rows) // len(channels), -1)
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:3]) + (" …" if len(items) > 3 else "")

@@ -1,0 +1,366 @@
+"""Where images come from: photographs in installed packages, folders, pairs of folders, Hugging Face datasets.
+
+Every source gives a column ``image`` (RGB, 8 bit) and a string column ``name``.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
+from PIL import Image as PILImage
+
+from plait import PlaitError, hookimpl
+from plait.fields import doc, in_range, one_of
+from plait_imaging.decoding import decode_rgb
+from plait_imaging.images import BUFFER_BYTES, encode_png, write_tables
+
+__plait_api__ = "0.1"
+
+# The kinds of file that a folder of images may hold; Pillow decides whether one really is an image.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+
+# photograph → top and left of two tiles with something to see
+PHOTOS = {
+    "astronaut": ((40, 100), (240, 20)),
+    "china": ((100, 60), (150, 330)),
+    "rocket": ((40, 100), (150, 330)),
+    "chelsea": ((40, 20), (20, 190)),
+    "coffee": ((40, 100), (130, 330)),
+    "flower": ((40, 100), (150, 330)),
+}
+
+
+def photograph(name: str) -> np.ndarray:
+    """One of :data:`PHOTOS`, uint8 ``[H, W, 3]``, from the package that ships it."""
+    if name in ("china", "flower"):
+        from sklearn.datasets import load_sample_image
+
+        return load_sample_image(f"{name}.jpg")
+    import skimage.data
+
+    return getattr(skimage.data, name)()
+
+
+def _default_splits() -> dict[str, tuple[str, ...]]:
+    return {"reference": ("astronaut", "china", "rocket"), "test": ("chelsea", "coffee", "flower")}
+
+
+@attrs.frozen(kw_only=True)
+class Photos:
+    """Tiles of six colour photographs that ship with scikit-image and scikit-learn, split by photograph.
+
+    The defaults are the tiles of the small-scale check of EnsIR: two of 256 × 256 pixels from each photograph.
+    """
+
+    splits: dict[str, tuple[str, ...]] = attrs.field(
+        factory=_default_splits,
+        metadata=doc("split → photographs: astronaut, china, rocket, chelsea, coffee, flower; each in one split only"),
+    )
+    tile_size: int = attrs.field(default=256, validator=in_range(1), metadata=doc("side of a tile, in pixels"))
+    tiles_per_photo: int = attrs.field(default=2, validator=in_range(1), metadata=doc("tiles cut from a photograph"))
+    layout: str = attrs.field(
+        default="chosen",
+        validator=one_of("chosen", "grid"),
+        metadata=doc("chosen: two hand-picked places (they may overlap); grid: spread evenly, never overlapping"),
+    )
+
+    def __attrs_post_init__(self) -> None:
+        seen: dict[str, str] = {}
+        for split, photos in self.splits.items():
+            for photo in photos:
+                if photo not in PHOTOS:
+                    raise PlaitError(f"splits.{split} names {photo!r}; allowed is {', '.join(PHOTOS)}")
+                if photo in seen:
+                    raise PlaitError(
+                        f"photograph {photo!r} is in splits {seen[photo]} and {split}; put it in one, "
+                        "or training and test data share a scene"
+                    )
+                seen[photo] = split
+        if not seen:
+            raise PlaitError("splits names no photograph; write {test: [chelsea]} or leave it out")
+        if self.layout == "chosen" and self.tiles_per_photo > 2:
+            raise PlaitError(f"tiles_per_photo is {self.tiles_per_photo}; layout chosen has 2, set layout: grid")
+
+    @hookimpl
+    def load_data(self, run):
+        """One dataset a split with columns ``image``, ``name`` (``china_0``) and ``photo``."""
+        features = Features({"image": Image(), "name": Value("string"), "photo": Value("string")})
+        return {split: _write_rows(run, self._tiles(photos), features) for split, photos in self.splits.items()}
+
+    def _tiles(self, photos: Iterable[str]) -> Iterator[dict[str, Any]]:
+        for photo in photos:
+            pixels = torch.from_numpy(photograph(photo).copy()).permute(2, 0, 1)
+            height, width = pixels.shape[1:]
+            corners = PHOTOS[photo] if self.layout == "chosen" else self._grid(photo, height, width)
+            for number, (top, left) in enumerate(corners[: self.tiles_per_photo]):
+                tile = pixels[:, top : top + self.tile_size, left : left + self.tile_size]
+                if tile.shape[1:] != (self.tile_size, self.tile_size):
+                    raise PlaitError(
+                        f"tile_size is {self.tile_size}, which does not fit at ({top}, {left}) of {photo} "
+                        f"({height}×{width} pixels); 256 always fits, and layout: grid begins at the corner"
+                    )
+                yield {"image": {"bytes": encode_png(tile), "path": None}, "name": f"{photo}_{number}", "photo": photo}
+
+    def _grid(self, photo: str, height: int, width: int) -> list[tuple[int, int]]:
+        size = self.tile_size
+        places = [(top, left) for top in range(0, height - size + 1, size) for left in range(0, width - size + 1, size)]
+        if len(places) < self.tiles_per_photo:
+            raise PlaitError(
+                f"{photo} ({height}×{width} pixels) holds {len(places)} tiles of {size} pixels; "
+                f"tiles_per_photo is {self.tiles_per_photo}: lower it, or tile_size"
+            )
+        picked = np.linspace(0, len(places) - 1, self.tiles_per_photo).round().astype(int)
+        return [places[i] for i in picked]
+
+
+@attrs.frozen(kw_only=True)
+class _FileRules:
+    """What to do with files that are not plain 8-bit RGB."""
+
+    greyscale: str = attrs.field(
+        default="repeat",
+        validator=one_of("repeat", "refuse"),
+        metadata=doc("greyscale images: repeat the channel as R, G and B, or refuse them"),
+    )
+    sixteen_bit: str = attrs.field(
+        default="refuse",
+        validator=one_of("refuse", "scale"),
+        metadata=doc("16-bit images: refuse them, or scale 0–65535 to 0–255 (colour by the high byte)"),
+    )
+    transparency: str = attrs.field(
+        default="refuse",
+        validator=one_of("refuse", "drop"),
+        metadata=doc("images with transparent pixels: refuse them, or drop the alpha channel"),
+    )
+    other_files: str = attrs.field(
+        default="refuse",
+        validator=one_of("refuse", "skip"),
+        metadata=doc("files without an image's suffix: refuse the folder, or skip them (hidden files always are)"),
+    )
+
+    def encoded(self, file: Path) -> tuple[dict[str, Any], tuple[int, int]]:
+        """The cell of an image column, and height and width. The file's own bytes are kept if they are RGB."""
+        data = _read(file)
+        picture = decode_rgb(
+            data,
+            str(file),
+            greyscale=self.greyscale,
+            sixteen_bit=self.sixteen_bit,
+            transparency=self.transparency,
+        )
+        if not _is_plain_rgb(data):
+            data = encode_png(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+        return {"bytes": data, "path": None}, (picture.height, picture.width)
+
+
+@attrs.frozen(kw_only=True)
+class ImageFolder(_FileRules):
+    """A folder of images; ``name`` is a file's path inside it without the suffix."""
+
+    folder: Path = attrs.field(metadata=doc("the folder"))
+    recursive: bool = attrs.field(default=False, metadata=doc("also take the images in its subfolders"))
+
+    @hookimpl
+    def load_data(self, run):
+        """One dataset with columns ``image`` and ``name``, sorted by name."""
+        files = _image_files(self.folder, self.recursive, self.other_files)
+        features = Features({"image": Image(), "name": Value("string")})
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for name, file in run.track(files.items(), "images", total=len(files)):
+                yield {"image": self.encoded(file)[0], "name": name}
+
+        return _write_rows(run, rows(), features)
+
+
+@attrs.frozen(kw_only=True)
+class ImagePairs(_FileRules):
+    """Two folders, degraded images and their targets, matched by file stem."""
+
+    inputs: Path = attrs.field(metadata=doc("folder of degraded images"))
+    targets: Path = attrs.field(metadata=doc("folder of clean images"))
+    input_suffix: str = attrs.field(default="", metadata=doc("end of the inputs' stems that targets lack, e.g. x4"))
+    scale: int = attrs.field(
+        default=1, validator=in_range(1), metadata=doc("targets are this many times as high and wide as inputs")
+    )
+    recursive: bool = attrs.field(default=False, metadata=doc("also take the images in subfolders"))
+
+    @hookimpl
+    def load_data(self, run):
+        """One dataset with columns ``image``, ``target`` and ``name`` (the target's), sorted by name."""
+        inputs = {
+            self._stem(name): file for name, file in _image_files(self.inputs, self.recursive, self.other_files).items()
+        }
+        targets = _image_files(self.targets, self.recursive, self.other_files)
+        for have, lack, where in ((inputs, targets, self.targets), (targets, inputs, self.inputs)):
+            missing = sorted(have.keys() - lack.keys())
+            if missing:
+                raise PlaitError(
+                    f"{where} has no counterpart of {len(missing)} images: {', '.join(missing[:3])}"
+                    f"{' …' if len(missing) > 3 else ''}; add them, or remove their partners"
+                )
+        features = Features({"image": Image(), "target": Image(), "name": Value("string")})
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for name in run.track(sorted(inputs), "pairs"):
+                image, size = self.encoded(inputs[name])
+                target, target_size = self.encoded(targets[name])
+                if target_size != (size[0] * self.scale, size[1] * self.scale):
+                    raise PlaitError(
+                        f"pair {name}: the input is {size[0]}×{size[1]} pixels and the target "
+                        f"{target_size[0]}×{target_size[1]}; with scale {self.scale} it must be "
+                        f"{size[0] * self.scale}×{size[1] * self.scale}"
+                    )
+                yield {"image": image, "target": target, "name": name}
+
+        return _write_rows(run, rows(), features)
+
+    def _stem(self, name: str) -> str:
+        if not name.endswith(self.input_suffix):
+            raise PlaitError(f"{name} in {self.inputs} does not end in input_suffix {self.input_suffix!r}; rename it")
+        return name.removesuffix(self.input_suffix)
+
+
+@attrs.frozen(kw_only=True)
+class HFDataset:
+    """A dataset of the Hugging Face hub, or of a local folder."""
+
+    path: str = attrs.field(metadata=doc("name on the hub, or a folder (save_to_disk, parquet, image folder …)"))
+    config: str | None = attrs.field(default=None, metadata=doc("configuration of the dataset, where it has several"))
+    split: str | None = attrs.field(
+        default=None, metadata=doc("one split, as train or train[:100]; without it, all splits by their names")
+    )
+    revision: str | None = attrs.field(default=None, metadata=doc("branch, tag or commit on the hub"))
+    columns: dict[str, str] = attrs.field(
+        factory=dict, metadata=doc("our column → theirs, e.g. {image: lq, target: gt, name: file}")
+    )
+
+    @hookimpl
+    def load_data(self, run):
+        """The dataset, or split → dataset, with ``image`` and ``name`` beside its own columns."""
+        loaded = self._load(run)
+        if isinstance(loaded, Dataset):
+            return self._conform(loaded, self.split or "data")
+        return {split: self._conform(dataset, split) for split, dataset in loaded.items()}
+
+    def _load(self, run: Any) -> Dataset | DatasetDict:
+        folder = Path(self.path)
+        try:
+            if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
+                return self._pick(load_from_disk(str(folder)))
+            # What comes from the hub is kept in the usual cache; a local folder leaves nothing there.
+            cache = str(run.folder) if folder.exists() else None
+            return load_dataset(self.path, self.config, split=self.split, revision=self.revision, cache_dir=cache)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise PlaitError(f"path {self.path!r} could not be loaded as a dataset: {reason}") from error
+
+    def _pick(self, loaded: Dataset | DatasetDict) -> Dataset | DatasetDict:
+        if self.split is None:
+            return loaded
+        if isinstance(loaded, Dataset):
+            raise PlaitError(f"split is {self.split!r}, but {self.path} is one dataset without splits; leave split out")
+        if self.split not in loaded:
+            raise PlaitError(f"split is {self.split!r}; {self.path} has {', '.join(loaded)}")
+        return loaded[self.split]
+
+    def _conform(self, dataset: Dataset, label: str) -> Dataset:
+        for ours, theirs in self.columns.items():
+            if theirs not in dataset.column_names:
+                raise PlaitError(f"columns.{ours} is {theirs!r}; {label} has {', '.join(dataset.column_names)}")
+        taken = set(self.columns) - set(self.columns.values())
+        dataset = dataset.remove_columns([name for name in dataset.column_names if name in taken])
+        dataset = dataset.rename_columns({theirs: ours for ours, theirs in self.columns.items() if ours != theirs})
+        if "image" not in dataset.column_names:
+            raise PlaitError(
+                f"{label} of {self.path} has no column 'image' but {', '.join(dataset.column_names)}; "
+                "say which one it is: columns: {image: …}"
+            )
+        for column in ("image", "target"):
+            if column in dataset.column_names and not isinstance(dataset.features[column], Image):
+                dataset = _as_images(dataset, column, label)
+        if "name" in dataset.column_names:
+            return dataset.cast_column("name", Value("string"))
+        return dataset.add_column("name", _names_from_paths(dataset))
+
+
+def _as_images(dataset: Dataset, column: str, label: str) -> Dataset:
+    try:
+        return dataset.cast_column(column, Image())
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        kind = dataset.features[column]
+        raise PlaitError(f"column {column!r} of {label} is {kind}, not images; name another under columns") from error
+
+
+def _names_from_paths(dataset: Dataset) -> list[str]:
+    """Stems of the files the images came from, else row numbers."""
+    table = dataset.select_columns(["image"]).with_format("arrow")
+    stems: list[str] = []
+    for start in range(0, len(dataset), 64):
+        paths = table[start : start + 64]["image"].combine_chunks().field("path").to_pylist()
+        stems += [Path(path).stem if path else "" for path in paths]
+    if "" in stems or len(set(stems)) < len(stems):
+        return [str(row) for row in range(len(dataset))]
+    return stems
+
+
+def _image_files(folder: Path, recursive: bool, other_files: str) -> dict[str, Path]:
+    """Name → file, sorted by name; hidden files do not count."""
+    if not folder.is_dir():
+        raise PlaitError(f"{folder} is not a folder; give the folder that holds the images")
+    found: dict[str, Path] = {}
+    for file in sorted(folder.rglob("*") if recursive else folder.iterdir()):
+        inside = file.relative_to(folder)
+        if not file.is_file() or any(part.startswith(".") for part in inside.parts) or file.name == "Thumbs.db":
+            continue
+        if file.suffix.lower() not in SUFFIXES:
+            if other_files == "refuse":
+                raise PlaitError(f"{file} is no image by its suffix; remove it or set other_files: skip")
+            continue
+        name = inside.with_suffix("").as_posix()
+        if name in found:
+            raise PlaitError(f"{found[name]} and {file} share the stem {name}; rename one of them")
+        found[name] = file
+    if not found:
+        raise PlaitError(f"{folder} holds no image ({', '.join(SUFFIXES)}); check the path, or set recursive: true")
+    return dict(sorted(found.items()))
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise PlaitError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _is_plain_rgb(data: bytes) -> bool:
+    picture = PILImage.open(io.BytesIO(data))
+    upright = picture.getexif().get(0x0112, 1) == 1
+    wide = any(";16" in str(tile[3]) for tile in picture.tile)
+    return picture.mode == "RGB" and upright and not wide and "transparency" not in picture.info
+
+
+def _write_rows(run: Any, rows: Iterable[dict[str, Any]], features: Features) -> Dataset:
+    def tables() -> Iterator[pa.Table]:
+        buffer: list[dict[str, Any]] = []
+        for row in rows:
+            buffer.append(row)
+            if (
+                sum(len(cell["bytes"]) for held in buffer for cell in held.values() if isinstance(cell, dict))
+                > BUFFER_BYTES
+            ):
+                yield pa.Table.from_pylist(buffer, schema=features.arrow_schema)
+                buffer = []
+        if buffer:
+            yield pa.Table.from_pylist(buffer, schema=features.arrow_schema)
+
+    return write_tables(run, tables(), features)

@@ -1,0 +1,176 @@
+"""``restore: torch-model``: any image-to-image network, tiled over images of any size."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from plait import PlaitError, hookimpl
+from plait.fields import doc, in_range, one_of
+from plait_imaging.images import map_images, names, over_splits, to_float
+from plait_imaging.tiling import run_tiled
+
+__plait_api__ = "0.1"
+
+
+@attrs.frozen(kw_only=True)
+class TorchModel:
+    """Restores images with a network: a TorchScript file, weights for an importable class, or a step's model.
+
+    The network maps float ``[N, 3, H, W]`` in [0, 1] to the same, or to a multiple of that size.
+    """
+
+    file: Path | None = attrs.field(
+        default=None, metadata=doc("TorchScript file, or .safetensors (then architecture says of what)")
+    )
+    architecture: str | None = attrs.field(
+        default=None, metadata=doc("class of the network: package.module:Class or ./file.py:Class")
+    )
+    arguments: dict[str, Any] = attrs.field(factory=dict, metadata=doc("what the class is called with"))
+    tile: int = attrs.field(
+        default=512, validator=in_range(0), metadata=doc("side of a tile, in pixels; 0: each image at once")
+    )
+    overlap: int = attrs.field(
+        default=64,
+        validator=in_range(0),
+        metadata=doc("pixels shared by neighbouring tiles, four times the model's reach"),
+    )
+    multiple_of: int = attrs.field(
+        default=1, validator=in_range(1), metadata=doc("sides that the model accepts; tiles are padded to it")
+    )
+    scale: int = attrs.field(default=1, validator=in_range(1), metadata=doc("the output is this many times larger"))
+    batch_size: int = attrs.field(default=1, validator=in_range(1), metadata=doc("tiles run at once"))
+    dtype: str = attrs.field(
+        default="float32",
+        validator=one_of("float32", "bfloat16", "float16"),
+        metadata=doc("of weights and activations"),
+    )
+    keep_float: bool = attrs.field(
+        default=False, metadata=doc("also store unrounded images, which psnr-ssim with rounding: false then scores")
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if self.tile and self.overlap >= self.tile:
+            raise PlaitError(f"overlap is {self.overlap} and tile {self.tile}; overlap must be smaller")
+        if self.tile and 2 * self.overlap > self.tile:
+            raise PlaitError(f"overlap is {self.overlap}; at most half of tile {self.tile} may be shared")
+        if self.architecture is not None and not all(self.architecture.rpartition(":")[::2]):
+            raise PlaitError(f"architecture is {self.architecture!r}; write package.module:Class or ./file.py:Class")
+        if self.file is not None and self.file.suffix == ".safetensors" and self.architecture is None:
+            raise PlaitError(
+                f"file {self.file} holds weights only; say of what with architecture: package.module:Class"
+            )
+        if self.architecture is not None and (self.file is None or self.file.suffix != ".safetensors"):
+            raise PlaitError("architecture needs its weights: file: ….safetensors")
+        if self.arguments and self.architecture is None:
+            raise PlaitError("arguments are for architecture, which is not given; leave them out")
+
+    @hookimpl
+    def restore(self, model: torch.nn.Module | None, data, run):
+        """The data with every image restored."""
+        network = self._network(model).to(run.device, getattr(torch, self.dtype)).eval()
+
+        def restored(dataset: Dataset, split: str) -> Dataset:
+            labels = names(dataset)
+
+            def one(image: torch.Tensor, row: int) -> torch.Tensor:
+                return self._one(network, image, labels[row], run.device)
+
+            return map_images(run, dataset, one, f"images {split}".strip(), keep_float=self.keep_float)
+
+        return over_splits(data, restored)
+
+    def _network(self, model: Any) -> torch.nn.Module:
+        if (model is None) == (self.file is None):
+            both = "both given" if model is not None else "both missing"
+            raise PlaitError(f"the network comes either from field file or from a step (from: {{model: …}}); {both}")
+        if model is not None:
+            if not isinstance(model, torch.nn.Module):
+                raise PlaitError(f"model is a {type(model).__name__}; a torch.nn.Module from image to image is needed")
+            return copy.deepcopy(model)  # the step's own is not moved or cast
+        assert self.file is not None
+        if not self.file.is_file():
+            raise PlaitError(f"file {self.file} does not exist; give the path of a TorchScript or .safetensors file")
+        if self.architecture is None:
+            return _load_torchscript(self.file)
+        network = _build(self.architecture, self.arguments)
+        try:
+            network.load_state_dict(load_file(self.file))
+        except (RuntimeError, SafetensorError) as error:
+            raise PlaitError(f"file {self.file} does not fit {self.architecture}: {_reason(error)}") from error
+        return network
+
+    def _one(self, network: torch.nn.Module, image: torch.Tensor, name: str, device: torch.device) -> torch.Tensor:
+        try:
+            with torch.inference_mode():
+                result = run_tiled(
+                    network,
+                    to_float(image).to(device, getattr(torch, self.dtype)),
+                    tile=self.tile,
+                    overlap=self.overlap,
+                    scale=self.scale,
+                    multiple_of=self.multiple_of,
+                    batch_size=self.batch_size,
+                )
+        except torch.OutOfMemoryError as error:
+            raise PlaitError(f"image {name}: out of memory with tile {self.tile}; lower tile or batch_size") from error
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise PlaitError(f"image {name}: the model cannot restore it: {_reason(error)}") from error
+        return result
+
+
+def _load_torchscript(file: Path) -> torch.nn.Module:
+    try:
+        return torch.jit.load(file, map_location="cpu")
+    except RuntimeError as error:
+        raise PlaitError(
+            f"file {file} is no TorchScript file; for a state dict, save it as .safetensors and give architecture"
+        ) from error
+
+
+def _build(architecture: str, arguments: dict[str, Any]) -> torch.nn.Module:
+    module_name, _, class_name = architecture.rpartition(":")
+    try:
+        module = (
+            _import_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
+        )
+        network = getattr(module, class_name)(**arguments)
+    except Exception as error:
+        raise PlaitError(f"architecture {architecture} cannot be built: {type(error).__name__}: {error}") from error
+    if not isinstance(network, torch.nn.Module):
+        raise PlaitError(f"architecture {architecture} gives a {type(network).__name__}; a torch.nn.Module is needed")
+    return network
+
+
+def _import_file(file: Path) -> Any:
+    # The content is part of the name: an edited file is another module.
+    name = "plait_architecture_" + hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _reason(error: Exception) -> str:
+    """The last line says what went wrong in messages with a TorchScript traceback, the first elsewhere."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1] if "Traceback" in lines[0] or "TorchScript" in str(error) else " ".join(lines[:3])

@@ -1,0 +1,281 @@
+"""Ensembles of restored images: values by hand, properties, bad input."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from plait import PlaitError, Run
+from plait.report import Report
+from plait_imaging.ensembles import (
+    ZZPM,
+    Average,
+    BestSingle,
+    InverseMSE,
+    LeastSquares,
+    PixelMedian,
+    Regressor,
+    Scenes,
+    make_regressor,
+    pixel_median,
+    zzpm_weights,
+)
+from plait_imaging.images import encode_png, read_batches, read_floats
+
+KINDS = ("hist-gradient-boosting", "gradient-boosting", "ada-boost", "bagging", "extra-trees", "random-forest")
+
+
+def dataset(images, names=None, **columns):
+    """A dataset of uint8 images ``[3, H, W]``."""
+    names = names or [f"scene-{n}" for n in range(len(images))]
+    rows = {"image": [{"bytes": encode_png(image), "path": None} for image in images], "name": names}
+    features = {"image": Image(), "name": Value("string")}
+    for column, more in columns.items():
+        rows[column] = [{"bytes": encode_png(image), "path": None} for image in more]
+        features[column] = Image()
+    return Dataset.from_dict(rows, Features(features))
+
+
+def flat(*levels, size=(4, 4)):
+    """A dataset of one-coloured images."""
+    return dataset([torch.full((3, *size), level, dtype=torch.uint8) for level in levels])
+
+
+def rough(seed, num=2, size=(16, 20)):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (num, 3, *size), generator=generator, dtype=torch.uint8)
+
+
+def noisy(truth, sigma, seed, bias=0):
+    noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed)) * sigma + bias
+    return (truth.float() + noise).clamp(0, 255).round().to(torch.uint8)
+
+
+def problem(seed):
+    """Three models of different quality and the truth, as mapping of datasets with and without target."""
+    truth = (rough(seed) // 2) + 64
+    models = {"good": noisy(truth, 3, 1), "biased": noisy(truth, 3, 2, bias=30), "bad": noisy(truth, 40, 3)}
+    candidates = {name: dataset(images) for name, images in models.items()}
+    return candidates, {**candidates, "target": dataset(truth)}, truth
+
+
+def unrounded(result):
+    return torch.stack([image for _, images in read_floats(result) for image in images]) * 255
+
+
+def rounded(result):
+    return torch.stack([image for _, images in read_batches(result) for image in images])
+
+
+def mse(result, truth):
+    return (unrounded(result) - truth.float()).square().mean().item()
+
+
+class TestByHand:
+    candidates = property(lambda self: {"a": flat(10), "b": flat(20), "c": flat(60)})
+
+    def test_average(self):
+        result = Average().ensemble(candidates=self.candidates, reference=None, run=Run())
+        assert unrounded(result).allclose(torch.tensor(30.0), atol=1e-4)
+        assert (rounded(result) == 30).all()
+        assert result["name"] == ["scene-0"]
+
+    def test_unrounded_values_are_kept(self):
+        result = Average().ensemble(candidates={"a": flat(10), "b": flat(11)}, reference=None, run=Run())
+        assert unrounded(result).allclose(torch.tensor(10.5), atol=1e-4)
+        assert (rounded(result) == 10).all()
+
+    def test_median(self):
+        result = PixelMedian().ensemble(candidates=self.candidates, reference=None, run=Run())
+        assert unrounded(result).allclose(torch.tensor(20.0), atol=1e-4)
+        even = {**self.candidates, "d": flat(30)}
+        result = PixelMedian().ensemble(candidates=even, reference=None, run=Run())
+        assert unrounded(result).allclose(torch.tensor(25.0), atol=1e-4)
+
+    @pytest.mark.parametrize("num_models", [2, 3, 4, 5])
+    def test_median_is_numpys(self, num_models):
+        images = rough(0, num_models).float()
+        assert np.array_equal(pixel_median(images).numpy(), np.median(images.numpy(), axis=0))
+
+    def test_zzpm(self):
+        # Average 30; squared distances 400, 100, 900.
+        exponents = [1 / (1e-3 + d) for d in (400, 100, 900)]
+        weights = [math.exp(e) / sum(map(math.exp, exponents)) for e in exponents]
+        images = torch.tensor([10.0, 20, 60]).view(3, 1, 1, 1).expand(3, 3, 2, 2)
+        assert zzpm_weights(images).tolist() == pytest.approx(weights, abs=1e-6)
+        result = ZZPM().ensemble(candidates=self.candidates, reference=None, run=Run())
+        expected = sum(w * x for w, x in zip(weights, (10, 20, 60), strict=True))
+        assert unrounded(result).allclose(torch.tensor(expected), atol=1e-3)
+
+    def test_zzpm_prefers_candidates_that_agree(self):
+        images = torch.full((3, 3, 2, 2), 100.0)
+        images[2] += 1
+        weights = zzpm_weights(images)
+        assert weights[0] == weights[1]
+        assert weights[0] > 0.49
+
+    def test_inverse_mse(self):
+        # Squared errors 4 and 16 against a truth of 12: weights 0.8 and 0.2.
+        reference = {"a": flat(10), "b": flat(16), "target": flat(12)}
+        run = Run()
+        result = InverseMSE().ensemble(candidates={"a": flat(100), "b": flat(200)}, reference=reference, run=run)
+        assert unrounded(result).allclose(torch.tensor(120.0), atol=1e-4)
+        assert [row["weight"] for row in run.reports[0].rows] == pytest.approx([0.8, 0.2])
+
+    def test_least_squares(self):
+        # 10 a + 20 b = 30 and 30 a + 10 b = 40: both weights are 1.
+        reference = {"a": flat(10, 30), "b": flat(20, 10), "target": flat(30, 40)}
+        candidates = {"a": flat(50), "b": flat(70)}
+        result = LeastSquares().ensemble(candidates=candidates, reference=reference, run=Run())
+        assert unrounded(result).allclose(torch.tensor(120.0), atol=1e-3)
+
+    def test_least_squares_with_sum_one(self):
+        # Errors (1, -1) and (-3, -3), uncorrelated: weights inverse to 1 and 9.
+        reference = {"a": flat(11, 9), "b": flat(7, 7), "target": flat(10, 10)}
+        result = LeastSquares(sum_to_one=True).ensemble(
+            candidates={"a": flat(100), "b": flat(200)}, reference=reference, run=Run()
+        )
+        assert unrounded(result).allclose(torch.tensor(110.0), atol=1e-3)
+
+    def test_best_single(self):
+        reference = {"a": flat(11, 60), "b": flat(12, 52), "target": flat(10, 50)}
+        result = BestSingle().ensemble(candidates={"a": flat(1), "b": flat(2)}, reference=reference, run=Run())
+        assert (rounded(result) == 2).all()
+
+    def test_best_single_goes_by_psnr_per_image(self):
+        # Mean squared errors (1, 400) and (81, 256): a has the better mean PSNR and the worse pooled error.
+        reference = {"a": flat(11, 70), "b": flat(19, 66), "target": flat(10, 50)}
+        result = BestSingle().ensemble(candidates={"a": flat(1), "b": flat(2)}, reference=reference, run=Run())
+        assert (rounded(result) == 1).all()
+
+
+class TestLearning:
+    def test_least_squares_has_the_smallest_error_of_all_global_weights(self):
+        candidates, reference, truth = problem(0)
+        errors = {
+            method: mse(method.ensemble(candidates=candidates, reference=reference, run=Run()), truth)
+            for method in (LeastSquares(), LeastSquares(sum_to_one=True), InverseMSE(), BestSingle(), Average(), ZZPM())
+        }
+        assert errors[LeastSquares()] == min(errors.values())
+        assert errors[LeastSquares()] < errors[LeastSquares(sum_to_one=True)] < errors[Average()]
+
+    @pytest.mark.parametrize("method", [LeastSquares(), LeastSquares(sum_to_one=True), InverseMSE(), BestSingle()])
+    def test_perfect_and_equal_models(self, method):
+        truth = rough(1)
+        reference = {"perfect": dataset(truth), "poor": dataset(noisy(truth, 20, 0)), "target": dataset(truth)}
+        candidates = {name: reference[name] for name in ("perfect", "poor")}
+        assert mse(method.ensemble(candidates=candidates, reference=reference, run=Run()), truth) < 1e-4
+        twins = {"a": dataset(truth), "b": dataset(truth)}
+        result = method.ensemble(candidates=twins, reference={**twins, "target": dataset(truth)}, run=Run())
+        assert mse(result, truth) < 1e-4
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_regressors_learn_what_an_average_cannot(self, kind):
+        candidates, reference, truth = problem(2)
+        method = Regressor(kind=kind, max_samples=2000)
+        result = method.ensemble(candidates=candidates, reference=reference, run=Run())
+        average = Average().ensemble(candidates=candidates, reference=None, run=Run())
+        assert mse(result, truth) < mse(average, truth)
+
+    def test_regressors_see_every_sample_once(self):
+        truth = rough(3, num=3)
+        reference = {"a": dataset(truth), "b": dataset(255 - truth), "target": dataset(truth // 2)}
+        for limit, drawn in ((None, truth.numel()), (10**9, truth.numel()), (500, 500)):
+            inputs, targets, total = Regressor(max_samples=limit)._draw(Scenes.of_reference(reference), Run())
+            assert (len(targets), total) == (drawn, truth.numel())
+            assert np.array_equal(inputs[:, 0], 255 - inputs[:, 1])
+            assert np.array_equal(inputs[:, 0] // 2, targets)
+        assert 0.2 < (inputs[:, 0] < 85).mean() < 0.47
+
+    def test_the_subset_is_seeded_and_told(self):
+        candidates, reference, _ = problem(4)
+        run = Run(seed=1)
+        method = Regressor(max_samples=300)
+        first, second = (method.ensemble(candidates=candidates, reference=reference, run=r) for r in (run, Run(seed=1)))
+        assert torch.equal(unrounded(first), unrounded(second))
+        assert "300 of 1920 reference samples" in run.reports[0].notes[0]
+        other = method.ensemble(candidates=candidates, reference=reference, run=Run(seed=2))
+        assert not torch.equal(unrounded(first), unrounded(other))
+        everything = Run()
+        Regressor(max_samples=None).ensemble(candidates=candidates, reference=reference, run=everything)
+        assert everything.reports == []
+
+    def test_predictions_are_those_of_scikit_learn(self):
+        candidates, reference, truth = problem(5)
+        result = Regressor(max_samples=None).ensemble(candidates=candidates, reference=reference, run=Run())
+        x = np.stack([rounded(candidates[model]).flatten() for model in candidates], axis=1)
+        seed = Run().derived_seed("regressor") % 2**32
+        # Samples in the order of the stream: scene by scene.
+        regressor = make_regressor("hist-gradient-boosting", seed).fit(x, truth.flatten())
+        expected = torch.from_numpy(regressor.predict(x)).float().view(truth.shape)
+        torch.testing.assert_close(unrounded(result), expected, atol=1e-3, rtol=0)
+
+
+class TestInput:
+    def test_one_dataset_with_a_column_per_model(self):
+        candidates, reference, truth = problem(6)
+        wide = dataset(
+            truth,
+            **{f"image_{name}": rounded(data) for name, data in candidates.items()},
+            target=truth,
+        )
+        for method in (Average(), LeastSquares()):
+            long = method.ensemble(candidates=candidates, reference=reference, run=Run())
+            short = method.ensemble(candidates=wide, reference=wide, run=Run())
+            assert torch.equal(unrounded(long), unrounded(short))
+            assert set(short.column_names) == {"image", "image_float", "name", "target"}
+
+    def test_target_may_be_a_column_of_the_models(self):
+        candidates, reference, truth = problem(7)
+        with_target = {name: dataset(rounded(data), target=truth) for name, data in candidates.items()}
+        one = InverseMSE().ensemble(candidates=candidates, reference=reference, run=Run())
+        other = InverseMSE().ensemble(candidates=candidates, reference=with_target, run=Run())
+        assert torch.equal(unrounded(one), unrounded(other))
+
+    def test_scenes_of_different_sizes(self):
+        images = [torch.full((3, 4, 6), 10, dtype=torch.uint8), torch.full((3, 8, 5), 20, dtype=torch.uint8)]
+        result = Average().ensemble(candidates={"a": dataset(images), "b": dataset(images)}, reference=None, run=Run())
+        assert [image.shape for _, batch in read_floats(result) for image in batch] == [(3, 4, 6), (3, 8, 5)]
+
+    def test_inputs_stay_as_they_are(self):
+        candidates, reference, _ = problem(8)
+        before = {name: rounded(data) for name, data in reference.items()}
+        LeastSquares().ensemble(candidates=candidates, reference=reference, run=Run())
+        assert all(torch.equal(before[name], rounded(data)) for name, data in reference.items())
+
+    def test_refusals(self):
+        a, b = flat(1), flat(2)
+        cases = [
+            ({"a": a}, None, "at least 2"),
+            ([a, b], None, "no mapping of models"),
+            ({"a": a, "b": flat(2, size=(4, 5))}, None, "4×5"),
+            ({"a": a, "b": dataset(rough(0), ["scene-0", "other"])}, None, "other"),
+            ({"a": a, "b": b}, {"a": a, "b": b}, "no target"),
+            ({"a": a, "b": b}, {"b": b, "a": a, "target": a}, "same order"),
+            ({"a": a, "b": b}, {"a": a, "c": b, "target": a}, "models a, c and candidates a, b"),
+            ({"a": a, "b": b}, {"a": a, "b": b, "target": flat(1, size=(5, 4))}, "5×4"),
+        ]
+        for candidates, reference, words in cases:
+            with pytest.raises(PlaitError, match=words):
+                InverseMSE().ensemble(candidates=candidates, reference=reference or {"a": a, "b": b}, run=Run())
+
+    def test_sizes_within_one_dataset(self):
+        small, large = (torch.zeros(3, size, 4, dtype=torch.uint8) for size in (4, 5))
+        wide = dataset([small], image_a=[small], image_b=[large])
+        with pytest.raises(PlaitError, match="image scene-0 is 5×4 pixels in b and 4×4 in a"):
+            Average().ensemble(candidates=wide, reference=None, run=Run())
+
+    def test_fields(self):
+        with pytest.raises(PlaitError, match="max_samples is 0"):
+            Regressor(max_samples=0)
+
+    def test_weights_are_reported(self):
+        candidates, reference, _ = problem(9)
+        run = Run()
+        InverseMSE().ensemble(candidates=candidates, reference=reference, run=run)
+        (report,) = run.reports
+        assert isinstance(report, Report)
+        assert [row["model"] for row in report.rows] == ["good", "biased", "bad"]
+        assert sum(row["weight"] for row in report.rows) == pytest.approx(1)
+        assert report.value("weight", model="good") > report.value("weight", model="bad")

@@ -1,0 +1,203 @@
+"""Between datasets and tensors: nothing is lost, and what cannot be read is told in one sentence."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value, load_from_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as PILImage
+from plait_imaging import images
+from plait_imaging.decoding import decode_rgb
+
+from plait import PlaitError, Run
+
+
+def dataset_of(arrays, labels=None):
+    labels = labels or [f"n{i}" for i in range(len(arrays))]
+    features = Features({"image": Image(), "name": Value("string"), "label": Value("int64")})
+    pictures = [PILImage.fromarray(array) for array in arrays]
+    return Dataset.from_dict({"image": pictures, "name": labels, "label": list(range(len(arrays)))}, features=features)
+
+
+def random_arrays(*shapes):
+    return [np.random.default_rng(i).integers(0, 256, (*shape, 3), dtype=np.uint8) for i, shape in enumerate(shapes)]
+
+
+def encoded(picture, kind="PNG"):
+    buffer = io.BytesIO()
+    picture.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_all_levels_survive_the_way_to_floats_and_back():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(images.to_uint8(images.to_float(levels)), levels)
+
+
+def test_rounding_is_to_the_nearest_level_and_clips():
+    values = torch.tensor([-1.0, 0.4999 / 255, 0.501 / 255, 254.6 / 255, 7.0])
+    assert images.to_uint8(values).tolist() == [0, 0, 1, 255, 255]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_no_level_stands_for_is_refused(bad):
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        images.to_uint8(torch.tensor([bad]))
+    with pytest.raises(PlaitError, match="image n1 came out with NaN"):
+        images.write_images(Run(), dataset_of(random_arrays((4, 4), (4, 4))), [torch.zeros(3, 4, 4), torch.full((3, 4, 4), bad)])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
+    batch_size=st.integers(1, 4),
+)
+def test_reading_gives_every_image_in_order_whatever_the_sizes(shapes, batch_size):
+    arrays = random_arrays(*shapes)
+    read = [(row, image) for rows, batch in images.read_batches(dataset_of(arrays), "image", batch_size) for row, image in zip(rows, batch)]
+    assert [row for row, _ in read] == list(range(len(arrays)))
+    for (_, image), array in zip(read, arrays, strict=True):
+        assert image.dtype == torch.uint8
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), array)
+
+
+def test_unrounded_images_are_kept_to_the_last_bit_through_saving(tmp_path):
+    source = dataset_of(random_arrays((5, 6), (7, 3), (5, 6)))
+    floats = [torch.randn(3, *shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate([(5, 6), (7, 3), (2, 2)])]
+    images.write_images(Run(), source, floats, keep_float=True).save_to_disk(tmp_path / "d")
+    read = [image for _, batch in images.read_floats(load_from_disk(tmp_path / "d"), 2) for image in batch]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(read, floats, strict=True))
+
+
+def test_writing_keeps_other_columns_and_the_source():
+    source = dataset_of(random_arrays((5, 6), (7, 3)))
+    written = images.map_images(Run(), source, lambda image, row: 255 - image, "invert", keep_source_as="target")
+    assert written["name"] == ["n0", "n1"]
+    assert written["label"] == [0, 1]
+    for before, after in zip(source, written, strict=True):
+        assert np.array_equal(np.array(after["target"]), np.array(before["image"]))
+        assert np.array_equal(np.array(after["image"]), 255 - np.array(before["image"]))
+
+
+def test_a_target_that_is_there_stays_and_stale_floats_go():
+    run, source = Run(), dataset_of(random_arrays((5, 6)))
+    once = images.map_images(run, source, lambda image, row: image / 300, "dim", keep_float=True, keep_source_as="target")
+    twice = images.map_images(run, once, lambda image, row: image // 2, "dim", keep_source_as="target")
+    assert images.FLOAT_COLUMN in once.column_names
+    assert images.FLOAT_COLUMN not in twice.column_names
+    assert np.array_equal(np.array(twice[0]["target"]), np.array(source[0]["image"]))
+
+
+def test_selected_and_empty_datasets():
+    source = dataset_of(random_arrays((5, 6), (7, 3), (4, 4))).select([2, 0])
+    same = images.map_images(Run(), source, lambda image, row: image, "same")
+    assert same["name"] == ["n2", "n0"]
+    assert np.array_equal(np.array(same[1]["image"]), np.array(source[1]["image"]))
+    empty = images.map_images(Run(), source.select([]), lambda image, row: image, "same", keep_source_as="target")
+    assert len(empty) == 0
+    assert set(empty.column_names) == {"image", "name", "label", "target"}
+
+
+def test_many_images_go_to_several_shards(monkeypatch):
+    monkeypatch.setattr(images, "SHARD_BYTES", 2000)
+    monkeypatch.setattr(images, "BUFFER_BYTES", 1000)
+    run, arrays = Run(), random_arrays(*[(20, 20)] * 9)
+    written = images.map_images(run, dataset_of(arrays), lambda image, row: image, "same")
+    assert len(list(run.folder.rglob("*.arrow"))) > 1
+    assert all(np.array_equal(np.array(row["image"]), array) for row, array in zip(written, arrays, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_as_many_images_as_rows(count):
+    source = dataset_of(random_arrays((4, 4), (4, 4)))
+    with pytest.raises(ValueError, match="for 2 rows"):
+        images.write_images(Run(), source, [torch.zeros(3, 4, 4)] * count)
+
+
+def test_same_scenes_names_the_image_the_model_and_both_sizes():
+    base = dataset_of(random_arrays((5, 6), (7, 3)))
+    images.check_same_scenes({"a": base, "b": dataset_of(random_arrays((5, 6), (7, 3)))})
+    with pytest.raises(PlaitError, match="image n1 is 7×4 pixels in tv and 7×3 in median"):
+        images.check_same_scenes({"median": base, "tv": dataset_of(random_arrays((5, 6), (7, 4)))})
+    with pytest.raises(PlaitError, match="tv lacks 1 of the images of median: n1"):
+        images.check_same_scenes({"median": base, "tv": base.select([0])})
+    with pytest.raises(PlaitError, match="more: n1"):
+        images.check_same_scenes({"median": base.select([0]), "tv": base})
+    with pytest.raises(PlaitError, match="order"):
+        images.check_same_scenes({"median": base, "tv": base.select([1, 0])})
+
+
+def test_missing_column_and_what_is_no_dataset():
+    source = dataset_of(random_arrays((4, 4)))
+    with pytest.raises(PlaitError, match="no column 'target'; it has image, name, label"):
+        list(images.read_batches(source, "target"))
+    with pytest.raises(PlaitError, match=r"data\.train is a list"):
+        images.over_splits({"train": [1]}, lambda dataset, split: dataset)
+
+
+def test_greyscale_is_repeated_or_refused():
+    data = encoded(PILImage.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4)))
+    pixels = np.array(decode_rgb(data, "a.png"))
+    assert np.array_equal(pixels, np.arange(12).reshape(3, 4, 1).repeat(3, axis=2))
+    with pytest.raises(PlaitError, match=r"a\.png is a greyscale image; .*greyscale: repeat"):
+        decode_rgb(data, "a.png", greyscale="refuse")
+
+
+def test_16_bit_is_refused_or_scaled():
+    data = encoded(PILImage.fromarray(np.array([[0, 128, 129, 257, 65535]], dtype=np.uint16)))
+    with pytest.raises(PlaitError, match=r"a\.png is a 16-bit image .* sixteen_bit: scale"):
+        decode_rgb(data, "a.png")
+    assert np.array(decode_rgb(data, "a.png", sixteen_bit="scale"))[0, :, 0].tolist() == [0, 0, 1, 1, 255]
+
+
+def test_16_bit_colour_is_seen_although_pillow_reduces_it_silently():
+    # A PNG of one pixel, colour type 2, bit depth 16, put together by hand.
+    import struct
+    import zlib
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    pixel = zlib.compress(b"\0" + struct.pack(">HHH", 0x1234, 0xABCD, 0xFFFF))
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixel) + chunk(b"IEND", b"")
+    with pytest.raises(PlaitError, match="16-bit"):
+        decode_rgb(data, "a.png")
+    assert np.array(decode_rgb(data, "a.png", sixteen_bit="scale")).tolist() == [[[0x12, 0xAB, 0xFF]]]
+
+
+def test_transparency_is_refused_dropped_or_irrelevant():
+    pixels = np.full((2, 2, 4), 200, dtype=np.uint8)
+    with pytest.raises(PlaitError, match="partly transparent"):
+        decode_rgb(encoded(PILImage.fromarray(pixels)), "a.png")
+    dropped = decode_rgb(encoded(PILImage.fromarray(pixels)), "a.png", transparency="drop")
+    assert np.array(dropped).shape == (2, 2, 3)
+    pixels[..., 3] = 255
+    assert decode_rgb(encoded(PILImage.fromarray(pixels)), "a.png").mode == "RGB"
+
+
+def test_damaged_files():
+    whole = encoded(PILImage.fromarray(random_arrays((40, 40))[0]))
+    with pytest.raises(PlaitError, match=r"a\.png cannot be decoded .*damaged or cut off"):
+        decode_rgb(whole[: len(whole) // 2], "a.png")
+    with pytest.raises(PlaitError, match="not an image"):
+        decode_rgb(b"hello", "a.png")
+    with pytest.raises(PlaitError, match="is empty"):
+        decode_rgb(b"", "a.png")
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_damage_ends_in_a_sentence_or_an_image(data):
+    whole = encoded(PILImage.fromarray(random_arrays((12, 12))[0]), data.draw(st.sampled_from(["PNG", "JPEG", "TIFF"])))
+    mutated = bytearray(whole[: data.draw(st.integers(0, len(whole)))])
+    for _ in range(data.draw(st.integers(0, 4))):
+        if mutated:
+            mutated[data.draw(st.integers(0, len(mutated) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        assert decode_rgb(bytes(mutated), "x").mode == "RGB"
+    except PlaitError as error:
+        assert "\n" not in str(error)

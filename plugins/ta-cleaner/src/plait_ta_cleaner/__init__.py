@@ -1,0 +1,3 @@
+"""TA-Cleaner: CleanCLIP with factual and counterfactual sub-captions."""
+
+__version__ = "0.1.0"

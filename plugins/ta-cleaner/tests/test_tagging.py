@@ -1,0 +1,104 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plait_clip import beds, prompts
+from plait_ta_cleaner import tagging
+
+WORDNET = Path("/usr/share/wordnet")
+needs_wordnet = pytest.mark.skipif(not (WORDNET / "index.noun").is_file(), reason="wordnet-base is not installed")
+WORD_LISTS = [
+    pytest.param(tagging.bundled_words, id="bundled"),
+    pytest.param(lambda: tagging.wordnet_words(WORDNET), id="wordnet", marks=needs_wordnet),
+]
+
+
+@pytest.fixture(scope="module", params=WORD_LISTS)
+def tagger(request):
+    return tagging.LexiconTagger(request.param())
+
+
+@pytest.mark.parametrize(
+    ("caption", "tags"),
+    [
+        (
+            "a small brown dog chases the red ball across a wet park",
+            "DET ADJ ADJ NOUN VERB DET ADJ NOUN ADP DET ADJ NOUN",
+        ),
+        ("a red dog runs in the park", "DET ADJ NOUN VERB ADP DET NOUN"),
+        ("someone is selling a grey boot", "OTHER OTHER VERB DET ADJ NOUN"),
+        ("men playing tennis on a very dirty court", "NOUN VERB NOUN ADP DET ADV ADJ NOUN"),
+        ("someone wrote the number eight", "OTHER VERB DET NOUN NOUN"),
+        ("a zorgle", "DET NOUN"),
+    ],
+)
+def test_known_captions(tagger, caption, tags):
+    assert tagger(tagging.caption_words(caption)) == tags.split()
+
+
+def test_captions_of_both_beds(tagger):
+    adjectives = {"small", "dark", "square", "patterned"}
+    verbs = {"lying", "hanging", "showing", "selling", "wrote"}
+    captions = [
+        c.format(b="dark", s="square", t="patterned", n=n) for c in beds.FASHION_CAPTIONS for n in beds.FASHION_NAMES
+    ]
+    captions += [c.format(name) for c in prompts.DIGITS for name in beds.DIGIT_NAMES]
+    for caption in captions:
+        words = tagging.caption_words(caption)
+        for word, tag in zip(words, tagger(words), strict=True):
+            closed = tagging.CLOSED.get(word)
+            assert tag == (closed or ("ADJ" if word in adjectives else "VERB" if word in verbs else "NOUN")), caption
+
+
+@given(st.text(max_size=60))
+def test_any_text_gets_a_tag_a_word(caption):
+    words = tagging.caption_words(caption)
+    tags = tagging.LexiconTagger(tagging.bundled_words())(words)
+    tagging.check_tags(words, tags, "lexicon")
+
+
+def test_hyphenated_words_stay_whole():
+    assert tagging.caption_words("A T-shirt, the dog's café!") == ["a", "t-shirt", "the", "dog's", "café"]
+
+
+def test_inflected_forms_share_their_base():
+    words = tagging.bundled_words()
+    assert ("run", "VERB") in words.bases("running")
+    assert ("chase", "VERB") in words.bases("chasing")
+    assert ("write", "VERB") in words.bases("wrote")
+    assert not words.bases("zorgle")
+
+
+@needs_wordnet
+def test_an_unused_part_of_speech_is_left_out():
+    words = tagging.wordnet_words(WORDNET)
+    assert words("narrow") == {"ADJ", "VERB"}  # the noun never occurs
+    assert words("dog") >= {"NOUN"}
+    assert ("man", "NOUN") in words.bases("men")
+
+
+def test_wordnet_folder_must_hold_wordnet(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"index\.noun"):
+        tagging.open_words(tmp_path)
+
+
+def test_a_tagger_by_import_path(monkeypatch, tmp_path):
+    (tmp_path / "my_tagger.py").write_text("def tag(words):\n    return ['OTHER' for _ in words]\nnumber = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert tagging.load_tagger("my_tagger:tag", frozenset)(["a", "b"]) == ["OTHER", "OTHER"]
+    for bad, message in [
+        ("spacy", "import path"),
+        ("my_tagger:nothing", "cannot be imported"),
+        ("no_such_module:tag", "cannot be imported"),
+        ("my_tagger:number", "not a function"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tagging.load_tagger(bad, frozenset)
+
+
+def test_tags_are_checked():
+    with pytest.raises(ValueError, match="one of NOUN"):
+        tagging.check_tags(["a"], ["PROPN"], "mine")
+    with pytest.raises(ValueError, match="mine"):
+        tagging.check_tags(["a", "b"], ["DET"], "mine")

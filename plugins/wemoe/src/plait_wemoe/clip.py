@@ -1,0 +1,100 @@
+"""Merging of image-text models: the image towers are merged, the classes' heads are zero-shot heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from plait_clip.model import ImageTextModel
+from plait_clip.zero_shot import zero_shot_head
+from torch import Tensor, nn
+
+from plait_wemoe.tasks import CosineHead, WithHeads, class_path, read_heads, save_module, write_heads
+from plait_wemoe.upscaling import WEMoE, import_class
+
+
+class ImageTower(nn.Module):
+    """An image-text model called as an image encoder: (N, 3, H, W) in [0, 1] → (N, D)."""
+
+    def __init__(self, model: ImageTextModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.encode_image(images)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self.model.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ImageTower:
+        return cls(ImageTextModel.from_pretrained(folder))
+
+
+class MergedImageText(ImageTextModel, WithHeads):
+    """A merged image-text model, used wherever one is; it also has the experts' zero-shot heads.
+
+    Args:
+        encoder: an :class:`ImageTower`, or a WEMoE whose backbone is one.
+    """
+
+    def __init__(self, encoder: nn.Module, heads: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.set_heads(heads)
+        inner = self.inner
+        start = "encoder.backbone.model." if isinstance(encoder, WEMoE) else "encoder.model."
+        self.image_prefixes = (*(start + prefix for prefix in inner.image_prefixes), "encoder.routers.", "task_heads.")
+        self.kind, self.image_input, self.context_length = inner.kind, inner.image_input, inner.context_length
+
+    @property
+    def inner(self) -> ImageTextModel:
+        tower = self.encoder.backbone if isinstance(self.encoder, WEMoE) else self.encoder
+        return tower.model
+
+    @property
+    def logit_scale(self) -> nn.Parameter:  # type: ignore[override]
+        return self.inner.logit_scale
+
+    @property
+    def logit_bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        return self.inner.logit_bias
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self.encoder(images)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.encoder(images)
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        return self.inner.encode_tokens(tokens)
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        return self.inner.tokenize(texts)
+
+    def trim(self, tokens: Tensor) -> Tensor:
+        return self.inner.trim(tokens)
+
+    def _too_long(self, texts: Sequence[str]) -> list[bool]:
+        return self.inner._too_long(texts)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        save_module(self.encoder, Path(folder) / "encoder")
+        write_heads(self.heads, Path(folder), {"encoder": class_path(self.encoder)})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> MergedImageText:
+        config, heads = read_heads(folder)
+        return cls(import_class(config["encoder"]).from_pretrained(Path(folder) / "encoder"), heads)
+
+    @classmethod
+    def _load(cls, folder: Path, about: dict) -> MergedImageText:
+        return cls.from_pretrained(folder)
+
+
+def head_from_names(model: ImageTextModel, class_names: Sequence[str], templates: Sequence[str]) -> CosineHead:
+    """The zero-shot head of an expert's own text tower, with its own logit scale."""
+    with torch.no_grad():
+        head = zero_shot_head(model, class_names, templates)
+    return CosineHead(head, model.logit_scale.exp().item())

@@ -1,0 +1,91 @@
+"""Accuracy of a multi-task model on batches of one task or of all tasks mixed, and what its routers do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plait_wemoe.images import ImageColumn
+from plait_wemoe.tasks import WithHeads
+from plait_wemoe.training import LabelledTask
+
+
+@torch.no_grad()
+def one_task_accuracy(model: WithHeads, tasks: Mapping[str, LabelledTask], batch_size: int) -> dict[str, float]:
+    """Top-1 accuracy (%) of each task; a batch holds one task, in the order of the data."""
+    device = next(model.parameters()).device
+    found = {}
+    for name, task in tasks.items():
+        predictions = [
+            model.logits(images.to(device), name).argmax(dim=1).cpu() for images in task.images.batches(batch_size)
+        ]
+        found[name] = _percentage(torch.cat(predictions), task.labels)
+    return found
+
+
+@torch.no_grad()
+def mixed_accuracy(
+    model: WithHeads, tasks: Mapping[str, LabelledTask], batch_size: int, generator: torch.Generator
+) -> dict[str, float]:
+    """As :func:`one_task_accuracy`, but all tasks' images are shuffled into common batches."""
+    device = next(model.parameters()).device
+    names = list(tasks)
+    places = torch.cat([torch.tensor([[i, row] for row in range(len(tasks[n].images))]) for i, n in enumerate(names)])
+    places = places[torch.randperm(len(places), generator=generator)]
+    correct = dict.fromkeys(names, 0)
+    for batch in places.split(batch_size):
+        images = torch.cat([tasks[names[i]].images.read([row]) for i, row in batch.tolist()])
+        features = model.features(images.to(device))
+        for i, name in enumerate(names):
+            mine = batch[:, 0] == i
+            if mine.any():
+                predicted = model.heads[name](features[mine.to(device)]).argmax(dim=1).cpu()
+                correct[name] += int((predicted == tasks[name].labels[batch[mine, 1]]).sum())
+    return {name: 100 * correct[name] / len(tasks[name].images) for name in names}
+
+
+@torch.no_grad()
+def task_routing(model: WithHeads, columns: Mapping[str, ImageColumn], batch_size: int) -> tuple[Tensor, Tensor]:
+    """Mean coefficients (K, tasks, T), and the share of samples whose largest one is expert t's, (K, tasks, T)."""
+    device = next(model.parameters()).device
+    mixture = model.mixture
+    means, shares = [], []
+    for column in columns.values():
+        weights = []
+        for images in column.batches(batch_size):
+            model.features(images.to(device))
+            weights.append(torch.stack([gate.per_sample for gate in mixture.gates]).cpu())
+        coefficients = torch.cat(weights, dim=1)
+        means.append(coefficients.mean(dim=1))
+        first = torch.nn.functional.one_hot(coefficients.argmax(dim=-1), coefficients.shape[-1])
+        shares.append(first.float().mean(dim=1))
+    return torch.stack(means, dim=1), torch.stack(shares, dim=1)
+
+
+def routing_figure(values: Tensor, tasks: list[str], experts: list[str], label: str) -> Any:
+    """One heat map (tasks × experts) per block, values (K, tasks, T), as a matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    count = len(values)
+    figure = Figure(figsize=(1.2 + 1.9 * count, 0.8 + 0.45 * len(tasks) + 0.4))
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    low, high = min(0.0, values.min().item()), max(values.max().item(), 1e-6)
+    for block, (axis, rows) in enumerate(zip(axes, values.tolist(), strict=True)):
+        drawn = axis.imshow(rows, vmin=low, vmax=high, cmap="viridis", aspect="auto")
+        axis.set_title(f"block {block}", fontsize=8)
+        axis.set_xticks(range(len(experts)), experts, rotation=45, ha="right", fontsize=7)
+        axis.set_yticks(range(len(tasks)), tasks if block == 0 else [""] * len(tasks), fontsize=7)
+        for y, row in enumerate(rows):
+            for x, value in enumerate(row):
+                axis.text(
+                    x, y, f"{value:.2f}", ha="center", va="center", fontsize=6, color="w" if value < high * 0.6 else "k"
+                )
+    figure.colorbar(drawn, ax=list(axes), fraction=0.02, pad=0.02).set_label(label, fontsize=7)
+    return figure
+
+
+def _percentage(predictions: Tensor, labels: Tensor) -> float:
+    return 100 * (predictions == labels).double().mean().item()

@@ -1,0 +1,78 @@
+"""Image columns of datasets as batches of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+class ImageColumn:
+    """The ``image`` column of a dataset; every other column, labels first of all, is dropped at once.
+
+    Args:
+        size: side to which images are resized and cropped; ``None`` takes them as they are.
+
+    Raises:
+        ValueError: no image column, or no row.
+    """
+
+    def __init__(self, dataset: Any, size: int | None = None) -> None:
+        if "image" not in dataset.column_names:
+            raise ValueError(f"the data has no column 'image'; its columns are {', '.join(dataset.column_names)}")
+        if len(dataset) == 0:
+            raise ValueError("the data has no sample")
+        self._images = dataset.with_format(None).select_columns("image")
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """(N, 3, H, W) in [0, 1]."""
+        images = [_pixels(cell, self.size) for cell in self._images[list(rows)]["image"]]
+        if len({image.shape for image in images}) > 1:
+            raise ValueError(
+                f"images of a batch differ in size: {sorted({image.shape for image in images})}; resize them"
+            )
+        return torch.from_numpy(np.stack(images)).movedim(-1, 1).float() / 255
+
+    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
+        """The first ``limit`` images (``None``: all) in order."""
+        end = len(self) if limit is None else min(limit, len(self))
+        for start in range(0, end, batch_size):
+            yield self.read(range(start, min(start + batch_size, end)))
+
+
+class ShuffledBatches:
+    """Endless batches of a column: shuffled anew in each epoch, the last short batch used as it is.
+
+    Batch ``step`` depends on the seed and the step alone, so training can go on anywhere.
+    """
+
+    def __init__(self, column: ImageColumn, batch_size: int, seed: int, device: Any = "cpu") -> None:
+        self.column, self.batch_size, self.seed, self.device = column, batch_size, seed, device
+        self.per_epoch = -(-len(column) // batch_size)
+
+    def __getitem__(self, step: int) -> Tensor:
+        return self.column.read(self.rows(step)).to(self.device)
+
+    def rows(self, step: int) -> list[int]:
+        epoch, position = divmod(step, self.per_epoch)
+        generator = torch.Generator().manual_seed((self.seed + 1_000_003 * epoch) % 2**63)
+        order = torch.randperm(len(self.column), generator=generator)
+        return order[position * self.batch_size : (position + 1) * self.batch_size].tolist()
+
+
+def _pixels(image: Image.Image, size: int | None) -> np.ndarray:
+    image = image.convert("RGB")
+    if size is not None and image.size != (size, size):
+        scale = size / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    return np.asarray(image)

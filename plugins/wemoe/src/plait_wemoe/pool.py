@@ -1,0 +1,162 @@
+"""What arrives at a merge step, brought into one form: encoders to merge and a head per task."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from plait_wemoe.images import ImageColumn
+from plait_wemoe.states import State, check_states, state_of
+from plait_wemoe.tasks import IndividualModels, MultiTaskModel, WithHeads, feature_tensor, split_head
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Encoders of one architecture, every task's own frozen head, and what to return a merged encoder as.
+
+    Attributes:
+        heads: of the experts' tasks, and of any other task that the base has a head for.
+        wrap: (merged encoder, heads) → model.
+        unchanged: experts whose encoder is bitwise the base's.
+    """
+
+    base: nn.Module
+    encoders: dict[str, nn.Module]
+    heads: dict[str, nn.Module]
+    wrap: Callable[[nn.Module, Mapping[str, nn.Module]], WithHeads]
+    image_size: int | None
+    unchanged: list[str]
+
+    @property
+    def base_state(self) -> State:
+        return state_of(self.base)
+
+    @property
+    def states(self) -> dict[str, State]:
+        return {task: state_of(encoder) for task, encoder in self.encoders.items()}
+
+    @property
+    def task_heads(self) -> dict[str, nn.Module]:
+        return {task: self.heads[task] for task in self.encoders}
+
+    def merged(self, encoder: nn.Module) -> WithHeads:
+        return self.wrap(encoder, self.heads).requires_grad_(False).eval()
+
+    def individual(self) -> IndividualModels:
+        encoders = {task: copy.deepcopy(encoder) for task, encoder in self.encoders.items()}
+        return IndividualModels(encoders, self.task_heads).requires_grad_(False).eval()
+
+    def to(self, device: torch.device) -> Pool:
+        """The pool on a device; models that are elsewhere are copied, the caller's stay where they are."""
+        return replace(
+            self,
+            base=_on(self.base, device),
+            encoders={task: _on(encoder, device) for task, encoder in self.encoders.items()},
+            heads={task: head.to(device) for task, head in self.heads.items()},
+        )
+
+
+def pool_of(
+    base: Any,
+    experts: Mapping[str, Any],
+    class_names: Mapping[str, Sequence[str]],
+    templates: Sequence[str] | str,
+) -> Pool:
+    """Take models apart into encoders and heads.
+
+    Args:
+        class_names: of image-text models' tasks; other models bring their heads along.
+
+    Raises:
+        ValueError, KeyError, TypeError: experts that cannot be merged, or have no head.
+    """
+    if not experts:
+        raise ValueError("there is no expert to merge; give at least one fine-tuned model")
+    if isinstance(base, MultiTaskModel):
+        strange = [task for task, model in experts.items() if not isinstance(model, MultiTaskModel)]
+        if strange:
+            raise TypeError(
+                f"the base is a MultiTaskModel, expert {strange[0]!r} is a {type(experts[strange[0]]).__name__}"
+            )
+        for task, model in experts.items():
+            if task not in model.tasks:
+                raise KeyError(f"expert {task!r} has no head for its task; its heads are for {', '.join(model.tasks)}")
+        heads = {**base.heads, **{task: model.heads[task] for task, model in experts.items()}}
+        encoders = {task: model.encoder for task, model in experts.items()}
+        encoder, wrap = base.encoder, MultiTaskModel
+        size = getattr(encoder, "image_size", None)
+    elif hasattr(base, "encode_image") and hasattr(base, "encode_tokens"):
+        from plait_clip import prompts
+
+        from plait_wemoe.clip import ImageTower, MergedImageText, head_from_names
+
+        missing = [task for task in experts if task not in class_names]
+        if missing:
+            raise KeyError(
+                f"task {missing[0]!r} has no class names: give its data a ClassLabel column, or set class_names"
+            )
+        heads = {
+            task: head_from_names(model, class_names[task], prompts.templates(templates))
+            for task, model in experts.items()
+        }
+        encoders = {task: ImageTower(model) for task, model in experts.items()}
+        encoder, wrap, size = ImageTower(base), MergedImageText, base.image_size
+    else:
+        parts = {task: split_head(model) for task, model in experts.items()}
+        encoders = {task: encoder for task, (encoder, _) in parts.items()}
+        heads = {task: head for task, (_, head) in parts.items()}
+        try:
+            encoder = split_head(base)[0]
+        except TypeError:
+            encoder = base
+        wrap, size = MultiTaskModel, None
+    heads = {task: copy.deepcopy(head).requires_grad_(False) for task, head in heads.items()}
+    unchanged = check_states(state_of(encoder), {task: state_of(e) for task, e in encoders.items()})
+    return Pool(encoder, encoders, heads, wrap, size, unchanged)
+
+
+def _on(module: nn.Module, device: torch.device) -> nn.Module:
+    here = all(value.device.type == device.type for value in module.state_dict().values())
+    return module if here else copy.deepcopy(module).to(device)
+
+
+class Features(nn.Module):
+    """An encoder whose output is the feature tensor, whatever it returns itself."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Any) -> Any:
+        return feature_tensor(self.encoder(images))
+
+
+def columns_of(data: Mapping[str, Any] | None, tasks: Sequence[str], size: int | None) -> dict[str, ImageColumn]:
+    """The unlabelled images of every task.
+
+    Raises:
+        KeyError: a task without data, or data of no task. ValueError: a task without samples.
+    """
+    if data is None or set(data) != set(tasks):
+        missing = [task for task in tasks if task not in (data or {})]
+        surplus = [task for task in data or {} if task not in tasks]
+        what = f"no unlabelled data for task {missing[0]!r}" if missing else f"data {surplus[0]!r} belongs to no expert"
+        raise KeyError(f"{what}; data needs the same names as experts: {', '.join(tasks)}")
+    found = {}
+    for task in tasks:
+        try:
+            found[task] = ImageColumn(data[task], size)
+        except ValueError as error:
+            raise ValueError(f"task {task!r}: {error}") from error
+    return found
+
+
+def label_names(data: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    """Names of classes that datasets declare; no label is read."""
+    features = {task: getattr(part, "features", None) or {} for task, part in (data or {}).items()}
+    return {task: list(f["label"].names) for task, f in features.items() if getattr(f.get("label"), "names", None)}

@@ -1,0 +1,85 @@
+"""Supervised training on several tasks at once: pre-training, experts (one task) and joint training (all)."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from plait_wemoe.images import ImageColumn, ShuffledBatches
+from plait_wemoe.tasks import MultiTaskModel
+
+
+@dataclass(frozen=True)
+class LabelledTask:
+    """Images of a task and their labels, int64 (N,)."""
+
+    images: ImageColumn
+    labels: Tensor
+
+
+def train_tasks(
+    model: MultiTaskModel,
+    tasks: Mapping[str, LabelledTask],
+    *,
+    num_steps: int,
+    batch_size: int,
+    lr: float,
+    weight_decay: float,
+    seed: int,
+    trainable: str | None = None,
+    train_heads: bool = False,
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> MultiTaskModel:
+    """AdamW on the sum of the tasks' cross-entropies, one batch of every task in every step; a trained copy.
+
+    Args:
+        trainable: regular expression for names of encoder parameters; ``None`` trains them all.
+
+    Raises:
+        ValueError: no encoder parameter matches ``trainable``.
+        KeyError: a task without a head.
+    """
+    model = copy.deepcopy(model).train()
+    chosen = []
+    for name, parameter in model.named_parameters():
+        if name.startswith("encoder."):
+            wanted = trainable is None or re.search(trainable, name) is not None
+        else:
+            wanted = train_heads
+        parameter.requires_grad_(wanted)
+        chosen += [parameter] if wanted else []
+    if not any(p.requires_grad for p in model.encoder.parameters()):
+        raise ValueError(f"trainable is {trainable!r}, which matches no parameter of the encoder")
+    device = chosen[0].device
+    streams = {
+        name: ShuffledBatches(task.images, batch_size, seed + index) for index, (name, task) in enumerate(tasks.items())
+    }
+    optimizer = torch.optim.AdamW(chosen, lr=lr, weight_decay=weight_decay)
+    for step in track(range(num_steps)):
+        losses = []
+        for name, task in tasks.items():
+            rows = streams[name].rows(step)
+            logits = model.logits(task.images.read(rows).to(device), name)
+            losses.append(F.cross_entropy(logits, task.labels[rows].to(device)))
+        loss = torch.stack(losses).sum()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} in step {step}; lower lr")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        on_step(step, loss.item())
+    model.zero_grad(set_to_none=True)
+    return model.requires_grad_(True).eval()
+
+
+def first_per_class(labels: Tensor, number: int) -> Tensor:
+    """Rows of the first ``number`` samples of every class, in order."""
+    rows = [(labels == label).nonzero().squeeze(1)[:number] for label in labels.unique()]
+    return torch.cat(rows).sort().values
