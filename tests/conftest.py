@@ -1,9 +1,10 @@
 """Fresh environments outside the checkout, with packages from wheels."""
 
 import os
-import site
+import re
 import subprocess
 import sys
+import sysconfig
 import venv
 from pathlib import Path
 
@@ -72,14 +73,12 @@ def wheels(tmp_path_factory):
 
 @pytest.fixture
 def environment(tmp_path):
-    """An environment without any plait package; third-party libraries are those of this one, by a path file.
-
-    A path file inside a folder that a path file names is not read, so the editable installs of the
-    checkout are out of reach.
-    """
+    """An environment without any plait package; third-party libraries are links to those of this one."""
     folder, work = tmp_path / "env", tmp_path / "work"
     work.mkdir()
     venv.create(folder, with_pip=False, symlinks=True)
     own = next(folder.glob("lib/python*/site-packages"))
-    (own / "third-party.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    for library in Path(sysconfig.get_path("purelib")).iterdir():
+        if not re.match(r"_?plait|__pycache__|pip|.*\.pth$|__editable__", library.name):
+            (own / library.name).symlink_to(library)
     return Environment(folder, work)

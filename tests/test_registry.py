@@ -11,7 +11,18 @@ from plait.pipeline import load_pipeline
 
 ROOT = Path(__file__).parents[1]
 PROJECTS = {path.parent.name: tomllib.loads(path.read_text()) for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))}
-PAPERS = ["sa-aet", "ensir", "wemoe", "fgsam", "gdf", "content-shift", "dfedcata", "semiddm-weather", "ubt", "ta-cleaner"]
+PAPERS = [
+    "sa-aet",
+    "ensir",
+    "wemoe",
+    "fgsam",
+    "gdf",
+    "content-shift",
+    "dfedcata",
+    "semiddm-weather",
+    "ubt",
+    "ta-cleaner",
+]
 KITS = ["clip", "imaging", "graph", "diffusion", "federated"]
 
 
@@ -23,7 +34,9 @@ def test_all_papers_and_kits_are_known():
 
 
 def test_released_are_those_that_are_here():
-    assert {name for name, entry in catalogue().items() if entry["status"] == "released"} == {f"plait-{name}" for name in PROJECTS}
+    assert {name for name, entry in catalogue().items() if entry["status"] == "released"} == {
+        f"plait-{name}" for name in PROJECTS
+    }
 
 
 @pytest.mark.parametrize("name", PROJECTS)

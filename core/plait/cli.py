@@ -107,7 +107,7 @@ def run(
         if isinstance(display, Display):
             display.close()
     if not quiet:
-        _print_tables(result.tables.values())
+        _print_tables(table for table in result.tables.values() if table.main)
     click.echo(f"report: {result.folder / 'report.html'}")
     if result.failed:
         _tell_failures(result.failed)

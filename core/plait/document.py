@@ -146,6 +146,7 @@ def _build_mapping(
     loader: _Loader, node: yaml.MappingNode, path: KeyPath, places: dict[KeyPath, Place], problems: list[str], name: str
 ) -> Any:
     result: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line, column = key_node.start_mark.line + 1, key_node.start_mark.column + 1
         at = f"{name}:{line}:{column}"
@@ -153,10 +154,27 @@ def _build_mapping(
             problems.append(f"{at}: a key has to be a text")
             continue
         key = key_node.value
+        if key == "<<" and key_node.style is None:
+            merged = {**_merged(loader, value_node, path, places, problems, name), **merged}
+            continue
         if key in result:
             first = places[(*path, key)]
             problems.append(f"{at}: key {key!r} stands twice, first in line {first[0]}; keep one")
             continue
         places[(*path, key)] = (line, column)
         result[key] = _build(loader, value_node, (*path, key), places, problems, name)
+    return {**merged, **result}
+
+
+def _merged(
+    loader: _Loader, node: yaml.Node, path: KeyPath, places: dict[KeyPath, Place], problems: list[str], name: str
+) -> dict[str, Any]:
+    """The mapping, or the mappings, behind ``<<``; the first one that has a key gives its value."""
+    result: dict[str, Any] = {}
+    for item in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+        if not isinstance(item, yaml.MappingNode):
+            line, column = item.start_mark.line + 1, item.start_mark.column + 1
+            problems.append(f"{name}:{line}:{column}: << takes a mapping, or a list of mappings")
+            continue
+        result = {**_build_mapping(loader, item, (*path, "<<"), places, problems, name), **result}
     return result

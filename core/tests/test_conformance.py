@@ -41,7 +41,7 @@ def test_a_method_that_is_not_random_though_it_says_so(tmp_path):
     subject = Subject(
         find("load_data", "plait.demo.methods:Digits"), Example(arguments={}, random=True, progress=False)
     )
-    assert "another seed gives the same result" in dict((n, s) for n, s, _ in run_checks(subject))["repeatable"]
+    assert "another seed gives the same result" in {n: s for n, s, _ in run_checks(subject)}["repeatable"]
 
 
 @pytest.mark.parametrize("name", ["Digits", "Noise", "SmallClassifier", "Training", "Accuracy", "Error"])

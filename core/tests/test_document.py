@@ -48,3 +48,12 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe4\n")
     with pytest.raises(PipelineError, match="no UTF-8"):
         read(tmp_path / "latin.yaml")
+
+
+def test_merge_keys():
+    text = "a: &a {x: 1, y: 2}\nb: &b {y: 3, z: 4}\nc: {<<: *a, y: 5}\nd: {<<: [*a, *b]}\n"
+    data = parse(text).data
+    assert data["c"] == {"x": 1, "y": 5}
+    assert data["d"] == {"x": 1, "y": 2, "z": 4}
+    with pytest.raises(PipelineError, match="<< takes a mapping"):
+        parse("a: {<<: 3}")

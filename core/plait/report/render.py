@@ -36,13 +36,17 @@ class Number:
 
 @attrs.frozen
 class Table:
-    """One table: ``index`` and ``metrics`` are column names, a row holds texts, then :class:`Number` or ``None``."""
+    """One table: ``index`` and ``metrics`` are column names, a row holds texts, then :class:`Number` or ``None``.
+
+    ``main`` tables are the results of ``evaluate`` steps; the others are what steps add beside their results.
+    """
 
     title: str
     index: Sequence[str]
     metrics: Sequence[str]
     rows: Sequence[tuple[Sequence[str], Sequence[Number | None]]]
     better: Mapping[str, str]
+    main: bool = True
 
     def value(self, metric: str, **index: str) -> Number:
         """The number of one metric in the one row whose columns equal ``index``."""
@@ -77,14 +81,15 @@ def collect(
     warnings: Mapping[str, Sequence[str]],
 ) -> Document:
     """Gather all steps' reports into one document."""
-    groups: dict[tuple[str, str], list[tuple[Task, Report]]] = {}
+    groups: dict[tuple[str, str, bool], list[tuple[Task, Report]]] = {}
     notes: list[str] = []
     curves: dict[str, list[Curve]] = {}
     panels: list[tuple[str, Panel]] = []
     for task, parts in reports:
-        for part in parts:
+        for number, part in enumerate(parts):
             if part.rows:
-                groups.setdefault((task.step.name, part.title), []).append((task, part))
+                main = number == 0 and task.step.hook == "evaluate"
+                groups.setdefault((task.step.name, part.title, main), []).append((task, part))
             for curve in part.curves:
                 curves.setdefault(f"{task.step.name}: {curve.y_label}", []).append(
                     attrs.evolve(curve, name=_curve_name(task, curve))
@@ -92,7 +97,8 @@ def collect(
             panels += [(task.label, panel) for panel in part.panels]
             notes += [f"{task.label}: {note}" for note in part.notes]
         notes += [f"{task.label}: warning: {message}" for message in warnings.get(task.label, ())]
-    tables = [_table(title or step, group) for (step, title), group in groups.items()]
+    ordered = sorted(groups.items(), key=lambda item: not item[0][2])  # the main tables first
+    tables = [_table(": ".join(filter(None, (step, title))), group, main) for (step, title, main), group in ordered]
     steps = [(t.label, t.step.hook.replace("_", "-"), t.step.method.name, _fields(t)) for t in plan.tasks]
     description = str(plan.pipeline.data.get("description") or "").strip()
     return Document(
@@ -110,7 +116,7 @@ def _curve_name(task: Task, curve: Curve) -> str:
     return axes or curve.name if same else " ".join(filter(None, (axes, curve.name)))
 
 
-def _table(title: str, group: Sequence[tuple[Task, Report]]) -> Table:
+def _table(title: str, group: Sequence[tuple[Task, Report]], main: bool) -> Table:
     axes = list(dict.fromkeys(axis for task, _ in group for axis in task.axes if axis != "seed"))
     columns = list(dict.fromkeys(column for _, report in group for row in report.rows for column in row))
     metrics = [c for c in columns if any(_is_number(row.get(c)) for _, report in group for row in report.rows)]
@@ -127,7 +133,7 @@ def _table(title: str, group: Sequence[tuple[Task, Report]]) -> Table:
                 if _is_number(number):
                     cells.setdefault(metric, []).append(float(number))  # type: ignore[arg-type]
     rows = [(texts, [_number(cells.get(m), formats.get(m, ".4g")) for m in metrics]) for texts, cells in values.items()]
-    return _mark_best(Table(title, index, metrics, rows, better))
+    return _mark_best(Table(title, index, metrics, rows, better, main))
 
 
 def _is_number(value: Any) -> bool:
@@ -269,6 +275,7 @@ def to_html(document: Document) -> str:
     return environment.from_string(TEMPLATE).render(
         document=document,
         style=STYLE,
+        more=[table for table in document.tables if not table.main],
         charts=[(title, _chart(lines)) for title, lines in document.curves],
         panels=[
             (label, panel.title, [[_figure(picture) for picture in row] for row in panel.images])
@@ -298,8 +305,7 @@ TEMPLATE = """<!doctype html>
 <h2>Failed steps</h2>
 <div class="failed">{% for step, message in document.failed.items() %}<div><b>{{ step }}</b>: {{ message }}</div>{% endfor %}</div>
 {% endif %}
-{% for table in document.tables %}
-<h2>{{ table.title }}</h2>
+{% macro show(table) %}
 <div class="scroll"><table><thead><tr>
 {% for name in table.index %}<th>{{ name }}</th>{% endfor %}
 {% for metric in table.metrics %}<th class="n">{{ column_title(table, metric) }}</th>{% endfor %}
@@ -310,7 +316,8 @@ TEMPLATE = """<!doctype html>
 <td class="n{{ ' best' if number.best }}" title="{{ number.mean }}{{ ', ' ~ number.count ~ ' seeds' if number.count > 1 }}">{{ number.text }}</td>{% endif %}{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
-{% endfor %}
+{% endmacro %}
+{% for table in document.tables if table.main %}<h2>{{ table.title }}</h2>{{ show(table) }}{% endfor %}
 {% if panels %}<h2>Pictures</h2>{% endif %}
 {% for label, title, rows in panels %}
 <h3>{{ title }} <span style="font-weight:400;color:var(--soft)">{{ label }}</span></h3>
@@ -320,6 +327,8 @@ TEMPLATE = """<!doctype html>
 {% endfor %}</div>
 {% endfor %}
 {% endfor %}
+{% if more %}<h2>More tables</h2>{% endif %}
+{% for table in more %}<h3>{{ table.title }}</h3>{{ show(table) }}{% endfor %}
 {% if charts %}<h2>Curves</h2><div class="charts">
 {% for title, chart in charts %}<figure>{{ chart|safe }}<figcaption>{{ title }}</figcaption></figure>
 {% endfor %}</div>{% endif %}

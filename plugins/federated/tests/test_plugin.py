@@ -260,7 +260,7 @@ def test_images_of_a_folder_and_of_a_zip_are_the_same_and_train(image_folder, tm
 
 
 def test_own_client_column_and_user_model():
-    """Grey 8-bit images, clients named by text, a model of the user's."""
+    """Grey 8-bit images (made RGB), clients named by text, a model of the user's."""
     random = np.random.default_rng(0)
     rows = {
         "image": [Pillow.fromarray(random.integers(0, 255, (4, 4), dtype=np.uint8)) for _ in range(12)],
@@ -270,11 +270,14 @@ def test_own_client_column_and_user_model():
     data = Dataset.from_dict(
         rows, features=Features({"image": Image(), "label": ClassLabel(num_classes=2), "client": Value("string")})
     )
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2))
     method = DFedAvg(topology="full", output="all", **SHORT)
     outcome = method.aggregate(model=model, clients=data, run=plait.Run())
     assert list(outcome["clients"]) == ["client-0", "client-1", "client-2"]
     assert "accuracy" not in outcome["history"][0]
+    apart = [data.filter(lambda row, name=name: row["client"] == name) for name in "abc"]
+    again = method.aggregate(model=model, clients=apart, run=plait.Run())
+    assert torch.equal(again["model"][1].weight, outcome["model"][1].weight)
 
 
 def test_token_classifiers_of_transformers_train():
@@ -343,6 +346,8 @@ def rows(**changes):
         (lambda: train_on(rows(features=[[0.0] * 4, [0.0]] * 2)), "different sizes"),
         (lambda: train_on({"test": rows()}), "no split train"),
         (lambda: train_on(3), "data is a int"),
+        (lambda: train_on([]), "list without datasets"),
+        (lambda: train_on(rows().select([])), "no rows"),
         (lambda: train_on(rows(), model="net"), "model is a str"),
         (lambda: train_on(rows(), topology="random"), "nobody would have a neighbour"),
         (lambda: train_on(rows(client=[0] * 4)), "at least 2"),

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image
-from plait_imaging.sources import PHOTOS, HFDataset, ImageFolder, ImagePairs, Photos, photograph
-
 from plait import PlaitError, Run
+from plait_imaging.sources import PHOTOS, HFDataset, ImageFolder, ImagePairs, Photos, photograph
 
 
 def save(path, shape=(6, 8), seed=0):
@@ -33,7 +32,9 @@ def test_photos_defaults_are_two_tiles_of_each_photograph_at_the_stated_places()
 
 
 def test_photos_grid_never_overlaps_and_says_how_many_fit():
-    data = Photos(splits={"all": ("chelsea",)}, tile_size=100, tiles_per_photo=12, layout="grid").load_data(Run())["all"]
+    data = Photos(splits={"all": ("chelsea",)}, tile_size=100, tiles_per_photo=12, layout="grid").load_data(Run())[
+        "all"
+    ]
     assert len({hashlib.sha256(np.array(row["image"]).tobytes()).digest() for row in data}) == 12
     with pytest.raises(PlaitError, match=r"chelsea \(300×451 pixels\) holds 12 tiles of 100 pixels"):
         Photos(splits={"all": ("chelsea",)}, tile_size=100, tiles_per_photo=13, layout="grid").load_data(Run())

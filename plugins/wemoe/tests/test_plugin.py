@@ -45,7 +45,9 @@ def bed():
     train = {name: parts["train"].select(range(0, 1100, 5)) for name, parts in tasks.items()}
     test = {name: parts["test"].shuffle(seed=0).select(range(60)) for name, parts in tasks.items()}
     fresh = plugin.MultiTaskViT(embed_dim=16, depth=2, num_heads=2).load_model(data=train, run=run)
-    base = plugin.MultiTaskTraining(num_steps=20, batch_size=32, train_heads=True).optimize(model=fresh, data=train, run=run)
+    base = plugin.MultiTaskTraining(num_steps=20, batch_size=32, train_heads=True).optimize(
+        model=fresh, data=train, run=run
+    )
     expert = plugin.MultiTaskTraining(num_steps=40, batch_size=32, lr=3e-3, trainable=r"\.(mlp|norm2)\.")
     experts = {name: expert.optimize(model=base, data={name: train[name]}, run=run) for name in tasks}
     return base, experts, train, test
@@ -164,6 +166,33 @@ def test_models_with_a_linear_head():
     assert isinstance(experts["a"].head, torch.nn.Linear)
 
 
+def test_models_without_a_head_are_merged_whole():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.Sequential(
+                torch.nn.Flatten(), torch.nn.Linear(192, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4)
+            )
+
+        def forward(self, x):
+            return self.layers(x)
+
+    base, experts = Net(), {"a": Net(), "b": Net()}
+    merged = plugin.SimpleAverage().merge(base=base, experts=experts, data=None, run=plait.Run())
+    assert isinstance(merged, Net)
+    mean = (experts["a"].layers[3].bias + experts["b"].layers[3].bias) / 2
+    assert torch.allclose(merged.layers[3].bias, mean)
+    data = dict.fromkeys(experts, pictures(6, 8))
+    for method in (
+        plugin.AdaMerging(max_steps=1),
+        plugin.Fisher(),
+        plugin.RegMean(),
+        plugin.EWEMoE(max_steps=1, pattern=r"(?P<block>layers)\.\d", eval_routing="fixed"),
+    ):
+        merged = method.merge(base=base, experts=experts, data=data, run=plait.Run())
+        assert merged(torch.rand(2, 3, 8, 8)).shape == (2, 4)
+
+
 def test_image_text_models_keep_being_image_text_models(tmp_path):
     pytest.importorskip("plait_clip")
     from plait_clip.model import architectures
@@ -238,6 +267,15 @@ def test_batches_cover_each_epoch_once_and_depend_on_the_step_alone():
     assert 0 <= stream[0].min() <= stream[0].max() <= 1
 
 
+def test_images_are_the_same_whether_held_or_decoded_again(monkeypatch):
+    held = ImageColumn(pictures(5, 4))
+    monkeypatch.setattr("plait_wemoe.images.HELD_BYTES", 2 * 4 * 4 * 3)  # room for two
+    tight = ImageColumn(pictures(5, 4))
+    for rows in ([0, 1, 2], [2, 0, 4, 4], [3]):
+        assert torch.equal(held.read(rows), tight.read(rows))
+    assert (len(held._held), len(tight._held)) == (5, 2)
+
+
 def test_images_of_other_sizes_are_resized_where_the_model_says_so():
     column = ImageColumn(pictures(3, 20), size=8)
     assert column.read([0, 1]).shape == (2, 3, 8, 8)
@@ -277,7 +315,7 @@ def test_refusals(bed):
     merge_wrong(bed, "not finite", experts={**experts, "digits": infinite})
     merge_wrong(bed, "equals the base", experts={**experts, "digits": base}, method=plugin.SimpleAverage(strict=True))
     merge_wrong(bed, "expert 'digits' is a", experts={**experts, "digits": torch.nn.Linear(1, 1)})
-    merge_wrong(bed, "no classification head", base=torch.nn.Linear(1, 1), experts={"digits": torch.nn.ReLU()})
+    merge_wrong(bed, "the base is a int; give a torch module", base=3, experts={"digits": torch.nn.ReLU()})
 
 
 def test_warnings(bed):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import attrs
 from plait import Report, hookimpl
 from plait.fields import doc, in_range
-from plait_federated.plugin.tables import client_members, train_of, user_errors
+from plait_federated.plugin.tables import client_members, joined, train_of, user_errors
 from plait_federated.plugin.training import Decentralised, UpdateOrder, WeightsName, check_prox, describe_graph, train
 from plait_federated.topology import Graph
 
@@ -121,7 +121,7 @@ def check_stability(config: Any, anchor: Anchor, clients: Any, run: Any) -> None
         PlaitError: with the radius, the largest stable beta and the other remedies.
     """
     with user_errors():
-        graph = config.graph(len(client_members(train_of(clients))), run.seed)
+        graph = config.graph(len(client_members(train_of(joined(clients)))), run.seed)
         radius_of = radius_rule(graph, anchor, config.update_order)
         radius = radius_of(config.beta)
         named = f"{anchor}, {config.update_order} order, beta {config.beta:g}, {describe_graph(graph)}"

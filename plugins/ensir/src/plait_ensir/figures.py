@@ -36,7 +36,7 @@ def draw_table(table: Table) -> Figure:
     columns = min(4, len(slices))
     rows = math.ceil(len(slices) / columns)
     figure = Figure(figsize=(2.2 * columns + 1, 2.3 * rows + 0.6), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axis in axes.flat:
         axis.set_visible(False)
     for axis, (title, cells) in zip(axes.flat, slices.items(), strict=False):

@@ -160,7 +160,7 @@ class EnsIR:
             panels.append(Panel(title="EnsIR: mixtures over the truth in the busiest cells", images=[mixtures]))
         run.add(
             Report(
-                title="EnsIR: the table",
+                title="what was learned",
                 rows=[row],
                 formats={"EM updates, mean": ".1f", "table, KiB": ".0f"},
                 panels=panels,
@@ -183,7 +183,7 @@ class EnsIR:
             row = {"source not told by the file, %": 100 * share[UNKNOWN]}
         run.add(
             Report(
-                title="EnsIR: where the weights of the fused samples come from",
+                title="where the weights of the fused samples come from",
                 rows=[row],
                 formats=dict.fromkeys(row, ".2f"),
             )

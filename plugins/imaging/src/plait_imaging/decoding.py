@@ -6,7 +6,6 @@ import io
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-
 from plait import PlaitError
 
 

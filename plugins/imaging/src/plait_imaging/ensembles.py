@@ -239,7 +239,7 @@ class _GlobalWeights:
         scenes = Scenes.of_candidates(candidates)
         weight = self.weights(Products.of(Scenes.of_reference(reference, scenes.models), run))
         rows = [{"model": model, "weight": float(w)} for model, w in zip(scenes.models, weight, strict=True)]
-        run.add(Report(title=f"{type(self).__name__}: weights", rows=rows, formats={"weight": ".3f"}))
+        run.add(Report(title="weights", rows=rows, formats={"weight": ".3f"}))
         return _fused(run, scenes, _weighted(weight))
 
 

@@ -29,8 +29,8 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from datasets.arrow_writer import ArrowWriter
 from PIL import Image as PILImage
-
 from plait import PlaitError
+
 from plait_imaging.decoding import decode_rgb
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ def over_splits(data: Any, function: Callable[[Dataset, str], Dataset]) -> Any:
     """``function(dataset, "")``, or a dict of ``function(dataset, split)`` where ``data`` is a mapping.
 
     Raises:
-        PlaitError: something in ``data`` is not a dataset with an ``image`` column.
+        PlaitError: something in ``data`` is not a dataset with images in column ``image``.
     """
     if isinstance(data, Mapping):
         return {split: function(_checked(dataset, f"data.{split}"), split) for split, dataset in data.items()}
@@ -265,6 +265,8 @@ def _checked(dataset: Any, label: str) -> Dataset:
     if not isinstance(dataset, Dataset):
         raise PlaitError(f"{label} is a {type(dataset).__name__}; a dataset with an image column is needed")
     _has_column(dataset, "image", label)
+    if len(dataset) == 0:
+        raise PlaitError(f"{label} has no images; give at least one")
     return dataset
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-
 from plait.report import Image, Panel, png
 
 MAX_SIDE = 320

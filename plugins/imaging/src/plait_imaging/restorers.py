@@ -9,9 +9,9 @@ import numpy as np
 import pywt
 import torch
 from datasets import Dataset
-
 from plait import PlaitError, hookimpl
 from plait.fields import doc, in_range, method_field, one_of
+
 from plait_imaging import filters
 from plait_imaging.images import map_images, over_splits
 from plait_imaging.transforms import MotionBlur
@@ -117,7 +117,7 @@ class WaveletShrinkage(_Restorer):
 class _Deconvolution(_Restorer):
     """Undoes a known blur."""
 
-    blur: Any = method_field("transform", "the blur to undo: motion-blur or gaussian-blur", default=MotionBlur())
+    blur: Any = method_field("transform", "the blur to undo: motion-blur or gaussian-blur", default=MotionBlur())  # noqa: RUF009
 
     def __attrs_post_init__(self) -> None:
         if not hasattr(self.blur, "kernel"):

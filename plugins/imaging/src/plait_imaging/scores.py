@@ -11,10 +11,10 @@ from typing import Any
 import attrs
 import torch
 from datasets import Dataset
-
 from plait import PlaitError, Report, hookimpl
 from plait.fields import doc, in_range, one_of
 from plait.report import Panel
+
 from plait_imaging import metrics
 from plait_imaging.images import check_same_scenes, names, read_batches, read_floats, sizes, to_float
 from plait_imaging.pictures import comparison

@@ -16,9 +16,9 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
 from PIL import Image as PILImage
-
 from plait import PlaitError, hookimpl
 from plait.fields import doc, in_range, one_of
+
 from plait_imaging.decoding import decode_rgb
 from plait_imaging.images import BUFFER_BYTES, encode_png, write_tables
 

@@ -13,11 +13,11 @@ from typing import Any
 import attrs
 import torch
 from datasets import Dataset
+from plait import PlaitError, hookimpl
+from plait.fields import doc, in_range, one_of
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from plait import PlaitError, hookimpl
-from plait.fields import doc, in_range, one_of
 from plait_imaging.images import map_images, names, over_splits, to_float
 from plait_imaging.tiling import run_tiled
 

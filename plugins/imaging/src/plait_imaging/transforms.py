@@ -6,17 +6,16 @@ The result is rounded to 8 bit. A ``target`` that is there already stays: after 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import copy
 from typing import Any
 
 import attrs
 import numpy as np
 import torch
 from datasets import Dataset
-
 from plait import PlaitError, Run, hookimpl
 from plait.fields import doc, in_range, method_list_field, one_of
+
 from plait_imaging import degradations
 from plait_imaging.images import map_images, names, over_splits, sizes
 
@@ -227,7 +226,7 @@ class Downsample(_Degradation):
 class Compose:
     """Several transforms one after the other, each with randomness of its own; 8-bit images in between."""
 
-    transforms: list = method_list_field("transform", "the transforms, first to last", default=attrs.NOTHING)
+    transforms: tuple[Any, ...] = method_list_field("transform", "the transforms, first to last")
 
     def __attrs_post_init__(self) -> None:
         if not self.transforms:
@@ -243,4 +242,7 @@ class Compose:
 
 def _child(run: Run, name: str) -> Run:
     """The same surroundings with random numbers of its own."""
-    return attrs.evolve(run, step=f"{run.step}/{name}", folder=run.folder / name)
+    child = copy.copy(run)
+    child.step = f"{run.step}/{name}"
+    child._folder = run.folder / name
+    return child

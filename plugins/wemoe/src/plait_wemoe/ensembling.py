@@ -23,8 +23,8 @@ from plait_wemoe.routing import Gate, samples_first
 
 COMPUTE = ("auto", "merge", "activation", "group", "reference")
 STORAGE = ("dense", "sparse", "lowrank")
-# Bytes of merged weights alive at a time: what stays in a core's cache; on a GPU, what fills its units.
-TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+# Bytes of merged weights alive at a time. On a CPU fewer rows make the products thin, more leave the cache.
+TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 
 
 class DenseDeltas(nn.Module):

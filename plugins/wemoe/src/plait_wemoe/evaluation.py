@@ -11,6 +11,7 @@ from torch import Tensor
 from plait_wemoe.images import ImageColumn
 from plait_wemoe.tasks import WithHeads
 from plait_wemoe.training import LabelledTask
+from plait_wemoe.upscaling import WEMoE
 
 
 @torch.no_grad()
@@ -37,27 +38,24 @@ def mixed_accuracy(
     places = places[torch.randperm(len(places), generator=generator)]
     correct = dict.fromkeys(names, 0)
     for batch in places.split(batch_size):
-        images = torch.cat([tasks[names[i]].images.read([row]) for i, row in batch.tolist()])
-        features = model.features(images.to(device))
-        for i, name in enumerate(names):
-            mine = batch[:, 0] == i
-            if mine.any():
-                predicted = model.heads[name](features[mine.to(device)]).argmax(dim=1).cpu()
-                correct[name] += int((predicted == tasks[name].labels[batch[mine, 1]]).sum())
+        mine = {name: (batch[:, 0] == i).nonzero().squeeze(1) for i, name in enumerate(names)}
+        mine = {name: places for name, places in mine.items() if len(places)}
+        images = torch.cat([tasks[name].images.read(batch[places, 1].tolist()) for name, places in mine.items()])
+        order = torch.cat(list(mine.values())).argsort()  # from task after task to the shuffled order
+        features = model.features(images[order].to(device))
+        for name, here in mine.items():
+            predicted = model.heads[name](features[here.to(device)]).argmax(dim=1).cpu()
+            correct[name] += int((predicted == tasks[name].labels[batch[here, 1]]).sum())
     return {name: 100 * correct[name] / len(tasks[name].images) for name in names}
 
 
 @torch.no_grad()
-def task_routing(model: WithHeads, columns: Mapping[str, ImageColumn], batch_size: int) -> tuple[Tensor, Tensor]:
+def task_routing(mixture: WEMoE, columns: Mapping[str, ImageColumn], batch_size: int) -> tuple[Tensor, Tensor]:
     """Mean coefficients (K, tasks, T), and the share of samples whose largest one is expert t's, (K, tasks, T)."""
-    device = next(model.parameters()).device
-    mixture = model.mixture
+    device = next(mixture.parameters()).device
     means, shares = [], []
     for column in columns.values():
-        weights = []
-        for images in column.batches(batch_size):
-            model.features(images.to(device))
-            weights.append(torch.stack([gate.per_sample for gate in mixture.gates]).cpu())
+        weights = [mixture.routing_weights(images.to(device)).cpu() for images in column.batches(batch_size)]
         coefficients = torch.cat(weights, dim=1)
         means.append(coefficients.mean(dim=1))
         first = torch.nn.functional.one_hot(coefficients.argmax(dim=-1), coefficients.shape[-1])

@@ -10,9 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+HELD_BYTES = 256 << 20
+
 
 class ImageColumn:
     """The ``image`` column of a dataset; every other column, labels first of all, is dropped at once.
+
+    Decoded images are held until they fill :data:`HELD_BYTES`; later ones are decoded whenever they are read.
 
     Args:
         size: side to which images are resized and cropped; ``None`` takes them as they are.
@@ -28,13 +32,23 @@ class ImageColumn:
             raise ValueError("the data has no sample")
         self._images = dataset.with_format(None).select_columns("image")
         self.size = size
+        self._held: dict[int, np.ndarray] = {}
+        self._room = HELD_BYTES
 
     def __len__(self) -> int:
         return len(self._images)
 
     def read(self, rows: Sequence[int]) -> Tensor:
         """(N, 3, H, W) in [0, 1]."""
-        images = [_pixels(cell, self.size) for cell in self._images[list(rows)]["image"]]
+        rows = list(rows)
+        missing = [row for row in rows if row not in self._held]
+        cells = self._images[missing]["image"] if missing else []
+        found = {row: _pixels(cell, self.size) for row, cell in zip(missing, cells, strict=True)}
+        images = [found[row] if row in found else self._held[row] for row in rows]
+        for row, image in found.items():
+            if image.nbytes <= self._room:
+                self._held[row] = image
+                self._room -= image.nbytes
         if len({image.shape for image in images}) > 1:
             raise ValueError(
                 f"images of a batch differ in size: {sorted({image.shape for image in images})}; resize them"

@@ -83,7 +83,7 @@ class SimpleAverage(Merging):
     """Mean of the experts' weights (Wortsman et al., ICML 2022)."""
 
     @hookimpl
-    def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> WithHeads:
+    def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> torch.nn.Module:
         with told():
             pool = self.pool(base, experts, data, run)
             return _merged(pool, static.simple_average(pool.base_state, pool.states))
@@ -96,7 +96,7 @@ class TaskArithmetic(Merging):
     scaling: float = attrs.field(default=0.3, validator=in_range(), metadata=doc("λ, factor of the sum"))
 
     @hookimpl
-    def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> WithHeads:
+    def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> torch.nn.Module:
         with told():
             pool = self.pool(base, experts, data, run)
             return _merged(pool, static.task_arithmetic(pool.base_state, pool.states, self.scaling))
@@ -115,7 +115,7 @@ class Ties(Merging):
     )
 
     @hookimpl
-    def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> WithHeads:
+    def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> torch.nn.Module:
         with told():
             pool = self.pool(base, experts, data, run)
             return _merged(
@@ -137,7 +137,7 @@ class Dare(Merging):
     )
 
     @hookimpl
-    def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> WithHeads:
+    def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> torch.nn.Module:
         def join(base_state: State, states: Mapping[str, State]) -> State:
             if self.then == "ties":
                 return static.ties(base_state, states, self.scaling, self.keep)
@@ -157,7 +157,7 @@ class Fisher(Merging):
     batch_size: int = attrs.field(default=32, validator=in_range(1), metadata=doc("inputs summed before squaring"))
 
     @hookimpl
-    def merge(self, base: Any, experts: Any, data: Any, run: Any) -> WithHeads:
+    def merge(self, base: Any, experts: Any, data: Any, run: Any) -> torch.nn.Module:
         with told():
             pool = self.pool(base, experts, data, run)
             columns = columns_of(data, list(experts), pool.image_size)
@@ -181,7 +181,7 @@ class RegMean(Merging):
     )
 
     @hookimpl
-    def merge(self, base: Any, experts: Any, data: Any, run: Any) -> WithHeads:
+    def merge(self, base: Any, experts: Any, data: Any, run: Any) -> torch.nn.Module:
         with told():
             pool = self.pool(base, experts, data, run)
             columns = columns_of(data, list(experts), pool.image_size)
@@ -248,7 +248,7 @@ class AdaMerging(Adaptive):
     initial: float = attrs.field(default=0.3, validator=in_range(), metadata=doc("first coefficients"))
 
     @hookimpl
-    def merge(self, base: Any, experts: Any, data: Any, run: Any) -> WithHeads:
+    def merge(self, base: Any, experts: Any, data: Any, run: Any) -> torch.nn.Module:
         with told():
             pool = self.pool(base, experts, data, run)
             training = self.training(pool, columns_of(data, list(experts), pool.image_size), run)
@@ -281,7 +281,7 @@ class Concrete(Adaptive):
     )
 
     @hookimpl
-    def merge(self, base: Any, experts: Any, data: Any, run: Any) -> WithHeads:
+    def merge(self, base: Any, experts: Any, data: Any, run: Any) -> torch.nn.Module:
         with told():
             pool = self.pool(base, experts, data, run)
             training = self.training(pool, columns_of(data, list(experts), pool.image_size), run)
@@ -369,7 +369,7 @@ class WEMoE(Adaptive):
         return UpscaleConfig(**{name: getattr(self, name) for name in names})
 
     @hookimpl
-    def merge(self, base: Any, experts: Any, data: Any, run: Any) -> WithHeads:
+    def merge(self, base: Any, experts: Any, data: Any, run: Any) -> torch.nn.Module:
         with told():
             pool = self.pool(base, experts, data, run)
             columns = columns_of(data, list(experts), pool.image_size)
@@ -394,7 +394,7 @@ class WEMoE(Adaptive):
             model = pool.merged(mixture)
             if self.eval_routing == "fixed":
                 mixture.set_routing("sample")
-                means, _ = task_routing(model, columns, batch_size=128)
+                means, _ = task_routing(mixture, columns, batch_size=128)
                 mixture.set_routing("fixed", means.mean(dim=1))
             else:
                 mixture.set_routing(self.eval_routing)
@@ -440,7 +440,7 @@ class EWEMoEPublished(EWEMoEFast):
     )
 
 
-def _merged(pool: Pool, state: State) -> WithHeads:
+def _merged(pool: Pool, state: State) -> torch.nn.Module:
     return pool.merged(with_state(pool.base, state))
 
 
@@ -622,7 +622,7 @@ class MultiTaskAccuracy:
 
     def _panels(self, name: str, model: WithHeads, tasks: Mapping[str, LabelledTask]) -> list[Panel]:
         columns = {task: part.images for task, part in tasks.items()}
-        means, shares = task_routing(model, columns, self.batch_size)
+        means, shares = task_routing(model.mixture, columns, self.batch_size)
         experts = list(model.mixture.experts)
         drawn = [(means, "mean coefficient"), (shares, "share of samples with this first choice")]
         return [

@@ -12,7 +12,7 @@ from torch import nn
 
 from plait_wemoe.images import ImageColumn
 from plait_wemoe.states import State, check_states, state_of
-from plait_wemoe.tasks import IndividualModels, MultiTaskModel, WithHeads, feature_tensor, split_head
+from plait_wemoe.tasks import IndividualModels, MultiTaskModel, feature_tensor, head_name, split_head
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Pool:
     base: nn.Module
     encoders: dict[str, nn.Module]
     heads: dict[str, nn.Module]
-    wrap: Callable[[nn.Module, Mapping[str, nn.Module]], WithHeads]
+    wrap: Callable[[nn.Module, Mapping[str, nn.Module]], nn.Module]
     image_size: int | None
     unchanged: list[str]
 
@@ -44,7 +44,7 @@ class Pool:
     def task_heads(self) -> dict[str, nn.Module]:
         return {task: self.heads[task] for task in self.encoders}
 
-    def merged(self, encoder: nn.Module) -> WithHeads:
+    def merged(self, encoder: nn.Module) -> nn.Module:
         return self.wrap(encoder, self.heads).requires_grad_(False).eval()
 
     def individual(self) -> IndividualModels:
@@ -73,7 +73,7 @@ def pool_of(
         class_names: of image-text models' tasks; other models bring their heads along.
 
     Raises:
-        ValueError, KeyError, TypeError: experts that cannot be merged, or have no head.
+        ValueError, KeyError, TypeError: experts that cannot be merged, or have no head where others have one.
     """
     if not experts:
         raise ValueError("there is no expert to merge; give at least one fine-tuned model")
@@ -106,18 +106,27 @@ def pool_of(
         }
         encoders = {task: ImageTower(model) for task, model in experts.items()}
         encoder, wrap, size = ImageTower(base), MergedImageText, base.image_size
-    else:
+    elif all(isinstance(model, nn.Module) and head_name(model) for model in experts.values()):
         parts = {task: split_head(model) for task, model in experts.items()}
         encoders = {task: encoder for task, (encoder, _) in parts.items()}
         heads = {task: head for task, (_, head) in parts.items()}
-        try:
-            encoder = split_head(base)[0]
-        except TypeError:
-            encoder = base
+        encoder = split_head(base)[0] if head_name(base) else base
         wrap, size = MultiTaskModel, None
+    else:
+        for name, model in {"the base": base, **{f"expert {t!r}": model for t, model in experts.items()}}.items():
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"{name} is a {type(model).__name__}; give a torch module")
+        encoder, encoders = base, dict(experts)
+        heads = {task: nn.Identity() for task in experts}
+        wrap, size = whole, None
     heads = {task: copy.deepcopy(head).requires_grad_(False) for task, head in heads.items()}
     unchanged = check_states(state_of(encoder), {task: state_of(e) for task, e in encoders.items()})
     return Pool(encoder, encoders, heads, wrap, size, unchanged)
+
+
+def whole(model: nn.Module, heads: Mapping[str, nn.Module]) -> nn.Module:
+    """A model without heads is returned as it is."""
+    return model
 
 
 def _on(module: nn.Module, device: torch.device) -> nn.Module:

@@ -2,7 +2,8 @@
 
 An expert is a :class:`MultiTaskModel` with a head for its task, or any module with a linear ``head``,
 ``classifier`` or ``fc`` on top, or an image-text model (:mod:`plait_wemoe.clip`). The encoders are merged;
-every task keeps the head of its own expert.
+every task keeps the head of its own expert. Modules without any such head are merged whole: what they
+return are the logits of every task.
 """
 
 from __future__ import annotations
@@ -135,18 +136,16 @@ def feature_tensor(output: Any) -> Tensor:
     raise TypeError(f"the encoder returns {type(output).__name__}; a tensor, image_embeds or pooler_output is needed")
 
 
-def split_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
-    """A copy of a classifier without its last linear layer, and that layer.
+def head_name(model: nn.Module) -> str | None:
+    """Which attribute of :data:`LINEAR_HEADS` is the model's last linear layer."""
+    return next((name for name in LINEAR_HEADS if isinstance(getattr(model, name, None), nn.Linear)), None)
 
-    Raises:
-        TypeError: there is none under the names of :data:`LINEAR_HEADS`.
-    """
-    name = next((name for name in LINEAR_HEADS if isinstance(getattr(model, name, None), nn.Linear)), None)
+
+def split_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
+    """A copy of a classifier without its last linear layer, and that layer."""
+    name = head_name(model)
     if name is None:
-        raise TypeError(
-            f"{type(model).__name__} has no classification head; give a MultiTaskModel, an image-text model, or a module "
-            f"with a linear layer named {', '.join(LINEAR_HEADS)}"
-        )
+        raise TypeError(f"{type(model).__name__} has no linear layer named {', '.join(LINEAR_HEADS)}")
     encoder = copy.deepcopy(model)
     head = getattr(encoder, name)
     setattr(encoder, name, nn.Identity())
@@ -170,7 +169,7 @@ def save_module(module: nn.Module, folder: Path) -> None:
 
 
 def write_heads(heads: Mapping[str, nn.Module], folder: Path, config: dict[str, Any]) -> None:
-    """heads.safetensors and config.json; a head is a CosineHead or an ``nn.Linear``."""
+    """heads.safetensors and config.json; a head is a CosineHead, an ``nn.Linear`` or an ``nn.Identity``."""
     tensors, scales = {}, []
     for index, head in enumerate(heads.values()):
         tensors |= {f"{index}.{name}": value.detach().cpu().clone() for name, value in head.state_dict().items()}
@@ -185,7 +184,10 @@ def read_heads(folder: str | Path) -> tuple[dict[str, Any], dict[str, nn.Module]
     tensors = load_file(Path(folder) / "heads.safetensors")
     heads: dict[str, nn.Module] = {}
     for index, (task, scale) in enumerate(zip(config["tasks"], config["scales"], strict=True)):
-        weight, bias = tensors[f"{index}.weight"], tensors.get(f"{index}.bias")
+        weight, bias = tensors.get(f"{index}.weight"), tensors.get(f"{index}.bias")
+        if weight is None:
+            heads[task] = nn.Identity()
+            continue
         if scale is not None:
             heads[task] = CosineHead(weight, scale)
             continue

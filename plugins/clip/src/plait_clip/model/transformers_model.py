@@ -123,8 +123,8 @@ class TransformersModel(ImageTextModel):
         """A model of the hub or of a local folder, with the tokenizer and the image processor next to it.
 
         Raises:
-            ValueError: it is no model with an image and a text tower.
-            OSError: it is not there.
+            ValueError: it is not there, or transformers cannot load it.
+            TypeError: it lacks one of the towers.
         """
         import transformers
 
@@ -135,9 +135,9 @@ class TransformersModel(ImageTextModel):
                 model = loader.from_pretrained(source, revision=revision)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
             processor = transformers.AutoImageProcessor.from_pretrained(source, revision=revision)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise OSError(f"transformers cannot load {source}: {reason}") from error
+            raise ValueError(f"transformers cannot load {source}: {reason}") from error
         return cls(model, tokenizer, _image_input(processor))
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value, concatenate_datasets
 from plait import PlaitError
 from torch import Tensor
 
@@ -37,10 +37,27 @@ def split_of(data: Any, name: str) -> Dataset | None:
     raise PlaitError(f"data is a {type(data).__name__}; expected is a dataset, or a mapping with train and test")
 
 
+def joined(clients: Any) -> Any:
+    """A list of datasets, one a client, as one dataset with a column ``client``; anything else as it is."""
+    if not isinstance(clients, list):
+        return clients
+    if not clients or not all(isinstance(client, Dataset) for client in clients):
+        raise PlaitError("clients is a list without datasets; give one dataset a client, or one with a column client")
+    parts = [
+        client.remove_columns([name for name in client.column_names if name == "client"]).add_column(
+            "client", np.full(len(client), number), feature=Value("int32")
+        )
+        for number, client in enumerate(clients)
+    ]
+    return concatenate_datasets(parts)
+
+
 def train_of(data: Any) -> Dataset:
     train = split_of(data, "train")
     if train is None:
         raise PlaitError(f"data has no split train; it has {', '.join(map(str, data)) or 'none'}")
+    if not len(train):
+        raise PlaitError("data has no rows; give at least one for every client")
     return train
 
 
@@ -68,7 +85,7 @@ def client_members(data: Dataset) -> tuple[Tensor, ...]:
 
 
 def inputs_of(data: Dataset, column: str | None) -> Tensor:
-    """A column as one tensor ``[N, ...]``: uint8 ``[N, C, H, W]`` for images, else the numbers it holds."""
+    """A column as one tensor ``[N, ...]``: uint8 ``[N, 3, H, W]`` for images, else the numbers it holds."""
     name = column or next((known for known in INPUT_COLUMNS if known in data.column_names), None)
     if name is None:
         raise PlaitError(
@@ -92,8 +109,7 @@ def inputs_of(data: Dataset, column: str | None) -> Tensor:
 
 
 def _pixels(image: Any) -> np.ndarray:
-    array = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
 def _need(data: Dataset, column: str) -> None:

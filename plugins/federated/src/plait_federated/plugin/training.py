@@ -15,7 +15,7 @@ from plait.fields import doc, in_range
 from torch import nn
 
 from plait_federated import rounds
-from plait_federated.plugin.tables import client_members, inputs_of, labels_of, split_of, train_of, user_errors
+from plait_federated.plugin.tables import client_members, inputs_of, joined, labels_of, split_of, train_of, user_errors
 from plait_federated.rounds import Gossip, Server
 from plait_federated.settings import Settings
 from plait_federated.shards import Augmentation, Shards
@@ -174,6 +174,7 @@ def train(config: Federated, method: Gossip | Server, model: nn.Module, clients:
         raise PlaitError(f"model is a {type(model).__name__}; expected is a torch module")
     if run.seed >= 2**31:
         raise PlaitError(f"seed is {run.seed}; federated methods need one below 2**31")
+    clients = joined(clients)
     split, test = train_of(clients), split_of(clients, "test")
     labels = torch.from_numpy(labels_of(split))
     with user_errors():
