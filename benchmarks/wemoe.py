@@ -1,8 +1,7 @@
 """Cost of a routed MLP against a plain one, against the straightforward loop, and against fusion-bench.
 
 Every number is a ratio of times measured in one process (on a CPU: of processor time on one thread), the sides taking
-turns; shown is the median over rounds
-(the loop, which takes long, is run once).
+turns; shown is the median over rounds (the loop, which takes long, is run once).
 One block of ViT-B width (768 → 3072 → 768, router of depth 2, 8 experts), float32, no gradients:
 
 * ``plain``: the MLP itself; ``loop``: for every sample and expert a multiplication and an addition per tensor, then the
@@ -23,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import json
 import statistics
 import subprocess
@@ -121,6 +121,7 @@ def peak_and_seconds(run: Callable[[], object], device: str) -> tuple[float, flo
         before = torch.cuda.memory_allocated()
         spent = seconds(run, device)
         return (torch.cuda.max_memory_allocated() - before) / 2**20, spent
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else what was freed before hides what is taken now
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status("VmRSS")
     spent = seconds(run, device)
@@ -174,8 +175,8 @@ def block_figures(rounds: int, device: str) -> list[dict[str, float | str]]:
                 device,
             )
             forward["loop"] = seconds(lambda x=x: loop(x), device)  # long enough to need no rounds
-        loop_mib, loop_step = peak_and_seconds(lambda: step(loop), device)
         sample_mib, sample_step = peak_and_seconds(lambda: step(sample), device)
+        loop_mib, loop_step = peak_and_seconds(lambda: step(loop), device)
         rows.append(
             {
                 "B×S": f"{B}×{S}",

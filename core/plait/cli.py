@@ -229,7 +229,7 @@ def show(method: str, hook: str | None) -> None:
     import inspect
 
     from plait.configuration import describe, fields_of
-    from plait.methods import HOOKS, catalogue, find, nearest, offers, package_of
+    from plait.methods import HOOKS, catalogue, find, implemented_hooks, nearest, offers, package_of
 
     short = method.rpartition("/")[2]
     if hook:
@@ -259,7 +259,7 @@ def show(method: str, hook: str | None) -> None:
         seen.add(found.cls)
         click.secho(f"{found.name}", bold=True)
         click.echo(f"  {(inspect.getdoc(found.cls) or '').strip()}".replace("\n", "\n  ").rstrip())
-        implemented = [h for h in HOOKS if hasattr(found.cls, h)]
+        implemented = implemented_hooks(found.cls)
         for one in implemented:
             arguments = ", ".join(
                 a + ("" if required else " (optional)") for a, required in find_arguments(found.cls, one).items()

@@ -16,7 +16,7 @@ import cattrs
 
 from plait.errors import PlaitError
 from plait.fields import DOC, HOOK, MANY
-from plait.methods import Method, find, nearest
+from plait.methods import Method, find, implemented_hooks, nearest
 
 Problem = tuple[tuple[str | int, ...], str]
 FRACTION = re.compile(r"\s*([+-]?[\d.]+(?:[eE][+-]?\d+)?)\s*/\s*([\d.]+(?:[eE][+-]?\d+)?)\s*")
@@ -246,7 +246,7 @@ def _structure_field(field: attrs.Attribute[Any], value: Any, folder: Path | Non
 
 
 def _nested(hook: str, value: Any, folder: Path | None) -> Any:
-    if value is None or hasattr(value, hook):
+    if value is None or hook in implemented_hooks(type(value)):
         return value
     if isinstance(value, str):
         return configure(find(hook, value, folder), {}, folder)

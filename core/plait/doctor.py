@@ -14,7 +14,17 @@ from packaging.requirements import Requirement
 
 from plait import API, __version__
 from plait.errors import PlaitError
-from plait.methods import HOOKS, WRAPPERS_GROUP, Offer, _entry_points, _import, catalogue, find, offers
+from plait.methods import (
+    HOOKS,
+    WRAPPERS_GROUP,
+    Offer,
+    _entry_points,
+    _import,
+    catalogue,
+    find,
+    implemented_hooks,
+    offers,
+)
 from plait.store import Store
 
 
@@ -91,7 +101,7 @@ def _wrappers() -> Iterator[Finding]:
         except PlaitError as error:
             yield Finding(False, str(error).removesuffix("; see plait doctor"))
             continue
-        wrapped = [hook for hook in HOOKS if hasattr(plugin, hook)]
+        wrapped = implemented_hooks(plugin)
         what = f"wraps {', '.join(wrapped)}" if wrapped else "listens to runs"
         yield Finding(True, f"plugin {ep.name} of {owner} {what}")
 

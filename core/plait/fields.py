@@ -83,7 +83,7 @@ def _implements(hook: str) -> Validator:
     def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         methods: Collection[Any] = value if isinstance(value, (list, tuple)) else [value]
         for method in methods:
-            if method is not None and not hasattr(method, hook):
+            if method is not None and not hasattr(getattr(type(method), hook, None), "plait_impl"):
                 raise PlaitError(
                     f"{attribute.name} is {method!r}, which has no hook {hook}; name a method of that hook"
                 )

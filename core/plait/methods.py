@@ -247,6 +247,11 @@ def _arguments(cls: type[Any], hook: str) -> dict[str, bool]:
     return {p.name: "None" not in str(p.annotation) for p in parameters}
 
 
+def implemented_hooks(cls: type[Any]) -> list[str]:
+    """The hooks that a class implements; a field may have the name of a hook without being one."""
+    return [hook for hook in HOOKS if hasattr(getattr(cls, hook, None), "plait_impl")]
+
+
 def _check_class(method: Method) -> None:
     cls, hook, name = method.cls, method.hook, method.name
     if not attrs.has(cls):
@@ -254,8 +259,8 @@ def _check_class(method: Method) -> None:
             f"method {name!r}: {cls.__name__} is not an attrs class; decorate it with @attrs.frozen(kw_only=True)"
         )
     function = getattr(cls, hook, None)
-    if function is None:
-        has = [h for h in HOOKS if hasattr(cls, h)]
+    if not inspect.isfunction(function):
+        has = implemented_hooks(cls)
         raise PlaitError(f"method {name!r}: {cls.__name__} has no hook {hook}; it has {', '.join(has) or 'none'}")
     if not hasattr(function, "plait_impl"):
         raise PlaitError(f"method {name!r}: {cls.__name__}.{hook} is not marked; put @plait.hookimpl above it")
@@ -300,7 +305,7 @@ def wrappers() -> tuple[tuple[str, str, Any], ...]:
 
 def wrappers_of(hook: str) -> list[str]:
     """Name and version of each installed plugin that wraps a hook: part of a step's key."""
-    return [f"{name} {version}" for name, version, plugin in wrappers() if hasattr(plugin, hook)]
+    return [f"{name} {version}" for name, version, plugin in wrappers() if hook in implemented_hooks(type(plugin))]
 
 
 def _installed_version(offer: Offer, cls: type[Any]) -> str:

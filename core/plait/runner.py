@@ -127,10 +127,14 @@ def write_report_again(folder: Path, store: Store) -> None:
     """
     try:
         data = json.loads((folder / "resolved.json").read_text(encoding="utf-8"))["pipeline"]
-        origin = Path(json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["folder"])
+        provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+        origin = Path(provenance["folder"])
     except (OSError, ValueError, KeyError) as error:
         raise PlaitError(f"{folder} is no run folder: it has no resolved.json and provenance.json") from error
     plan = make_plan(check(Document(data, {}, str(folder / "resolved.json")), (), origin))
+    # Methods may have changed since: the results are those of the keys of then.
+    keys = {step["label"]: step["key"] for step in provenance["steps"]}
+    plan = attrs.evolve(plan, tasks=[attrs.evolve(task, key=keys.get(task.label, task.key)) for task in plan.tasks])
     failed = {task.label: "not in the store" for task in plan.tasks if not store.has(task.key)}
     _write_report(plan, store, failed, folder)
 

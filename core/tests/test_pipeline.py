@@ -142,6 +142,18 @@ steps:
     assert "last: it is" in wrong[1]
 
 
+def test_a_field_with_the_name_of_a_hook_is_no_hook(workplace):
+    from plait.methods import find
+
+    (workplace / "m.py").write_text(
+        "import attrs\nfrom plait import hookimpl\n@attrs.frozen\nclass M:\n    attack: int = 1\n"
+        "    @hookimpl\n    def load_data(self, run):\n        return self.attack\n"
+    )
+    assert find("load_data", "./m.py:M").cls(attack=3).load_data(None) == 3
+    with pytest.raises(PlaitError, match="has no hook attack; it has load_data"):
+        find("attack", "./m.py:M")
+
+
 CLASS = """
 import attrs
 from plait import hookimpl

@@ -244,6 +244,7 @@ def test_report_again(demo):
     result = plait.run("demo.yaml", ["matrix.seed=[0]"])
     first = (result.folder / "report.html").read_text()
     (result.folder / "report.html").unlink()
+    Path("toy.py").write_text(Path("toy.py").read_text() + "# changed since\n")
     done = cli("report", str(result.folder))
     assert done.returncode == 0
     assert (result.folder / "report.html").read_text() == first

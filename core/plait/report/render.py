@@ -85,7 +85,9 @@ def collect(
     notes: list[str] = []
     curves: dict[str, list[Curve]] = {}
     panels: list[tuple[str, Panel]] = []
-    for task, parts in reports:
+    seeds = [task.axes["seed"] for task, _ in reports if "seed" in task.axes]
+    shown_seed = seeds[0] if seeds else None  # the pictures of one seed say what those of all would
+    for task, parts in sorted(reports, key=lambda item: item[0].step.hook != "evaluate"):
         for number, part in enumerate(parts):
             if part.rows:
                 main = number == 0 and task.step.hook == "evaluate"
@@ -94,7 +96,8 @@ def collect(
                 curves.setdefault(f"{task.step.name}: {curve.y_label}", []).append(
                     attrs.evolve(curve, name=_curve_name(task, curve))
                 )
-            panels += [(task.label, panel) for panel in part.panels]
+            if task.axes.get("seed", shown_seed) == shown_seed:
+                panels += [(task.label, panel) for panel in part.panels]
             notes += [f"{task.label}: {note}" for note in part.notes]
         notes += [f"{task.label}: warning: {message}" for message in warnings.get(task.label, ())]
     ordered = sorted(groups.items(), key=lambda item: not item[0][2])  # the main tables first
@@ -343,12 +346,7 @@ TEMPLATE = """<!doctype html>
 
 
 def _chart(curves: Sequence[Curve]) -> str:
-    points = [
-        (x, y)
-        for curve in curves
-        for x, y in zip(curve.x, curve.y, strict=True)
-        if math.isfinite(x) and math.isfinite(y)
-    ]
+    points = [(x, y) for curve in curves for x, y in zip(curve.x, curve.y, strict=True) if _can_be_drawn(x, y)]
     if not points:
         return '<svg viewBox="0 0 420 60"><text x="10" y="34">no finite values</text></svg>'
     shown = curves[:MAX_LINES]
@@ -382,7 +380,7 @@ def _chart(curves: Sequence[Curve]) -> str:
         path = " ".join(
             f"{place(x, y)[0]:.1f},{place(x, y)[1]:.1f}"
             for x, y in zip(curve.x, curve.y, strict=True)
-            if math.isfinite(x) and math.isfinite(y)
+            if _can_be_drawn(x, y)
         )
         colour = COLOURS[number % len(COLOURS)]
         name = html.escape(curve.name)
@@ -399,6 +397,11 @@ def _chart(curves: Sequence[Curve]) -> str:
             )
     parts.append("</svg>")
     return "".join(parts)
+
+
+def _can_be_drawn(x: float, y: float) -> bool:
+    # Differences of larger numbers overflow.
+    return abs(x) < 1e300 and abs(y) < 1e300
 
 
 def _bounds(values: Sequence[float]) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from plait import codecs
 from plait.configuration import configure, plain_fields
 from plait.context import Run
 from plait.errors import PlaitError
-from plait.methods import HOOKS, Method, find, offers
+from plait.methods import HOOKS, Method, find, implemented_hooks, offers
 from plait.optional import require
 from plait.report.model import Report
 from plait.testing.compare import differences
@@ -336,7 +336,7 @@ def subjects(name: str, hook: str | None = None, example: Callable[[], Example] 
     if hook is not None:
         hooks = [hook.replace("-", "_")]
     elif ":" in name:
-        hooks = [h for h in HOOKS if hasattr(_class_at(name), h)]
+        hooks = implemented_hooks(_class_at(name))
     else:
         hooks = [h for h in HOOKS if any(o.name == name.rpartition("/")[2] for o in offers(h))]
     if not hooks:

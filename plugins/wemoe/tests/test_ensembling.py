@@ -66,7 +66,8 @@ def test_every_strategy_equals_the_plain_loop(compute, storage, bias, B, S, T, d
 def test_tiles_do_not_change_the_result(monkeypatch):
     layer, x, R = layer_of(4, 5, 3, 8, 33, "sparse", prune_ratio=0.7)
     whole = value_and_gradients(layer, x, R, "merge")
-    monkeypatch.setattr("plait_wemoe.ensembling.TILE_BYTES", {"cpu": 4 * 8 * 4 * 7, "cuda": 1})  # 7 rows a tile
+    monkeypatch.setattr("plait_wemoe.ensembling.TILE_BYTES", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr("plait_wemoe.ensembling.TILE_ROWS", 7)
     for got, want in zip(value_and_gradients(layer, x, R, "merge"), whole, strict=True):
         assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
 

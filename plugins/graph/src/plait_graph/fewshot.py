@@ -53,14 +53,16 @@ class FixedSparse:
     def __matmul__(self, dense: Tensor) -> Tensor:
         return _Product.apply(self.matrix, self.transposed, dense)
 
-    def rows(self, rows: Tensor) -> Tensor:
-        """These rows, dense."""
+    def __getitem__(self, rows: Tensor) -> FixedSparse:
         pointers, columns, values = self.matrix.crow_indices(), self.matrix.col_indices(), self.matrix.values()
         count = pointers.diff()[rows]
         row = torch.arange(len(rows), device=rows.device).repeat_interleave(count)
         within = torch.arange(len(row), device=rows.device) - (count.cumsum(0) - count)[row]
         entries = pointers[rows][row] + within
-        return values.new_zeros(len(rows), self.shape[1]).index_put((row, columns[entries]), values[entries])
+        places, shape = torch.stack([row, columns[entries]]), (len(rows), self.shape[1])
+        return FixedSparse.of(
+            torch.sparse_coo_tensor(places, values[entries], shape, check_invariants=False).coalesce()
+        )
 
 
 @attrs.frozen
@@ -90,8 +92,7 @@ class EpisodeGraph:
 
     def alone(self, rows: Tensor) -> EpisodeGraph:
         """These rows without edges; degrees stay those of the whole graph."""
-        x = self.x.rows(rows) if isinstance(self.x, FixedSparse) else self.x[rows]
-        return EpisodeGraph(x, None, self.degree[rows])
+        return EpisodeGraph(self.x[rows], None, self.degree[rows])
 
 
 class Propagation(nn.Module):

@@ -12,7 +12,7 @@ from plait.testing import Example
 
 from plait_imaging.images import map_images
 from plait_imaging.sources import Photos
-from plait_imaging.transforms import JPEG, GaussianNoise
+from plait_imaging.transforms import GaussianNoise
 
 __plait_api__ = "0.1"
 
@@ -48,11 +48,10 @@ def hf_dataset() -> Example:
 
 
 def compose() -> Example:
-    """Noise, then compression, of four clean tiles."""
+    """Four tiles."""
     data = _noisy()
     return Example(
         arguments={"data": data},
-        fields={"transforms": [GaussianNoise(), JPEG()]},
         random=True,
         keeps_rows=True,
         device=False,

@@ -226,7 +226,9 @@ class Downsample(_Degradation):
 class Compose:
     """Several transforms one after the other, each with randomness of its own; 8-bit images in between."""
 
-    transforms: tuple[Any, ...] = method_list_field("transform", "the transforms, first to last")
+    transforms: tuple[Any, ...] = method_list_field(
+        "transform", "the transforms, first to last", default=(GaussianBlur(), GaussianNoise(sigma=10 / 255), JPEG())
+    )
 
     def __attrs_post_init__(self) -> None:
         if not self.transforms:

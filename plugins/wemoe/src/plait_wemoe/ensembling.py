@@ -12,6 +12,7 @@ The same output can be computed in several ways that differ in arithmetic and me
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ from plait_wemoe.routing import Gate, samples_first
 
 COMPUTE = ("auto", "merge", "activation", "group", "reference")
 STORAGE = ("dense", "sparse", "lowrank")
-# Bytes of merged weights alive at a time. On a CPU fewer rows make the products thin, more leave the cache.
-TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+# A tile of merged weights: what stays in a core's cache but is not too thin for matrix products; on a GPU,
+# what fills its units.
+TILE_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
+TILE_ROWS = 48
 
 
 class DenseDeltas(nn.Module):
@@ -229,8 +232,7 @@ class _MergedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, R)
         ctx.layer = layer
         out = x.new_empty(*x.shape[:2], layer.out_features)
-        for start, stop in _tiles(layer, len(x)):
-            W, _ = _merge_rows(layer, R, start, stop)
+        for start, stop, W, _ in _merged_tiles(layer, R):
             out[:, :, start:stop] = torch.bmm(x, W.to(x.dtype).mT)
         return out
 
@@ -241,9 +243,8 @@ class _MergedLinear(torch.autograd.Function):
         need_x, need_R, _ = ctx.needs_input_grad
         grad_x = torch.zeros_like(x) if need_x else None
         grad_R = R.new_zeros(R.shape, dtype=ctx.layer.merge_dtype) if need_R else None
-        for start, stop in _tiles(ctx.layer, len(x)):
+        for start, stop, W, D in _merged_tiles(ctx.layer, R):
             part = grad[:, :, start:stop]
-            W, D = _merge_rows(ctx.layer, R, start, stop)
             if grad_x is not None:
                 grad_x.baddbmm_(part, W.to(part.dtype))
             if grad_R is not None:  # dr[n, t] = ⟨dW_n, Δ_t⟩ with dW_n = g_nᵀ x_n
@@ -252,18 +253,23 @@ class _MergedLinear(torch.autograd.Function):
         return grad_x, None if grad_R is None else grad_R.to(R.dtype), None
 
 
-def _tiles(layer: EnsembledLinear, num_samples: int) -> list[tuple[int, int]]:
-    row_bytes = num_samples * layer.in_features * layer.merge_dtype.itemsize
-    height = max(1, TILE_BYTES.get(layer.weight.device.type, TILE_BYTES["cuda"]) // row_bytes)
-    return [(start, min(start + height, layer.out_features)) for start in range(0, layer.out_features, height)]
+def _merged_tiles(layer: EnsembledLinear, R: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Output rows start…stop: merged weights (B, rows, in) and the task vectors (T, rows·in) they came from.
 
-
-def _merge_rows(layer: EnsembledLinear, R: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Merged rows of every sample (B, rows, in) and the task vectors (T, rows·in) that they came from."""
-    D = layer.deltas.rows(start, stop, layer.merge_dtype)
-    base = layer.weight[start:stop].flatten().to(layer.merge_dtype)
-    merged = torch.addmm(base.expand(len(R), -1), R.to(layer.merge_dtype), D)
-    return merged.unflatten(1, (stop - start, -1)), D
+    The merged weights are in one buffer, which the next tile overwrites.
+    """
+    R = R.to(layer.merge_dtype)
+    row_bytes = len(R) * layer.in_features * layer.merge_dtype.itemsize
+    budget = TILE_BYTES.get(layer.weight.device.type, TILE_BYTES["cuda"])
+    height = min(max(TILE_ROWS, budget // row_bytes), layer.out_features)
+    buffer = R.new_empty(len(R), height * layer.in_features)
+    for start in range(0, layer.out_features, height):
+        stop = min(start + height, layer.out_features)
+        D = layer.deltas.rows(start, stop, layer.merge_dtype)
+        W = buffer[:, : D.shape[1]]
+        torch.mm(R, D, out=W)
+        W += layer.weight[start:stop].flatten()
+        yield start, stop, W.unflatten(1, (stop - start, -1)), D
 
 
 def group_coefficients(R: Tensor, radius: float) -> tuple[Tensor, Tensor]:
