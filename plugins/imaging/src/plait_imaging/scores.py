@@ -152,14 +152,14 @@ class PSNRSSIM:
         notes = [
             f"PSNR in dB and SSIM on {what}; mean over {len(scores.images)} images, "
             f"{'8-bit images' if self.rounding else 'unrounded where kept, clipped to [0, 1]'}. "
-            "± is the standard deviation over images."
+            "std is the standard deviation over images."
         ]
         for metric, digits in (("PSNR", ".2f"), ("SSIM", ".4f")):
             run.add(scores.per_image(metric, digits, self.listed))
         return Report(
             rows=scores.means(),
             better={"PSNR": "higher", "SSIM": "higher"},
-            formats={"PSNR": ".2f", "PSNR ±": ".2f", "SSIM": ".4f", "SSIM ±": ".4f"},
+            formats={"PSNR": ".2f", "PSNR std": ".2f", "SSIM": ".4f", "SSIM std": ".4f"},
             panels=panels,
             notes=notes,
         )
@@ -227,7 +227,7 @@ class Perceptual:
         for metric in models:
             run.add(scores.per_image(metric, ".4f", self.listed))
         better = {name: "lower" if model.lower_better else "higher" for name, model in models.items()}
-        formats = {column: ".4f" for name in models for column in (name, f"{name} ±")}
+        formats = {column: ".4f" for name in models for column in (name, f"{name} std")}
         return Report(
             rows=scores.means(),
             better=better,
@@ -254,7 +254,7 @@ class _Scores:
         return self.images[image][method][metric]
 
     def means(self) -> list[dict[str, Any]]:
-        """One row a method: metric, and its standard deviation over images in ``metric ±``."""
+        """One row a method: metric, and its standard deviation over images in ``metric std``."""
         first = next(iter(self.images.values()))
         return [{"method": method, **self._of(method, metrics_)} for method, metrics_ in first.items()]
 
@@ -264,7 +264,7 @@ class _Scores:
             values = [by_method[method][metric] for by_method in self.images.values()]
             row[metric] = statistics.fmean(values)
             spread = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
-            row[f"{metric} ±"] = spread
+            row[f"{metric} std"] = spread
         return row
 
     def per_image(self, metric: str, digits: str, listed: int) -> Report:
