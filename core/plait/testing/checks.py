@@ -99,7 +99,7 @@ def check_configuration(subject: Subject) -> None:
 
     instance = subject.instance()
     text = yaml.safe_dump(_writable(instance))
-    again = configure(subject.method, yaml.safe_load(text) or {})
+    again = configure(subject.method, {**(yaml.safe_load(text) or {}), **_nested(instance)})
     if plain_fields(again) != plain_fields(instance):
         raise ConformanceError(
             f"the configuration changes on its way through YAML: {plain_fields(instance)} → {plain_fields(again)}"
@@ -109,6 +109,13 @@ def check_configuration(subject: Subject) -> None:
     except PlaitError:
         return
     raise ConformanceError("an unknown field is not refused")
+
+
+def _nested(instance: Any) -> dict[str, Any]:
+    from plait.configuration import fields_of
+    from plait.fields import HOOK
+
+    return {name: getattr(instance, f.name) for name, f in fields_of(type(instance)).items() if HOOK in f.metadata}
 
 
 def _writable(instance: Any) -> dict[str, Any]:

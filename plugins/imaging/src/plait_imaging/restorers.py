@@ -117,7 +117,7 @@ class WaveletShrinkage(_Restorer):
 class _Deconvolution(_Restorer):
     """Undoes a known blur."""
 
-    blur: Any = method_field("transform", "the blur to undo: motion-blur or gaussian-blur", default=MotionBlur())  # noqa: RUF009
+    blur: Any = method_field("transform", "the blur to undo: motion-blur or gaussian-blur", default=MotionBlur())
 
     def __attrs_post_init__(self) -> None:
         if not hasattr(self.blur, "kernel"):
