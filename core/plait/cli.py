@@ -275,7 +275,7 @@ def show(method: str, hook: str | None) -> None:
             click.echo("  fields")
         for field in fields.values():
             facts = describe(field)
-            allowed = f", {facts['allowed']}" if facts["allowed"] else ""
+            allowed = f", {facts['allowed']}" if facts["allowed"] and not facts["type"].startswith("one of") else ""
             click.echo(
                 f"    {facts['name']}: {facts['type']}{allowed}; default {facts['default']}"
                 if facts["default"] != "required"

@@ -53,6 +53,11 @@ class Offer:
     version: str
 
 
+@functools.cache
+def _all_entry_points() -> Any:
+    return importlib.metadata.entry_points()  # reads a file of every installed distribution
+
+
 def _entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
     from stevedore.named import NamedExtensionManager
 
@@ -61,7 +66,7 @@ def _entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
     if not listed:
         return []
     # stevedore's cache drops the distribution that an entry point belongs to.
-    owned = importlib.metadata.entry_points(group=group)
+    owned = _all_entry_points().select(group=group)
     return sorted(set(owned), key=lambda ep: (ep.name, ep.dist.name if ep.dist else ""))
 
 

@@ -17,7 +17,7 @@ import attrs
 from plait.configuration import fields_of, plain
 from plait.fields import HOOK
 from plait.methods import _digest, wrappers_of
-from plait.pipeline import Pipeline, Reference, Step
+from plait.pipeline import Cell, Pipeline, Reference, Step
 from plait.store import Store
 
 KEY_FORMAT = 1
@@ -78,7 +78,10 @@ def make_plan(pipeline: Pipeline) -> Plan:
     tasks: dict[str, Task] = {}
     for cell in pipeline.cells:
         made: dict[str, Task] = {}
+        wanted = _wanted(cell, pipeline)
         for name, step in cell.steps.items():
+            if name not in wanted:
+                continue
             axes = {axis: value for axis, value in cell.values.items() if axis in step.axes}
             inputs = {argument: _inputs(value, made) for argument, value in step.inputs.items()}
             key = _key(step, inputs)
@@ -87,6 +90,26 @@ def make_plan(pipeline: Pipeline) -> Plan:
             # Two values of an axis may come to the same thing; the first one stands for both.
             tasks.setdefault(f"{task.label}", task)
     return Plan(pipeline, list(tasks.values()))
+
+
+def _wanted(cell: Cell, pipeline: Pipeline) -> set[str]:
+    """The steps of a cell that are to run.
+
+    Where the matrix chooses what a step takes (``from: {model: "${matrix.defense}"}``), the steps that were
+    not chosen lead nowhere: only what an evaluation needs is run.
+    """
+    every = set(cell.steps)
+    ends = [name for name, step in cell.steps.items() if step.hook == "evaluate"]
+    chosen = any("${" in str(body.get("from")) for body in pipeline.data["steps"].values() if isinstance(body, dict))
+    if not ends or not chosen:
+        return every
+    wanted, todo = set(ends), list(ends)
+    while todo:
+        for reference in cell.steps[todo.pop()].references():
+            if reference.step not in wanted:
+                wanted.add(reference.step)
+                todo.append(reference.step)
+    return wanted
 
 
 def _label(name: str, axes: Mapping[str, Any]) -> str:

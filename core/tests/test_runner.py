@@ -316,3 +316,20 @@ def test_run_draws_are_independent_and_repeatable(tmp_path):
     assert list(one.track([1, 2, 3], "x")) == [1, 2, 3]
     with pytest.raises(PlaitError, match="unknown to torch"):
         plait.Run(requested_device="quantum").device  # noqa: B018 - the property is what is tested
+
+
+def test_steps_that_the_matrix_does_not_choose_are_not_run(workplace):
+    Path("p.yaml").write_text("""\
+plait: 1
+matrix: {which: [one, two]}
+steps:
+  n: {load-data: "./toy.py:Numbers"}
+  one: {transform: "./toy.py:Add", from: {data: n.train}, with: {amount: 1, witness: witness.txt}}
+  two: {transform: "./toy.py:Add", from: {data: n.train}, with: {amount: 2, witness: witness.txt}}
+  three: {transform: "./toy.py:Add", from: {data: n.train}, with: {amount: 3, witness: witness.txt}}
+  score: {evaluate: "./toy.py:Mean", from: {data: "${matrix.which}"}}
+""")
+    plait.run("p.yaml", ["matrix.which=[two]"])
+    assert Path("witness.txt").read_text().split() == ["two"]
+    plait.run("p.yaml")
+    assert Path("witness.txt").read_text().split() == ["two", "one"]

@@ -98,8 +98,8 @@ def collect(
                 )
             if task.axes.get("seed", shown_seed) == shown_seed:
                 panels += [(task.label, panel) for panel in part.panels]
-            notes += [f"{task.label}: {note}" for note in part.notes]
-        notes += [f"{task.label}: warning: {message}" for message in warnings.get(task.label, ())]
+            notes += [f"{task.step.name}: {note}" for note in part.notes]
+        notes += [f"{task.step.name}: warning: {message}" for message in warnings.get(task.label, ())]
     ordered = sorted(groups.items(), key=lambda item: not item[0][2])  # the main tables first
     tables = [_table(": ".join(filter(None, (step, title))), group, main) for (step, title, main), group in ordered]
     steps = [(t.label, t.step.hook.replace("_", "-"), t.step.method.name, _fields(t)) for t in plan.tasks]
@@ -154,11 +154,9 @@ def _number(values: Sequence[float] | None, form: str) -> Number | None:
         return None
     mean = statistics.fmean(values)
     std = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
-    text = (
-        format(mean, form)
-        if std is None
-        else f"{format(mean, form)} ± {format(std, form if form.endswith('f') else '.2g')}"
-    )
+    text = format(mean, form)
+    if std is not None:
+        text += f" ± {format(std, form.replace('+', '') if form.endswith('f') else '.2g')}"
     return Number(mean, std, len(values), text)
 
 

@@ -37,7 +37,7 @@ class ClipBackdoor:
     pictures then show its predictions too.
     """
 
-    trigger: Any = method_field(  # noqa: RUF009
+    trigger: Any = method_field(
         "attack", "the backdoor attack whose trigger test images get; default: that of the part poisoned of data", None
     )
     templates: tuple[str, ...] | str = attrs.field(
