@@ -40,7 +40,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(PLUGINS:%=%/pyproject.toml)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip hatchling editables
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation \
-		$(foreach package,$(PLUGINS),--editable $(package)) --editable ".[dev]"
+		--editable ".[dev]" $(foreach package,$(PLUGINS),--editable $(package))
 	touch $@
 
 clean:
