@@ -132,15 +132,19 @@ def _print_tables(tables: Any) -> None:
     for table in tables:
         shown = Table(title=Text(table.title), title_justify="left", box=None, padding=(0, 2, 0, 0))
         for name in table.index:
-            shown.add_column(Text(name), overflow="fold")
+            shown.add_column(Text(name), no_wrap=True)
         for metric in table.metrics:
             arrow = {"higher": " ↑", "lower": " ↓"}.get(table.better.get(metric, ""), "")
             shown.add_column(Text(metric + arrow), justify="right", no_wrap=True)
         for texts, numbers in table.rows:
             cells = [Text("–") if n is None else Text(n.text, style="bold green" if n.best else "") for n in numbers]
             shown.add_row(*map(Text, texts), *cells)
-        console.print(shown)
-        console.print()
+        # A table wider than the terminal is wrapped by it, rather than cut by us.
+        wide = Console(
+            width=max(console.width, console.measure(shown, options=console.options.update(width=10_000)).maximum)
+        )
+        wide.print(shown, soft_wrap=False)
+        wide.print()
 
 
 @main.command()

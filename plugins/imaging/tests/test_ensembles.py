@@ -249,6 +249,10 @@ class TestInput:
         cases = [
             ({"a": a}, None, "at least 2"),
             ([a, b], None, "no mapping of models"),
+            ({}, None, "names no model"),
+            (a, None, "names no model"),
+            ({"a": a.select([]), "b": b.select([])}, None, "a of candidates has no images"),
+            ({"a": a, "b": b}, {"target": a}, "names no model"),
             ({"a": a, "b": flat(2, size=(4, 5))}, None, "4×5"),
             ({"a": a, "b": dataset(rough(0), ["scene-0", "other"])}, None, "other"),
             ({"a": a, "b": b}, {"a": a, "b": b}, "no target"),

@@ -123,13 +123,22 @@ def _columns(data: Any, argument: str) -> dict[str, tuple[Dataset, str]]:
         }
         if "target" in data.column_names:
             found["target"] = (data, "target")
-        return found
-    if not isinstance(data, Mapping) or not all(isinstance(dataset, Dataset) for dataset in data.values()):
+    elif isinstance(data, Mapping) and all(isinstance(dataset, Dataset) for dataset in data.values()):
+        found = {model: (dataset, "image") for model, dataset in data.items()}
+    else:
         raise PlaitError(
             f"{argument} is no mapping of models to datasets; write {argument}: {{model: step, other_model: other_step}}"
         )
-    check_same_scenes(data)
-    return {model: (dataset, "image") for model, dataset in data.items()}
+    if not found.keys() - {"target"}:
+        raise PlaitError(
+            f"{argument} names no model; write {argument}: {{model: step}}, or give a dataset with columns image_<model>"
+        )
+    for model, (dataset, _) in found.items():
+        if not len(dataset):
+            raise PlaitError(f"{model} of {argument} has no images; give at least one scene")
+    if isinstance(data, Mapping):
+        check_same_scenes(data)
+    return found
 
 
 def _one_by_one(dataset: Dataset, column: str) -> Iterator[Tensor]:
@@ -213,8 +222,6 @@ class Products:
         for images in run.track(scenes, "reference"):
             z = torch.stack(images).to(run.device).flatten(1).double()
             sums.append((z @ z.T).cpu())
-        if not sums:
-            raise PlaitError("reference holds no image; give at least one scene whose target is known")
         return cls(torch.stack(sums), torch.tensor(scenes.num_samples))
 
     @property
@@ -319,8 +326,6 @@ class Regressor:
         """Candidates' values ``[n, M]`` and true values ``[n]`` of the drawn samples, and how many there were."""
         per_scene = scenes.num_samples
         total = sum(per_scene)
-        if not total:
-            raise PlaitError("reference holds no image; give at least one scene whose target is known")
         drawn = np.arange(total)
         if self.max_samples is not None and self.max_samples < total:
             generator = run.numpy_generator("samples")
