@@ -38,6 +38,8 @@ def cli(*arguments, **environment):
         text=True,
         env={**os.environ, **environment},
         timeout=120,
+        # A shell's background job ignores interrupts, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plait import PlaitError, Report
+from plait import PlaitError, Report, hookimpl
 from plait_clip.backdoor import metrics
 from plait_clip.backdoor.plugin.attacks import Backdoor, BadNet, BadNetFixed, TrojVqa
 from plait_clip.backdoor.plugin.evaluations import BackdoorDetection, ClipBackdoor
@@ -160,6 +160,7 @@ def test_trojvqa_prompts_have_its_prefix(clean_model, digits, tmp_path):
 
 
 class NoTrigger:
+    @hookimpl
     def attack(self, data, run):
         return data
 
