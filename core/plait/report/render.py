@@ -155,7 +155,7 @@ def _number(values: Sequence[float] | None, form: str) -> Number | None:
     mean = statistics.fmean(values)
     std = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
     text = format(mean, form)
-    if std is not None:
+    if std:  # what never varies needs no spread
         text += f" ± {format(std, form.replace('+', '') if form.endswith('f') else '.2g')}"
     return Number(mean, std, len(values), text)
 
