@@ -18,13 +18,13 @@ from plait_clip.model import ImageTextModel, architectures
 
 
 @functools.cache
-def _digits(count: int = 60) -> Any:
+def digit_pairs(count: int = 60) -> Any:
     images, labels = beds.digits()
     captions = beds.digit_captions(labels[:count], seed=0)
     return records.from_arrays(images[:count], captions, labels[:count], beds.DIGIT_NAMES)
 
 
-def _model() -> ImageTextModel:
+def tiny_model() -> ImageTextModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return architectures.tiny("tiny").eval()
@@ -37,7 +37,7 @@ def _folder() -> Path:
     with (folder / "metadata.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["image", "caption"])
-        for i, row in enumerate(_digits(6)):
+        for i, row in enumerate(digit_pairs(6)):
             path = folder / "classes" / beds.DIGIT_NAMES[row["label"]] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             row["image"].save(path)
@@ -52,20 +52,20 @@ def _folder() -> Path:
 
 
 def open_clip() -> Example:
-    return Example(arguments={"data": _digits()}, random=True, progress=False, device=True)
+    return Example(arguments={"data": digit_pairs()}, random=True, progress=False, device=True)
 
 
 def transformers_clip() -> Example:
     folder = _folder() / "model"
     if not folder.is_dir():
-        _model().save_pretrained(folder)
+        tiny_model().save_pretrained(folder)
     return Example(arguments={}, fields={"source": str(folder)}, progress=False)
 
 
 def clip_contrastive() -> Example:
-    data = _digits()
+    data = digit_pairs()
     return Example(
-        arguments={"model": _model(), "data": data},
+        arguments={"model": tiny_model(), "data": data},
         fields={"num_epochs": 2, "batch_size": 20, "checkpoint_minutes": 0.0},
         random=True,
         empty={"data": data.select([])},
@@ -74,9 +74,9 @@ def clip_contrastive() -> Example:
 
 
 def _evaluation(column: str, **fields: Any) -> Example:
-    data = _digits()
+    data = digit_pairs()
     return Example(
-        arguments={"model": _model(), "data": data},
+        arguments={"model": tiny_model(), "data": data},
         fields=fields,
         progress=False,
         empty={"data": data.select([])},
@@ -93,10 +93,10 @@ def retrieval() -> Example:
 
 
 def _classifier(**fields: Any) -> Example:
-    data = _digits()
+    data = digit_pairs()
     splits = {"train": data.select(range(40)), "test": data.select(range(40, 60))}
     return Example(
-        arguments={"model": _model(), "data": splits},
+        arguments={"model": tiny_model(), "data": splits},
         fields=fields,
         progress=False,
         empty={"data": {"train": data.select([]), "test": data}},

@@ -124,6 +124,8 @@ class Subcaptions(SubcaptionRules):
     def transform(self, data: Any, run: Any) -> datasets.Dataset:
         if not isinstance(data, datasets.Dataset):
             raise PlaitError(f"data is a {type(data).__name__}; a dataset of pairs is needed, such as a split")
+        if not len(data):
+            raise PlaitError("the data have no rows; give pairs with captions")
         with as_plait_errors():
             captions = first_captions(data)
             source = self.source(captions, run.derived_seed(), run)

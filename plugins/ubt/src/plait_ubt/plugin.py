@@ -157,7 +157,7 @@ class Ubt:
                 run.warn(f"{evidence.verdict}; the model is returned unchanged")
                 return model.eval()
             retain = torch.randperm(len(evidence.split.normal), generator=run.generator("retain"))[: self.n_retain]
-            return ubt.unlearn(
+            cleaned = ubt.unlearn(
                 model,
                 evidence.pairs,
                 evidence.unlearn_rows,
@@ -180,6 +180,8 @@ class Ubt:
                 track=run.track,
                 log=run.log,
             )
+        cleaned.zero_grad(set_to_none=True)
+        return cleaned
 
     @hookimpl
     def extract_feature(self, model: Any, data: Any, run: Any) -> datasets.Dataset:

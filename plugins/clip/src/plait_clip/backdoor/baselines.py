@@ -193,6 +193,9 @@ def drop_top(
 
     checkpoint = folder / "training.pt" if folder is not None else None
     fine_tune(model, batches, contrastive_loss, steps, options, seed=seed, checkpoint=checkpoint, on_step=on_step)
+    for at in when:
+        if at not in removed:  # removed by a run that was interrupted after its last epoch
+            removed[at] = np.load(folder / f"removed-{at}.npy")
     return np.concatenate([removed[at] for at in when]) if when else np.empty(0, int)
 
 

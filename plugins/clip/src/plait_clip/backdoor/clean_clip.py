@@ -25,7 +25,7 @@ from torchvision.transforms import AutoAugment
 
 from plait_clip.backdoor.eda import Synonyms, eda
 from plait_clip.backdoor.losses import self_supervised_loss
-from plait_clip.loader import open_image, pixels_from_pil, undecoded
+from plait_clip.loader import caption_column, open_image, pixels_from_pil, undecoded
 from plait_clip.losses import clip_loss
 from plait_clip.model import ImageTextModel
 from plait_clip.training import LossFn, adamw, train, warmup_cosine
@@ -83,8 +83,9 @@ def view_batches(
         skip: leave out the first batches (to go on after an interruption).
 
     Raises:
-        ValueError: there are fewer pairs than ``batch_size``, or an image cannot be read.
+        ValueError: there are fewer pairs than ``batch_size``, a caption is missing, or an image cannot be read.
     """
+    caption_column(pairs)
     steps_of_epoch(pairs, batch_size)
     generator = torch.Generator().manual_seed(seed_of("order", seed, epoch))
     loader = DataLoader(

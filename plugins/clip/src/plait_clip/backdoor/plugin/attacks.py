@@ -26,6 +26,7 @@ from plait_clip import prompts
 from plait_clip.backdoor import poison, triggers
 from plait_clip.backdoor.patch_optimization import PatchTraining, optimize_patch
 from plait_clip.plugin.errors import as_plait_errors
+from plait_clip.plugin.models import on_device
 
 __plait_api__ = "0.1"
 
@@ -474,7 +475,7 @@ class _OptimizedPatch(Backdoor):
         if model is None:
             raise PlaitError(f"{self.name} needs a clean model to optimise its patch on; give model, or a patch")
         with as_plait_errors():
-            patch = self._optimised(model.to(run.device), data, run)
+            patch = self._optimised(on_device(model, run.device), data, run)
         run.add(
             Report(
                 panels=[Panel(title=f"{self.name}: patch", images=[[Image(caption="optimised", data=_as_png(patch))]])]

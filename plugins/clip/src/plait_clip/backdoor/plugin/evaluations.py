@@ -21,6 +21,7 @@ from plait_clip.backdoor import metrics
 from plait_clip.backdoor.plugin.attacks import Backdoor, comparison, from_manifest
 from plait_clip.backdoor.poison import IS_BACKDOOR, captions_of
 from plait_clip.plugin.errors import as_plait_errors
+from plait_clip.plugin.models import on_device
 
 __plait_api__ = "0.1"
 
@@ -81,7 +82,7 @@ class ClipBackdoor:
                 raise PlaitError(
                     f"label {int(labels.max())} occurs, but there are {len(names)} class names; give class_names"
                 )
-            model = model.to(run.device)
+            model = on_device(model, run.device)
             clean = self._classify(model, names, test, "")
             ranks = metrics.ranks_for(len(names), self.top)
             if attack is None:
@@ -222,6 +223,8 @@ class BackdoorDetection:
         for column in (self.score, self.flags):
             if column not in data.column_names:
                 raise PlaitError(f"column {column!r} is missing; the data have {', '.join(data.column_names)}")
+        if not len(data):
+            raise PlaitError("the data have no rows; give the pairs with their scores")
         plain = data.with_format(None)
         scores = np.asarray(plain.select_columns(self.score)[:][self.score], float)
         flags = np.asarray(plain.select_columns(self.flags)[:][self.flags], bool)
