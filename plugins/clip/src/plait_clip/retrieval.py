@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import datasets
@@ -96,7 +96,7 @@ def reranked_ranks(
     """:func:`retrieval_ranks` of a fusion model: the nearest candidates are ordered anew by their match score.
 
     Args:
-        batches: the images once more, uint8 [B, 3, S, S]; their states are kept in a file in ``folder``.
+        batches: the images once more, [B, 3, S, S], uint8 or float in [0, 1]; their states are kept in a file in ``folder``.
         candidates: how many nearest captions (images) are scored; whatever is not among them ranks last.
         batch_size: pairs scored at a time.
     """
@@ -136,7 +136,8 @@ def _image_states(model: ImageTextModel, batches: Iterable[Tensor], count: int, 
     states: Tensor | None = None
     done = 0
     for images in batches:
-        pixels = images.to(model.device).float() / 255
+        pixels = images.to(model.device)
+        pixels = pixels if pixels.is_floating_point() else pixels.float() / 255
         with evaluating(model, precision):
             found = model.image_states(pixels).float().cpu()
         if states is None:
@@ -167,6 +168,33 @@ def evaluate_retrieval(
 
     images = torch.cat(list(image_features(model, batches(), precision=precision)))
     texts = text_features(model, captions, precision=precision)
+    return ranks_by_model(
+        model, batches, images, texts, captions, owner, folder, candidates=candidates, block=block, precision=precision
+    )
+
+
+def ranks_by_model(
+    model: ImageTextModel,
+    batches: Callable[[], Iterable[Tensor]],
+    images: Tensor,
+    texts: Tensor,
+    captions: Sequence[str],
+    owner: Tensor,
+    folder: Path,
+    *,
+    candidates: int = 128,
+    block: int = 1024,
+    precision: str = "fp32",
+) -> tuple[Tensor, Tensor]:
+    """As the model itself ranks: by cosine, or for a fusion model by :func:`reranked_ranks`.
+
+    Args:
+        batches: gives the images once more, [B, 3, S, S], uint8 or float in [0, 1].
+        images: [N, D] and texts: [M, D], the model's features, of length 1.
+
+    Raises:
+        ValueError: features are not finite.
+    """
     for what, features in (("image", images), ("text", texts)):
         if not bool(torch.isfinite(features).all()):
             raise ValueError(f"the {what} embeddings are not finite; load a sound model")

@@ -1,0 +1,1 @@
+"""The hooks: ``attack``, ``evaluate: transfer``, and the bed that they are measured on."""

@@ -1,0 +1,130 @@
+"""Adversarial pairs as they come: shards on disk, behind the last of which a killed run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import datasets
+import numpy as np
+from datasets.arrow_writer import ArrowWriter
+from plait_clip.loader import undecoded
+from plait_clip.records import png_bytes
+from safetensors.torch import save_file
+
+from plait_sa_aet.projection import SemanticProjection
+
+
+class Shards:
+    """Numbered arrow files of the changed columns, each with a record of how it was made.
+
+    Args:
+        folder: scratch that survives a kill.
+        features: of the changed columns.
+    """
+
+    def __init__(self, folder: Path, features: datasets.Features) -> None:
+        self.folder, self.features = folder, features
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def record(self, index: int) -> dict[str, Any] | None:
+        """What :meth:`write` noted down of a shard, or None where it was not finished."""
+        path = self._path(index, "json")
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def write(self, index: int, rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> None:
+        """Write a shard; the record comes last and says that the shard is whole."""
+        unfinished = self._path(index, "unfinished")
+        with ArrowWriter(path=str(unfinished), features=self.features) as writer:
+            for row in rows:
+                writer.write(dict(row))
+            writer.finalize()
+        os.replace(unfinished, self._path(index, "arrow"))
+        note = self._path(index, "json.unfinished")
+        note.write_text(json.dumps(record), encoding="utf-8")
+        os.replace(note, self._path(index, "json"))
+
+    def records(self, count: int) -> Iterator[dict[str, Any]]:
+        for index in range(count):
+            yield json.loads(self._path(index, "json").read_text(encoding="utf-8"))
+
+    def dataset(self, count: int) -> datasets.Dataset:
+        """All shards as one memory-mapped dataset."""
+        return datasets.concatenate_datasets([self.rows(index) for index in range(count)])
+
+    def rows(self, index: int) -> datasets.Dataset:
+        """One shard."""
+        return datasets.Dataset.from_file(str(self._path(index, "arrow")))
+
+    def _path(self, index: int, suffix: str) -> Path:
+        return self.folder / f"shard-{index:06d}.{suffix}"
+
+
+def changed_features(data: datasets.Dataset, caption_column: str, side: int, floats: bool) -> datasets.Features:
+    """The columns that an attack writes: image, captions, and ``pixels`` where the exact floats are kept."""
+    columns = {"image": datasets.Image(decode=False), caption_column: data.features[caption_column]}
+    if floats:
+        columns["pixels"] = datasets.Array3D(shape=(3, side, side), dtype="float32")
+    return datasets.Features(columns)
+
+
+def rows_of(
+    images: np.ndarray, captions: Sequence[Any], caption_column: str, names: Sequence[str | None], floats: bool
+) -> list[dict[str, Any]]:
+    """float32 images [B, 3, H, W] in [0, 1] and their captions as rows; images are rounded to 8 bits."""
+    rows = []
+    levels = np.round(images * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    for image, level, caption, name in zip(images, levels, captions, names, strict=True):
+        row = {"image": {"bytes": png_bytes(level), "path": name}, caption_column: caption}
+        rows.append(row | ({"pixels": image} if floats else {}))
+    return rows
+
+
+def with_other_columns(data: datasets.Dataset, changed: datasets.Dataset, folder: Path) -> datasets.Dataset:
+    """``data`` with its changed columns replaced; the others stay views of what they were."""
+    rest = undecoded(data).remove_columns([name for name in data.column_names if name in changed.column_names])
+    if rest.column_names:
+        if rest._indices is not None:  # joining columns would copy to a cache folder outside ours
+            rest = rest.flatten_indices(cache_file_name=str(folder / "rest.arrow"))
+        changed = datasets.concatenate_datasets([changed, rest], axis=1)
+    order = [*data.column_names, *(name for name in changed.column_names if name not in data.column_names)]
+    return changed.select_columns(order).cast_column("image", datasets.Image())
+
+
+def image_names(cells: Sequence[Mapping[str, Any]], start: int) -> list[str]:
+    """The relative names of images, ``.png`` at the end; the row number where an image has none."""
+    names = []
+    for row, cell in enumerate(cells, start=start):
+        path = Path(cell["path"]) if cell.get("path") else Path(f"{row:08d}")
+        inside = not path.is_absolute() and ".." not in path.parts
+        names.append((path if inside else Path(path.name)).with_suffix(".png").as_posix())
+    return names
+
+
+def export(folder: Path, shards: Shards, count: int, column: str, projection: SemanticProjection | None) -> None:
+    """The pairs as files for other programs: PNG images under their own names, and JSON lines beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if projection is not None:
+        save_file(projection.state_dict(), str(folder / "projection.safetensors"))
+    with contextlib.ExitStack() as stack:
+        files = {
+            name: stack.enter_context((folder / f"{name}.jsonl").open("w", encoding="utf-8"))
+            for name in ("captions", "changes", "trace")
+        }
+        for index, record in enumerate(shards.records(count)):
+            for row in shards.rows(index):
+                path = folder / row["image"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(row["image"]["bytes"])
+                _write_line(files["captions"], {"image": row["image"]["path"], "caption": row[column]})
+            for name in ("changes", "trace"):
+                for line in record[name]:
+                    _write_line(files[name], line)
+
+
+def _write_line(file: IO[str], content: Mapping[str, Any]) -> None:
+    file.write(json.dumps(content) + "\n")

@@ -1,0 +1,242 @@
+"""The attacks as methods: whole data sets in, adversarial pairs out."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from plait import PlaitError, Run
+from plait_clip import beds
+from plait_clip.examples import digit_pairs, tiny_model
+from plait_sa_aet.plugin.attacks import BertAttack, CoAttack, Dra, Pgd, PgdCos, SaAet, SepAttack, Sga
+from safetensors.torch import load_file
+
+WORDS = {"generator": "synonyms", "synonyms": {word: tuple(others) for word, others in beds.SYNONYMS.items()}}
+QUICK = {"num_steps": 3, "batch_size": 4}
+IMAGES = {
+    "sa-aet": SaAet(**QUICK, **WORDS),
+    "dra": Dra(**QUICK, **WORDS),
+    "sga": Sga(**QUICK, **WORDS),
+    "co-attack": CoAttack(**QUICK, **WORDS),
+    "sep-attack": SepAttack(**QUICK, **WORDS),
+    "pgd": Pgd(**QUICK),
+    "pgd-cos": PgdCos(**QUICK),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def pixels(data):
+    return np.stack([np.asarray(image) for image in data["image"]]).astype(int)
+
+
+@pytest.mark.parametrize("attack", IMAGES.values(), ids=IMAGES)
+def test_images_move_by_no_more_than_eight_levels_and_do_move(attack, model):
+    data = digit_pairs(12)
+    moved = np.abs(pixels(attack.attack(model, data, Run())) - pixels(data))
+    assert 0 < moved.max() <= 8
+    assert (moved.max(axis=(1, 2, 3)) > 0).all()
+
+
+@pytest.mark.parametrize(("rounding", "epsilon"), [("round", 8 / 255), ("floor", 8 / 255), ("floor", 3.5 / 255)])
+def test_the_budget_holds_after_rounding(rounding, epsilon, model):
+    data = digit_pairs(12)
+    changed = SaAet(**QUICK, text=False, quantize=rounding, epsilon=epsilon).attack(model, data, Run())
+    assert np.abs(pixels(changed) - pixels(data)).max() <= np.floor(255 * epsilon)
+
+
+def test_floats_are_kept_where_nothing_is_rounded(model):
+    data = digit_pairs(12)
+    changed = SaAet(**QUICK, text=False, quantize="none", epsilon=0.02).attack(model, data, Run())
+    floats = changed.with_format("torch")["pixels"][:]
+    clean = torch.from_numpy(pixels(data)).permute(0, 3, 1, 2) / 255
+    assert changed.features["pixels"] == datasets.Array3D((3, 8, 8), "float32")
+    assert 0.015 < (floats - clean).abs().max() <= 0.02 + 1e-6
+    assert (pixels(changed) == (floats * 255).round().permute(0, 2, 3, 1).numpy()).all()
+
+
+def test_captions_change_by_one_word_of_the_table(model):
+    data = digit_pairs(12)
+    changed = SaAet(**QUICK, **WORDS).attack(model, data, Run())
+    pairs = [(a[0].split(), b[0].split()) for a, b in zip(data["captions"], changed["captions"], strict=True)]
+    differing = [[(old, new) for old, new in zip(a, b, strict=True) if old != new] for a, b in pairs]
+    assert any(differing)
+    assert all(len(words) <= 1 for words in differing)
+    assert all(new in WORDS["synonyms"][old] for words in differing for old, new in words)
+
+
+def test_without_text_captions_are_only_cleaned(model):
+    changed = SaAet(**QUICK, text=False).attack(model, digit_pairs(12), Run())
+    assert changed["captions"] == digit_pairs(12)["captions"]
+
+
+def test_bert_attack_leaves_the_images(model):
+    data = digit_pairs(12)
+    changed = BertAttack(**WORDS).attack(model, data, Run())
+    assert (pixels(changed) == pixels(data)).all()
+    assert changed["captions"] != data["captions"]
+
+
+def test_several_captions_for_an_image_and_other_columns_are_kept(model):
+    data = digit_pairs(12).remove_columns("captions").add_column("number", list(range(12)))
+    data = data.add_column("captions", [["a photo of a digit"] * (1 + i % 3) for i in range(12)]).select(
+        range(11, 0, -1)
+    )
+    changed = SaAet(**QUICK, **WORDS).attack(model, data, Run())
+    assert changed.column_names == data.column_names
+    assert changed["number"] == data["number"]
+    assert changed["label"] == data["label"]
+    assert [len(texts) for texts in changed["captions"]] == [len(texts) for texts in data["captions"]]
+
+
+def test_a_column_of_single_captions(model):
+    data = digit_pairs(8)
+    single = data.remove_columns("captions").add_column("caption", [texts[0] for texts in data["captions"]])
+    changed = SaAet(**QUICK, **WORDS).attack(model, single, Run())
+    assert changed["caption"] == [texts[0] for texts in SaAet(**QUICK, **WORDS).attack(model, data, Run())["captions"]]
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("rng", ["per_image", "official"])
+def test_a_killed_attack_goes_on_where_it_was(rng, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("plait_sa_aet.plugin.attacks.SHARD_IMAGES", 4)
+    data, attack = digit_pairs(14), SaAet(**QUICK, **WORDS, rng=rng)
+    whole = attack.attack(model, data, Run(seed=3, folder=tmp_path / "whole"))
+
+    def killed_after(count):
+        def progress(description, done, total):
+            if done == count:
+                raise KilledError
+
+        return Run(seed=3, folder=tmp_path / "killed", on_progress=progress)
+
+    with pytest.raises(KilledError):
+        attack.attack(model, data, killed_after(2))
+    assert len(list((tmp_path / "killed" / "shards").glob("*.arrow"))) == 2
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed" / "shards").glob("*.arrow")}
+    resumed = attack.attack(model, data, Run(seed=3, folder=tmp_path / "killed"))
+    assert (pixels(resumed) == pixels(whole)).all()
+    assert resumed["captions"] == whole["captions"]
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+
+
+def test_results_do_not_depend_on_batches_where_every_image_chooses(model):
+    data = digit_pairs(12)
+    one, four = (
+        SaAet(num_steps=4, text=False, selection="image", batch_size=size).attack(model, data, Run()) for size in (1, 4)
+    )
+    assert (pixels(one) == pixels(four)).mean() > 0.999
+
+
+def test_another_seed_gives_other_images(model):
+    data = digit_pairs(6)
+    first, second = (SaAet(**QUICK, text=False).attack(model, data, Run(seed=seed)) for seed in (0, 1))
+    assert (pixels(first) != pixels(second)).any()
+
+
+def test_files_for_other_programs(model, tmp_path):
+    data = digit_pairs(5)
+    changed = SaAet(**QUICK, **WORDS, save_to=tmp_path / "out").attack(model, data, Run())
+    lines = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
+    assert [line["caption"] for line in lines] == changed["captions"]
+    images = np.stack([np.asarray(Image.open(tmp_path / "out" / line["image"])) for line in lines])
+    assert (images == pixels(changed)).all()
+    steps = [json.loads(line) for line in (tmp_path / "out" / "trace.jsonl").read_text().splitlines()]
+    assert [batch["first_row"] for batch in steps] == [0, 4]
+    assert all(len(batch["steps"]) == 3 for batch in steps)
+    changes = [json.loads(line) for line in (tmp_path / "out" / "changes.jsonl").read_text().splitlines()]
+    assert all(change["score_after"] > change["score_before"] for change in changes)
+    assert load_file(tmp_path / "out" / "projection.safetensors")
+
+
+def test_the_report_explains_rho_1_and_warns_where_texts_share_no_direction(model):
+    warnings = []
+    run = Run(on_warning=warnings.append)
+    SaAet(**QUICK, text=False, corpus_fraction=1.0).attack(model, digit_pairs(12), run)
+    (report,) = run.reports
+    rho_1 = report.value("rho_1")
+    assert 0 < rho_1 <= 1
+    assert "rho_1" in report.notes[0]
+    assert bool(warnings and any("rho_1" in text for text in warnings)) == (rho_1 < 0.3)
+
+
+def test_captions_without_a_word_to_attack_are_counted_and_passed_through(model):
+    data = digit_pairs(3).remove_columns("captions").add_column("captions", [["a the of"], ["!!!"], ["a photo of it"]])
+    run = Run()
+    changed = BertAttack(generator="synonyms", synonyms={"photo": ("image",)}).attack(model, data, run)
+    assert changed["captions"][:2] == [["a the of"], ["!!!"]]
+    assert run.reports[0].value("no word to attack") == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: SaAet(), "mlm, token-embedding, context-counts, synonyms"),
+        (lambda: SaAet(generator="bert"), "allowed is mlm"),
+        (lambda: SaAet(generator="mlm"), "generator_source"),
+        (lambda: SaAet(generator="synonyms"), "synonyms"),
+        (lambda: SaAet(generator="context-counts", synonyms={"a": ("b",)}), "set generator: synonyms"),
+        (lambda: SaAet(text=False, ratios=(0, 0, 0)), "ratios"),
+        (lambda: SaAet(text=False, projection_rank=3), "top_k"),
+        (lambda: SaAet(text=False, epsilon=2), "epsilon is 2"),
+        (lambda: SaAet(text=False, step_size=0), "step_size"),
+        (lambda: SaAet(text=False, scales=(0.5, 0)), "scales"),
+        (lambda: BertAttack(text=False), "attacks nothing but captions"),
+    ],
+)
+def test_wrong_fields(make, sentence):
+    with pytest.raises(PlaitError, match=sentence):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("attack", "sentence"),
+    [
+        (SaAet(text=False, epsilon=0.003), "below one 8-bit level"),
+        (SaAet(text=False, scales=(0.1,)), "scale 0.1 leaves nothing"),
+        (SaAet(text=False, corpus_fraction=0.1), "needs at least 2"),
+        (SaAet(text=False, projection="top_k", projection_rank=49), "49"),
+        (SaAet(generator="mlm", generator_source="/nowhere/bert"), "/nowhere/bert"),
+        (SaAet(generator="synonyms", generator_source="/nowhere.yaml"), "/nowhere.yaml"),
+        (SaAet(generator="nowhere:Words"), "nowhere:Words"),
+        (SaAet(text=False, corpus="/nowhere.txt"), "/nowhere.txt"),
+    ],
+)
+def test_refused_before_the_work_starts(attack, sentence, model):
+    run = Run(on_progress=lambda *_: pytest.fail("the attack has begun"))
+    with pytest.raises(PlaitError, match=sentence):
+        attack.attack(model, digit_pairs(12), run)
+
+
+def test_a_budget_below_one_level_is_allowed_without_rounding(model):
+    data = digit_pairs(4)
+    changed = SaAet(**QUICK, text=False, projection="none", epsilon=0.003, quantize="none").attack(model, data, Run())
+    clean = torch.from_numpy(pixels(data)).permute(0, 3, 1, 2) / 255
+    assert 0 < (changed.with_format("torch")["pixels"][:] - clean).abs().max() <= 0.003 + 1e-6
+
+    def propose(self, words, index, k):
+        return [("thing", 1.0)][:k]
+
+
+def test_any_generator_by_name(model, monkeypatch, tmp_path):
+    (tmp_path / "my_words.py").write_text(
+        "class Fillers:\n    def propose(self, words, index, k):\n        return [('thing', 1.0)][:k]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    changed = BertAttack(generator="my_words:Fillers").attack(model, digit_pairs(6), Run())
+    assert any("thing" in texts[0].split() for texts in changed["captions"])
+
+
+@pytest.mark.parametrize("generator", ["token-embedding", "context-counts"])
+def test_generators_without_a_source(generator, model):
+    data = digit_pairs(40)
+    changed = BertAttack(generator=generator).attack(model, data, Run())
+    assert changed["captions"] != data["captions"]
