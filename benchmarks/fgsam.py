@@ -7,7 +7,7 @@ neighbourhood batches it is cheaper and FGSAM's advantage smaller. The loss is o
 contextual stochastic block model.
 
     python benchmarks/fgsam.py                 # 1,000 and 10,000 nodes, about 2 minutes on one core
-    python benchmarks/fgsam.py --nodes 1000 10000 100000 --json out.json
+    python benchmarks/fgsam.py --nodes 100000 --rounds 3     # about 4 minutes on one core
 
 Exits with 1 if a ratio misses its bar: SAM within [1.6, 2.4], FGSAM below 1.3, FGSAM+ below 1.
 """

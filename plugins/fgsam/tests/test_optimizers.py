@@ -400,9 +400,75 @@ def test_asam_perturbs_by_squared_weights():
     assert (seen[1] - seen[0]).tolist() == pytest.approx([0.5 * 3 / 5, 0.5 * 8 / 5, 0])
 
 
+def test_retained_graph_mixes_perturbed_weights_with_old_activations():
+    """L_gnn = w2 (w1 x): the second backward gives w1 the perturbed w2, and w2 the activation of before."""
+    w1, w2 = (torch.nn.Parameter(torch.tensor(value, dtype=torch.float64)) for value in (2.0, 3.0))
+    before = (w1.data_ptr(), w2.data_ptr())
+    passes = []
+    w1.register_hook(lambda g: passes.append(1))
+    optimizer = FGSAM([w1, w2], SGD, rho=0.5, eps=0, lam=0.25, lr=0.1, reuse="retained")
+    optimizer.step(lambda: w2 * (w1 * 4), lambda: w1**2 + w2)
+    norm = math.sqrt(12**2 + 8**2)  # g_gnn = (4 w2, 4 w1)
+    e1, e2 = 0.5 * 12 / norm, 0.5 * 8 / norm
+    expected = (0.75 * 4 * (3 + e2) + 0.25 * 2 * (2 + e1), 0.75 * 8 + 0.25)
+    assert (w1.grad.item(), w2.grad.item()) == pytest.approx(expected, rel=1e-12)
+    assert (w1.item(), w2.item()) == pytest.approx((2 - 0.1 * expected[0], 3 - 0.1 * expected[1]), rel=1e-12)
+    assert (w1.data_ptr(), w2.data_ptr()) == before
+    assert len(passes) == 3  # the GNN's twice, the MLP's once
+
+
+def test_retained_is_cached_where_nothing_is_perturbed():
+    assert_same(trained(FGSAM, rho=0.0, reuse="retained", lr=0.05), trained(FGSAM, rho=0.0, lr=0.05))
+    far = trained(FGSAM, rho=0.5, reuse="retained", lr=0.05)
+    assert not torch.allclose(far.first, trained(FGSAM, rho=0.5, lr=0.05).first, atol=1e-4)
+
+
+def halves(name, rank=None):
+    """Weights after updates on all samples, or on the half of process ``rank``."""
+    net = Net()
+    rows = slice(None) if rank is None else slice(6 * rank, 6 * rank + 6)
+    group = None if rank is None else torch.distributed.group.WORLD
+    makers = {
+        "fgsam": lambda p: FGSAM(p, lr=0.05, process_group=group),
+        "fgsam+": lambda p: FGSAMPlus(p, lr=0.05, interval=3, process_group=group),
+        "sam": lambda p: SAM(p, lr=0.05, process_group=group),
+    }
+    optimizer = makers[name](net.parameters())
+
+    def gnn():
+        hidden = (net.mixing @ (net.x @ net.first)).tanh()
+        logits = net.mixing @ (hidden @ net.second) * net.only_gnn
+        return torch.nn.functional.cross_entropy(logits[rows], net.y[rows])
+
+    def mlp():
+        return torch.nn.functional.cross_entropy(((net.x @ net.first).tanh() @ net.second)[rows], net.y[rows])
+
+    losses = [float(optimizer.step(gnn, mlp)["loss"]) for _ in range(5)]
+    return losses, weights(net)
+
+
+def one_process(rank, store, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.save({name: halves(name, rank) for name in ("fgsam", "fgsam+", "sam")}, f"{results}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_on_half_the_samples_each_are_one_on_all(tmp_path):
+    torch.multiprocessing.spawn(one_process, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for name in ("fgsam", "fgsam+", "sam"):
+        losses, expected = halves(name)
+        for process in found:
+            assert process[name][0] == pytest.approx(losses, rel=1e-9)
+            for w, v in zip(process[name][1], expected, strict=True):
+                torch.testing.assert_close(w, v, atol=1e-9, rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda p: FGSAM(p, reuse="twice"), "reuse is 'twice'"),
+        (lambda p: FGSAMPlus(p, reuse="retained"), "FGSAM\\+ always uses the cached gradient"),
         (lambda p: FGSAM(p, rho=-1), "rho is -1"),
         (lambda p: FGSAM(p, rho=math.nan), "rho is nan"),
         (lambda p: FGSAM(p, lam=1.5), "lam is 1.5"),

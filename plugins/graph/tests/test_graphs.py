@@ -153,34 +153,6 @@ def test_edge_list_with_mat_files(tmp_path):
     assert sorted(map(tuple, data.edge_index.T.tolist())) == [(0, 1), (0, 7), (1, 0), (7, 0)]
 
 
-def write_webkb(folder):
-    """A graph of six nodes in the raw format of the WebKB data sets, its splits in a folder beside it."""
-    (folder / "texas" / "raw").mkdir(parents=True)
-    (folder / "texas" / "splits").mkdir()
-    lines = [f"{i}\t{i % 2},1,0\t{i % 2}" for i in range(6)]
-    (folder / "texas" / "raw" / "out1_node_feature_label.txt").write_text(
-        "\n".join(["node\tfeature\tlabel", *lines, ""])
-    )
-    (folder / "texas" / "raw" / "out1_graph_edges.txt").write_text("a\tb\n0\t1\n1\t2\n5\t0\n")
-    for i in range(10):
-        masks = np.zeros((3, 6), dtype=int)
-        masks[[0, 0, 1, 1, 2, 2], np.roll(np.arange(6), i)] = 1
-        names = ("train_mask", "val_mask", "test_mask")
-        np.savez(folder / "texas" / "splits" / f"texas_split_0.6_0.2_{i}.npz", **dict(zip(names, masks, strict=True)))
-
-
-def test_pyg_data_set_from_a_folder_that_is_left_alone(tmp_path):
-    write_webkb(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    data = PygGraph(name="Texas", root=tmp_path, normalize_features=True).load_data(Run())
-    assert sorted(tmp_path.rglob("*")) == before
-    assert data.x.sum(1).tolist() == pytest.approx([1.0] * 6)
-    assert data.is_undirected()
-    assert data.train_mask.shape == (6, 10)
-    split = NodeSplit().transform(data, Run(seed=11))
-    assert torch.nonzero(split.train_mask).flatten().tolist() == [0, 5]
-
-
 def test_graphs_survive_the_store(tmp_path):
     from plait import codecs
 
@@ -253,8 +225,3 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
     ]:
         with pytest.raises(PlaitError, match=message):
             GraphFile(path=tmp_path / name).load_data(Run())
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(PlaitError, match="holds no files"):
-        PygGraph(name="Cora", root=tmp_path / "empty").load_data(Run())
-    with pytest.raises(PlaitError, match="no folder"):
-        PygGraph(name="Cora", root=tmp_path / "nowhere").load_data(Run())

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from plait import PlaitError, Run
 from plait_graph import datasets, tasks
 from plait_graph.episodes import Episode
@@ -20,8 +22,11 @@ from plait_graph.plugin import (
     NodeSplit,
     SGDTraining,
 )
+from plait_graph.sampling import NeighbourSampler
 from plait_graph.training import seconds_per_update
 from torch_geometric.data import Data
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +75,10 @@ def test_training_learns_and_leaves_its_inputs_alone(method, graph):
     assert report.value("accuracy") > 60
     assert report.value("gain") > 20
     both = NodeAccuracy().evaluate({"fresh": model, "trained": trained}, graph, None, Run())
+    assert not both.panels  # a model without a training has no time
+    pair = NodeAccuracy().evaluate({"a": trained, "b": trained}, graph, trained, Run())
+    assert [row["time"] for row in pair.rows] == [1, 1]
+    assert pair.panels[0].images[0][0].data
     assert both.value("accuracy", model="trained") == report.value("accuracy")
 
 
@@ -95,7 +104,7 @@ class KilledError(Exception):
 @pytest.mark.parametrize("model_of", [Gnn(), Gpn()])
 def test_killed_training_goes_on_bit_for_bit(model_of, graph):
     model = model_of.load_model(graph, Run())
-    batch = {"batch_size": 20} if isinstance(model_of, Gnn) else {}
+    batch = {"batch_size": 20, "num_hops": 2, "num_neighbors": 3} if isinstance(model_of, Gnn) else {}
     episodes = {"n_way": 2, "k_shot": 2, "n_query": 3, "num_val_tasks": 3}
     method = AdamTraining(num_updates=17, checkpoint_every=5, eval_every=4, **batch, **episodes)
     whole = method.optimize(model, graph, Run(seed=5))
@@ -125,22 +134,64 @@ def test_patience_and_last_weights(graph):
     last = AdamTraining(num_updates=6, eval_every=1, select="last").optimize(model, graph, Run())
     best = AdamTraining(num_updates=6, eval_every=1).optimize(model, graph, Run())
     accuracies = [entry["val_accuracy"] for entry in best.history]
-    objective = tasks.NodeObjective(graph, torch.device("cpu"))
+    objective = tasks.NodeObjective(graph, CPU)
     assert objective.validate(best) == pytest.approx(max(accuracies))
     assert objective.validate(last) == pytest.approx(accuracies[-1])
 
 
 def test_receptive_field_gives_the_same_losses(graph):
-    cpu = torch.device("cpu")
-    whole, part = tasks.NodeObjective(graph, cpu), tasks.NodeObjective(graph, cpu, num_hops=3)
+    whole, part = tasks.NodeObjective(graph, CPU), tasks.NodeObjective(graph, CPU, num_hops=3)
     assert part.whole.data.num_nodes <= whole.data.num_nodes
     for architecture in ("gcn", "sage", "gat"):
         model = Gnn(architecture=architecture).load_model(graph, Run()).eval()
         torch.testing.assert_close(part.whole.losses(model), whole.whole.losses(model))
 
 
+def test_all_neighbours_drawn_give_the_same_losses(graph):
+    whole = tasks.NodeObjective(graph, CPU).whole
+    drawn = tasks.NodeObjective(graph, CPU, num_hops=3, num_neighbors=300).draw(torch.Generator().manual_seed(0))
+    for architecture in ("gcn", "sage", "gat"):
+        model = Gnn(architecture=architecture).load_model(graph, Run()).eval()
+        torch.testing.assert_close(drawn.losses(model), whole.losses(model))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), num_neighbors=st.integers(1, 4), num_hops=st.integers(1, 3))
+def test_drawn_neighbours(seed, num_neighbors, num_hops):
+    generator = torch.Generator().manual_seed(seed)
+    edges = torch.randint(25, (2, 60), generator=generator)
+    targets = torch.randperm(25, generator=generator)[:4]
+    nodes, kept = NeighbourSampler(edges, 25, num_neighbors).draw(targets, num_hops, generator)
+    assert torch.equal(nodes[:4], targets)
+    assert len(torch.unique(nodes)) == len(nodes)
+    assert len(torch.unique(kept)) == len(kept)
+    distance = {int(v): 0 for v in targets}
+    for hop in range(1, num_hops + 1):
+        reached = {int(edges[0, e]) for e in kept if distance.get(int(edges[1, e])) == hop - 1}
+        distance |= {v: hop for v in reached if v not in distance}
+    assert set(distance) == set(nodes.tolist())
+    for v in nodes.tolist():
+        wanted = min(num_neighbors, int((edges[1] == v).sum())) if distance[v] < num_hops else 0
+        assert int((edges[1, kept] == v).sum()) == wanted
+
+
+def test_neighbours_are_drawn_uniformly_and_anew():
+    star = torch.stack([torch.arange(1, 11), torch.zeros(10, dtype=torch.long)])
+    sampler, generator = NeighbourSampler(star, 11, 3), torch.Generator().manual_seed(0)
+    drawn = torch.cat([sampler.draw(torch.tensor([0]), 1, generator)[1] for _ in range(2000)])
+    assert torch.bincount(drawn, minlength=10).tolist() == pytest.approx([600] * 10, rel=0.15)
+
+
+def test_training_on_drawn_neighbours_learns(graph):
+    model = Gnn().load_model(graph, Run())
+    method = AdamTraining(num_updates=30, batch_size=20, num_hops=2, num_neighbors=3)
+    assert method.optimize(model, graph, Run()).history[-1]["val_accuracy"] > 0.6
+    with pytest.raises(PlaitError, match="num_neighbors is 3 without num_hops"):
+        AdamTraining(num_neighbors=3).optimize(model, graph, Run())
+
+
 def test_batches_hold_so_many_labelled_nodes(graph):
-    objective = tasks.NodeObjective(graph, torch.device("cpu"), batch_size=7)
+    objective = tasks.NodeObjective(graph, CPU, batch_size=7)
     task = objective.draw(torch.Generator().manual_seed(0))
     assert len(torch.unique(task.targets)) == 7
     assert graph.train_mask[task.targets].all()
@@ -163,7 +214,7 @@ def test_edge_weights_reach_models_that_name_them(graph):
     expected = F.cross_entropy(
         model(data.x, data.edge_index, data.edge_weight)[data.train_mask], data.y[data.train_mask]
     )
-    torch.testing.assert_close(tasks.NodeObjective(data, torch.device("cpu")).whole.losses(model).mean(), expected)
+    torch.testing.assert_close(tasks.NodeObjective(data, CPU).whole.losses(model).mean(), expected)
 
 
 # -- few-shot -------------------------------------------------------------------------------------------------------

@@ -26,7 +26,9 @@ from plait_fgsam.perturbing import (
     Gradients,
     Loss,
     PerturbingOptimizer,
+    differentiate,
     global_norm,
+    moved,
     orthogonal_part,
     require,
     stretched,
@@ -43,6 +45,10 @@ class FGSAM(PerturbingOptimizer):
             (additive, >= 0, default 1).
         variant: ``code`` combines as ``convex``, ``paper`` (Algorithm 1) as ``additive``.
         combine: overrides what the variant says: (1 - lam) g_gnn + lam g_s, or lam g_gnn + g_s.
+        reuse: the GNN gradient of line 4: ``cached`` is that of line 1, as in the paper. ``retained`` is what the
+            authors' code gets instead, for comparisons with it: line 1's graph, differentiated again while the
+            weights are w + e, which mixes w + e in upper layers with activations of w, at the price of a second
+            GNN backward.
 
     With ``rho=0`` this is the *mix* of the two gradients without any perturbation.
     """
@@ -56,10 +62,13 @@ class FGSAM(PerturbingOptimizer):
         lam: float | None = None,
         variant: Literal["code", "paper"] = "code",
         combine: Combine | None = None,
+        reuse: Literal["cached", "retained"] = "cached",
         eps: float = 1e-12,
         **base_options: Any,
     ) -> None:
         require(variant in ("code", "paper"), "variant", variant, "'code' or 'paper'")
+        require(reuse in ("cached", "retained"), "reuse", reuse, "'cached' or 'retained'")
+        self.reuse = reuse
         self.combine = combine or {"code": "convex", "paper": "additive"}[variant]
         require(self.combine in ("convex", "additive"), "combine", combine, "'convex' or 'additive'")
         convex = self.combine == "convex"
@@ -75,12 +84,27 @@ class FGSAM(PerturbingOptimizer):
             ValueError: for a loss that is not a scalar; FloatingPointError: for one that is not finite
                 (the weights are as before).
         """
+        if self.reuse == "retained":
+            return self._retained_step(gnn_loss, mlp_loss)
         tensors, rhos, perturbed = self._trainable()
         loss, g_gnn = self._gradient(gnn_loss, "gnn_loss", tensors)  # line 1: GNN forward + backward
         e = self._perturbation(tensors, g_gnn, rhos, perturbed)  # line 2
         mlp_value, g_s = self._gradient_at(mlp_loss, "mlp_loss", tensors, e)  # line 3: at w + e
         gradient = self._combined(g_gnn, g_s)  # line 4
         self._apply(tensors, gradient, gnn_loss=loss, mlp_loss=mlp_value)  # line 5
+        return {"loss": loss, "exact": True, **comparison(g_gnn, g_s, tensors)}
+
+    def _retained_step(self, gnn_loss: Loss, mlp_loss: Loss) -> dict[str, Any]:
+        tensors, rhos, perturbed = self._trainable()
+        with torch.enable_grad():
+            value = gnn_loss()
+            self._check_scalar(value, "gnn_loss")
+            loss, g_gnn = self._averaged(value.detach(), differentiate(value, tensors, retain_graph=True))
+        e = self._perturbation(tensors, g_gnn, rhos, perturbed)
+        with moved([w.data for w in tensors], e):  # unseen by autograd, which else refuses the second backward
+            mlp_value, g_s = self._gradient(mlp_loss, "mlp_loss", tensors)
+            _, g_again = self._averaged(value.detach(), differentiate(value, tensors))
+        self._apply(tensors, self._combined(g_again, g_s), gnn_loss=loss, mlp_loss=mlp_value)
         return {"loss": loss, "exact": True, **comparison(g_gnn, g_s, tensors)}
 
     def _combined(self, g_gnn: Gradients, g_s: Gradients) -> Gradients:
@@ -144,6 +168,10 @@ class FGSAMPlus(FGSAM):
         super().__init__(
             params, base_optimizer, rho=rho, lam=lam, variant=variant, combine=combine, eps=eps, **base_options
         )
+        if self.reuse != "cached":
+            raise ValueError(
+                f"reuse is {self.reuse!r}; FGSAM+ always uses the cached gradient, as the authors' code does"
+            )
         if self.topology and self.combine == "convex" and self.lam == 0:
             raise ValueError("lam is 0; with topology its additive form (1 - lam) / lam needs lam > 0")
 

@@ -7,11 +7,15 @@ They are ``torch.optim.Optimizer``s around a base optimizer (Adam, SGD, ...). ``
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Loss = Callable[[], Tensor]
 Gradients = list[Tensor | None]
@@ -26,6 +30,8 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         base_optimizer: a ``torch.optim`` class; it gets ``base_options`` (``lr``, ``weight_decay``, ...).
         rho: length of the perturbation, >= 0.
         eps: added to the norm that the perturbation is divided by, >= 0.
+        process_group: of ``torch.distributed``; losses and gradients of every pass are averaged over its processes,
+            which must start from the same weights. The model is not wrapped in ``DistributedDataParallel``.
 
     ``param_groups`` is the base optimizer's own list, so that schedulers see one set of rates.
 
@@ -41,6 +47,7 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         *,
         rho: float = 0.05,
         eps: float = 1e-12,
+        process_group: ProcessGroup | None = None,
         **base_options: Any,
     ) -> None:
         require(math.isfinite(rho) and rho >= 0, "rho", rho, "a finite number >= 0")
@@ -58,7 +65,7 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         self.base = base_optimizer(groups, **base_options)
         super().__init__(self.base.param_groups, {"rho": rho, "perturb": True})
         self.param_groups = self.base.param_groups
-        self.eps = eps
+        self.eps, self.process_group = eps, process_group
         self.t = 0
 
     # -- what the subclasses are written with ----------------------------------------------------------------
@@ -75,7 +82,20 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         with torch.enable_grad():
             value = loss()
             self._check_scalar(value, name)
-            return value.detach(), differentiate(value, tensors)
+            return self._averaged(value.detach(), differentiate(value, tensors))
+
+    def _averaged(self, value: Tensor, gradients: Gradients) -> tuple[Tensor, Gradients]:
+        """Mean over the processes, so that all of them take the same step."""
+        if self.process_group is None:
+            return value, gradients
+        present = [i for i, g in enumerate(gradients) if g is not None]
+        flat = torch.cat([part.flatten().to(value.device) for part in (value, *(gradients[i] for i in present))])
+        torch.distributed.all_reduce(flat, group=self.process_group)
+        flat /= torch.distributed.get_world_size(self.process_group)
+        averaged: Gradients = [None] * len(gradients)
+        for i, part in zip(present, flat[1:].split([gradients[i].numel() for i in present]), strict=True):
+            averaged[i] = part.view_as(gradients[i]).to(gradients[i])
+        return flat[0], averaged
 
     def _check_scalar(self, value: Any, name: str) -> None:
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -101,21 +121,8 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         self, loss: Loss, name: str, tensors: list[Tensor], perturbation: list[Tensor | None]
     ) -> tuple[Tensor, Gradients]:
         """Value and gradient at w + e; w is restored from a copy, bit for bit, also when the closure raises."""
-        moved = [(p, e) for p, e in zip(tensors, perturbation, strict=True) if e is not None]
-        if not moved:
+        with moved(tensors, perturbation):
             return self._gradient(loss, name, tensors)
-        weights, steps = [p for p, _ in moved], [e for _, e in moved]
-        with torch.no_grad():
-            saved = [p.clone() for p in weights]
-        try:
-            with torch.no_grad():
-                torch._foreach_add_(weights, steps)
-            torch.clear_autocast_cache()  # it would go on using the weights of before
-            return self._gradient(loss, name, tensors)
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(weights, saved)
-            torch.clear_autocast_cache()
 
     def _apply(self, tensors: list[Tensor], gradients: Gradients, **losses: Tensor) -> None:
         """Hand the gradient to the base optimizer; nothing has changed yet when a loss is not finite."""
@@ -171,13 +178,34 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         return None
 
 
-def differentiate(value: Tensor, tensors: list[Tensor]) -> Gradients:
+@contextmanager
+def moved(weights: list[Tensor], perturbation: list[Tensor | None]) -> Iterator[None]:
+    """Within the context the weights are w + e, in place; on exit they are w again, from a copy, bit for bit."""
+    pairs = [(w, e) for w, e in zip(weights, perturbation, strict=True) if e is not None]
+    if not pairs:
+        yield
+        return
+    inside, steps = [w for w, _ in pairs], [e for _, e in pairs]
+    with torch.no_grad():
+        saved = [w.clone() for w in inside]
+    try:
+        with torch.no_grad():
+            torch._foreach_add_(inside, steps)
+        torch.clear_autocast_cache()  # it would go on using the weights of before
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(inside, saved)
+        torch.clear_autocast_cache()
+
+
+def differentiate(value: Tensor, tensors: list[Tensor], retain_graph: bool = False) -> Gradients:
     """Detached gradients of a scalar; ``None`` for a tensor that takes no part.
 
     Raises:
         TypeError: for a sparse gradient.
     """
-    gradients = torch.autograd.grad(value, tensors, allow_unused=True)
+    gradients = torch.autograd.grad(value, tensors, allow_unused=True, retain_graph=retain_graph)
     if any(g is not None and g.layout != torch.strided for g in gradients):
         raise TypeError("a gradient is sparse; use layers with dense gradients (nn.Embedding(sparse=False))")
     return list(gradients)

@@ -37,10 +37,18 @@ class TwoLossUpdate:
         self.model, self.optimizer, self.peers = model, optimizer, peers
 
     def step(self, task: Task) -> dict[str, Any]:
-        return self.optimizer.step(self._gnn_loss(task), lambda: peer_losses(self.model, task, self.peers).mean())
+        passes = 0
 
-    def _gnn_loss(self, task: Task) -> Any:
-        return lambda: task.losses(self.model).mean()
+        def gnn_loss() -> torch.Tensor:
+            nonlocal passes
+            passes += 1
+            return self.gnn_loss(task)
+
+        info = self.optimizer.step(gnn_loss, lambda: peer_losses(self.model, task, self.peers).mean())
+        return info | {"passes": passes}
+
+    def gnn_loss(self, task: Task) -> torch.Tensor:
+        return task.losses(self.model).mean()
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
@@ -52,8 +60,8 @@ class TwoLossUpdate:
 class SampleLossUpdate(TwoLossUpdate):
     """Hands on the losses of the samples in place of their mean."""
 
-    def _gnn_loss(self, task: Task) -> Any:
-        return lambda: task.losses(self.model)
+    def gnn_loss(self, task: Task) -> torch.Tensor:
+        return task.losses(self.model)
 
 
 @attrs.frozen
@@ -78,7 +86,7 @@ class PeerUpdate:
     peers: Peers
 
     def step(self, task: Task) -> dict[str, Any]:
-        return self.update.step(PeerTask(task, self.peers))
+        return self.update.step(PeerTask(task, self.peers)) | {"passes": 0}
 
     def state_dict(self) -> dict[str, Any]:
         return self.update.state_dict()

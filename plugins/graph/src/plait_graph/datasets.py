@@ -96,7 +96,7 @@ NAMES = (*PLANETOID, *WEBKB, *WIKIPEDIA, "Actor", *AMAZON, "CoraFull", *OGBN)
 
 
 def pyg_graph(name: str, root: Path | None, scratch: Path) -> Data:
-    """A data set of PyTorch Geometric or OGB.
+    """A data set of PyTorch Geometric or of the Open Graph Benchmark.
 
     Args:
         name: one of :data:`NAMES`.
@@ -110,40 +110,78 @@ def pyg_graph(name: str, root: Path | None, scratch: Path) -> Data:
     import torch_geometric.datasets as pyg
 
     if name in OGBN:
-        from ogb.nodeproppred import PygNodePropPredDataset
-
-        dataset = PygNodePropPredDataset(name, root=str(root or scratch))
-        data = dataset[0]
-        data.y = data.y.squeeze(1)
-        for split, mask in (("train", "train_mask"), ("valid", "val_mask"), ("test", "test_mask")):
-            data[mask] = torch.zeros(data.num_nodes, dtype=torch.bool).index_fill_(
-                0, dataset.get_idx_split()[split], True
-            )
-        return data
+        return _ogb_graph(name, _downloaded_ogb(name, scratch) if root is None else root)
     low = name.lower()
-    make, folder = {
-        **{n: (lambda: pyg.Planetoid(str(scratch), name), name) for n in PLANETOID},
-        **{n: (lambda: pyg.WebKB(str(scratch), low), low) for n in WEBKB},
-        **{n: (lambda: pyg.WikipediaNetwork(str(scratch), low), f"{low}/geom_gcn") for n in WIKIPEDIA},
-        **{n: (lambda: pyg.Amazon(str(scratch), low), low) for n in AMAZON},
-        "Actor": (lambda: pyg.Actor(str(scratch)), ""),
-        "CoraFull": (lambda: pyg.CoraFull(str(scratch)), "cora"),
+    reader, arguments, folder = {
+        **dict.fromkeys(PLANETOID, (pyg.Planetoid, (name,), name)),
+        **dict.fromkeys(WEBKB, (pyg.WebKB, (low,), low)),
+        **dict.fromkeys(WIKIPEDIA, (pyg.WikipediaNetwork, (low,), f"{low}/geom_gcn")),
+        **dict.fromkeys(AMAZON, (pyg.Amazon, (low,), name)),
+        "Actor": (pyg.Actor, (), ""),
+        "CoraFull": (pyg.CoraFull, (), "cora"),
     }[name]
     if root is not None:
         _link_raw_files(root, ("film", "actor") if name == "Actor" else (name, low), scratch / folder / "raw")
+        reader = _without_download(reader, root)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyG prints "Processing..." and warns of the pickle that it just wrote
-        return make()[0]
+        return reader(str(scratch), *arguments)[0]
+
+
+def _without_download(reader: type, root: Path) -> type:
+    """The reader, which names a missing raw file in place of downloading it."""
+
+    def download(self: Any) -> None:
+        missing = next(path for path in self.raw_paths if not os.path.exists(path))
+        raise FileNotFoundError(f"{root} lacks {os.path.basename(missing)}; give the folder with all raw files")
+
+    return type(reader.__name__, (reader,), {"download": download})
+
+
+def _downloaded_ogb(name: str, scratch: Path) -> Path:
+    from torch_geometric.data import download_url, extract_zip
+
+    url = f"https://snap.stanford.edu/ogb/data/nodeproppred/{name.removeprefix('ogbn-')}.zip"
+    extract_zip(download_url(url, str(scratch), log=False), str(scratch), log=False)
+    return scratch
+
+
+def _ogb_graph(name: str, root: Path) -> Data:
+    """An Open Graph Benchmark node data set from the tables of its archive (``raw`` and ``split``)."""
+    import pandas
+
+    short = name.removeprefix("ogbn-")
+    tried = [root / folder for folder in (name.replace("-", "_"), name, short)] + [root]
+    folder = next((path for path in tried if (path / "raw" / "edge.csv.gz").is_file()), None)
+    if folder is None:
+        raise FileNotFoundError(f"{root} holds no {short}/raw/edge.csv.gz; give the folder of the unpacked {short}.zip")
+
+    def table(path: Path, dtype: Any) -> Tensor:
+        return torch.from_numpy(pandas.read_csv(path, header=None, dtype=dtype).to_numpy(copy=True))
+
+    data = Data(
+        x=table(folder / "raw" / "node-feat.csv.gz", np.float32),
+        edge_index=table(folder / "raw" / "edge.csv.gz", np.int64).t().contiguous(),
+        y=table(folder / "raw" / "node-label.csv.gz", np.int64).squeeze(1),
+    )
+    by = {"ogbn-arxiv": "time", "ogbn-products": "sales_ranking"}[name]
+    for split, mask in (("train", "train_mask"), ("valid", "val_mask"), ("test", "test_mask")):
+        nodes = table(folder / "split" / by / f"{split}.csv.gz", np.int64).squeeze(1)
+        data[mask] = torch.zeros(len(data.y), dtype=torch.bool).index_fill_(0, nodes, True)
+    return data
 
 
 def _link_raw_files(root: Path, names: tuple[str, ...], raw: Path) -> None:
-    """Links to all files below ``root/<one of names>``, or ``root`` itself, side by side in ``raw``."""
+    """Links, side by side in ``raw``, to all files below ``root/<one of names>``; else to those of ``root`` itself."""
     if not root.is_dir():
         raise FileNotFoundError(f"root is {str(root)!r}, which is no folder; give the folder with the raw files")
-    source = next((root / name for name in names if (root / name).is_dir()), root)
-    files = [path for path in source.rglob("*") if path.is_file() and "processed" not in path.parts]
+    source = next((root / name for name in names if (root / name).is_dir()), None)
+    if source is not None:
+        files = [path for path in source.rglob("*") if path.is_file() and "processed" not in path.parts]
+    else:  # not deeper: other data sets have files of the same names
+        files = [path for part in (".", "raw", "splits") for path in (root / part).glob("*") if path.is_file()]
     if not files:
-        raise FileNotFoundError(f"{source} holds no files; give the folder with the raw files of {names[0]}")
+        raise FileNotFoundError(f"{source or root} holds no files; give the folder with the raw files of {names[0]}")
     raw.mkdir(parents=True, exist_ok=True)
     for path in files:
         link = raw / path.name

@@ -15,11 +15,13 @@ class Episode:
         support: nodes [N, K]; row i belongs to local class i.
         query: nodes [N * M].
         labels: local classes 0 ... N-1 of the queries, [N * M].
+        classes: the graph's own labels of the local classes, [N]; ``None`` where nobody needs them.
     """
 
     support: Tensor
     query: Tensor
     labels: Tensor
+    classes: Tensor | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -30,7 +32,7 @@ class Episode:
         """The same episode on the rows of :attr:`rows`."""
         places = torch.arange(self.support.numel() + len(self.query), device=self.query.device)
         support = places[: self.support.numel()].view_as(self.support)
-        return Episode(support, places[self.support.numel() :], self.labels)
+        return Episode(support, places[self.support.numel() :], self.labels, self.classes)
 
 
 class EpisodeSampler:
@@ -45,7 +47,7 @@ class EpisodeSampler:
     ) -> None:
         if len(classes) < n_way:
             raise ValueError(f"n_way is {n_way}, but there are only {len(classes)} {name} classes")
-        y = y.cpu()
+        y, self.classes = y.cpu(), classes.cpu()
         self.members = [torch.nonzero(y == c).flatten() for c in classes.tolist()]
         for c, nodes in zip(classes.tolist(), self.members, strict=True):
             if len(nodes) < k_shot + n_query:
@@ -55,11 +57,11 @@ class EpisodeSampler:
         self.n_way, self.k_shot, self.n_query = n_way, k_shot, n_query
 
     def draw(self, generator: torch.Generator, device: torch.device | str = "cpu") -> Episode:
-        chosen = torch.randperm(len(self.members), generator=generator)[: self.n_way].tolist()
+        chosen = torch.randperm(len(self.members), generator=generator)[: self.n_way]
         count = self.k_shot + self.n_query
         nodes = torch.stack(
-            [m[torch.randperm(len(m), generator=generator)[:count]] for m in (self.members[c] for c in chosen)]
+            [m[torch.randperm(len(m), generator=generator)[:count]] for m in (self.members[c] for c in chosen.tolist())]
         )
         labels = torch.arange(self.n_way).repeat_interleave(self.n_query)
         support, query = nodes[:, : self.k_shot], nodes[:, self.k_shot :].flatten()
-        return Episode(support.to(device), query.to(device), labels.to(device))
+        return Episode(*(part.to(device) for part in (support, query, labels, self.classes[chosen])))

@@ -6,12 +6,14 @@ import tempfile
 from pathlib import Path
 
 import attrs
+import numpy as np
 import torch
 from plait import Run
 from plait.testing import Example
 from torch_geometric.data import Data
 
 from plait_graph.plugin import ClassSplit, CsbmGraph, Gnn, Gpn, NodeSplit
+from plait_graph.splits import MASKS, split_by_share
 
 EPISODES = {"n_way": 2, "k_shot": 2, "n_query": 3}
 TIMES = ("ms/update", "time")
@@ -48,6 +50,31 @@ def from_file() -> Example:
     path = Path(tempfile.mkdtemp(prefix="plait-graph-")) / "graph.pt"
     torch.save(graph(), path)
     return Example(arguments={}, fields={"path": str(path)}, progress=False, device=False)
+
+
+def raw_files() -> Example:
+    """A tiny graph in the raw format of the WebKB data sets."""
+    root = Path(tempfile.mkdtemp(prefix="plait-graph-"))
+    write_webkb(root, "texas", graph())
+    return Example(arguments={}, fields={"name": "Texas", "root": str(root)}, progress=False, device=False)
+
+
+def write_webkb(root: Path, name: str, data: Data) -> None:
+    """Features, labels, edges and ten random 60/20/20 splits as text and ``.npz`` files below ``root/<name>``."""
+    raw, splits = root / name / "raw", root / name / "splits"
+    raw.mkdir(parents=True)
+    splits.mkdir()
+    rows = [
+        f"{i}\t{','.join(map(str, x))}\t{y}"
+        for i, (x, y) in enumerate(zip(data.x.tolist(), data.y.tolist(), strict=True))
+    ]
+    (raw / "out1_node_feature_label.txt").write_text("\n".join(["node_id\tfeature\tlabel", *rows, ""]))
+    edges = [f"{source}\t{target}" for source, target in data.edge_index.T.tolist()]
+    (raw / "out1_graph_edges.txt").write_text("\n".join(["node_id\tnode_id", *edges, ""]))
+    for number in range(10):
+        masks = split_by_share(data.y, 0.6, 0.2, torch.Generator().manual_seed(number))
+        arrays = {mask: part.long().numpy() for mask, part in zip(MASKS, masks, strict=True)}
+        np.savez(splits / f"{name}_split_0.6_0.2_{number}.npz", **arrays)
 
 
 def node_split() -> Example:

@@ -1,6 +1,6 @@
-"""Few-shot backbones: GPN (Ding et al., CIKM 2020) and Meta-GCN (MAML on a GCN).
+"""Few-shot backbones: what they share, GPN (Ding et al., CIKM 2020) and Meta-GCN (MAML on a GCN).
 
-Both see an :class:`EpisodeGraph` and an :class:`Episode` and return the logits of the queries. Without adjacency
+They see an :class:`EpisodeGraph` and an :class:`Episode` and return the logits of the queries. Without adjacency
 (``EpisodeGraph.alone``) they compute the support and query rows alone, which is their PeerMLP.
 """
 
@@ -88,11 +88,12 @@ class EpisodeGraph:
         places = torch.stack([torch.cat([target, loops]), torch.cat([source, loops])])
         weights = (1 / (degree + 1))[places[0]]
         adjacency = torch.sparse_coo_tensor(places, weights, (n, n), check_invariants=False).coalesce()
-        return cls(FixedSparse.of(x) if x.layout == torch.sparse_csr else x, FixedSparse.of(adjacency), degree)
+        x = FixedSparse.of(x) if x.layout == torch.sparse_csr else x
+        return cls(x, FixedSparse.of(adjacency), degree)
 
     def alone(self, rows: Tensor) -> EpisodeGraph:
         """These rows without edges; degrees stay those of the whole graph."""
-        return EpisodeGraph(self.x[rows], None, self.degree[rows])
+        return attrs.evolve(self, x=self.x[rows], adjacency=None, degree=self.degree[rows])
 
 
 class Propagation(nn.Module):
@@ -120,6 +121,10 @@ class EpisodeModel(SavedModule):
 
     def forward(self, graph: EpisodeGraph, episode: Episode) -> Tensor:
         raise NotImplementedError
+
+    def losses(self, graph: EpisodeGraph, episode: Episode) -> Tensor:
+        """What training minimises: cross-entropy of each query, [N * M]."""
+        return F.cross_entropy(self(graph, episode), episode.labels, reduction="none")
 
     @torch.no_grad()
     def answers(self, graph: EpisodeGraph, episodes: list[Episode]) -> list[Tensor]:

@@ -7,6 +7,7 @@ that train a graph network also without its edges).
 from __future__ import annotations
 
 import inspect
+from functools import cached_property
 from typing import Any, Protocol
 
 import attrs
@@ -19,6 +20,7 @@ from torch_geometric.utils import k_hop_subgraph
 from plait_graph.datasets import check_graph, features
 from plait_graph.episodes import Episode, EpisodeSampler
 from plait_graph.fewshot import EpisodeGraph, EpisodeModel
+from plait_graph.sampling import NeighbourSampler
 
 
 class Task(Protocol):
@@ -77,13 +79,19 @@ class NodeObjective:
         batch_size: labelled nodes an update; ``None`` for all.
         num_hops: passes see the subgraph within so many hops of their targets; ``None`` for the whole graph.
             One more than the model has layers changes nothing for layers that normalise by degree.
+        num_neighbors: of these hops, only so many random neighbours a node, drawn anew for every task.
 
     Raises:
-        ValueError: the graph cannot be used, or no training node has a label.
+        ValueError: the graph cannot be used, no training node has a label, or ``num_neighbors`` lacks ``num_hops``.
     """
 
     def __init__(
-        self, data: Data, device: torch.device, batch_size: int | None = None, num_hops: int | None = None
+        self,
+        data: Data,
+        device: torch.device,
+        batch_size: int | None = None,
+        num_hops: int | None = None,
+        num_neighbors: int | None = None,
     ) -> None:
         check_graph(data)
         for name in ("train_mask", "val_mask"):
@@ -97,13 +105,33 @@ class NodeObjective:
         self.data = dense.to(device)
         self.training = torch.nonzero(self.data.train_mask).flatten()
         self.batch_size, self.num_hops = batch_size, num_hops
-        self.whole = self._task(self.training)
+        if num_neighbors is not None and num_hops is None:
+            raise ValueError(f"num_neighbors is {num_neighbors} without num_hops; say how many hops to draw")
+        self.sampler = (
+            None
+            if num_neighbors is None
+            else NeighbourSampler(self.data.edge_index, self.data.num_nodes, num_neighbors)
+        )
+
+    @cached_property
+    def whole(self) -> NodeTask:
+        """All labelled nodes, with all their neighbours."""
+        return self._task(self.training)
 
     def draw(self, generator: torch.Generator) -> NodeTask:
-        if self.batch_size is None or self.batch_size >= len(self.training):
-            return self.whole
-        chosen = torch.randperm(len(self.training), generator=generator)[: self.batch_size]
-        return self._task(self.training[chosen.to(self.training.device)])
+        targets = self.training
+        if self.batch_size is not None and self.batch_size < len(targets):
+            targets = targets[torch.randperm(len(targets), generator=generator)[: self.batch_size].to(targets.device)]
+        if self.sampler is not None:
+            return self._sampled(targets, self.sampler, generator)
+        return self.whole if targets is self.training else self._task(targets)
+
+    def _sampled(self, targets: Tensor, sampler: NeighbourSampler, generator: torch.Generator) -> NodeTask:
+        nodes, kept = sampler.draw(targets, self.num_hops, generator)
+        position = torch.empty(self.data.num_nodes, dtype=torch.long, device=nodes.device)
+        position[nodes] = torch.arange(len(nodes), device=nodes.device)
+        part = self._part(nodes, position[self.data.edge_index[:, kept]], kept)
+        return NodeTask(part, position[targets])
 
     def _task(self, targets: Tensor) -> NodeTask:
         if self.num_hops is None:
@@ -111,11 +139,15 @@ class NodeObjective:
         nodes, edges, places, kept = k_hop_subgraph(
             targets, self.num_hops, self.data.edge_index, relabel_nodes=True, num_nodes=self.data.num_nodes
         )
+        return NodeTask(self._part(nodes, edges, kept), places)
+
+    def _part(self, nodes: Tensor, edges: Tensor, kept: Tensor) -> Data:
+        """The subgraph of these nodes, with renumbered edges that were number ``kept``."""
         part = Data(x=self.data.x[nodes], edge_index=edges, y=self.data.y[nodes])
         for name in ("edge_weight", "edge_attr"):
             if self.data.get(name) is not None:
                 part[name] = self.data[name][kept]
-        return NodeTask(part, places)
+        return part
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> float | None:
@@ -136,12 +168,11 @@ class EpisodeTask:
     graph: EpisodeGraph
     episode: Episode
 
-    def losses(self, model: nn.Module) -> Tensor:
-        return F.cross_entropy(model(self.graph, self.episode), self.episode.labels, reduction="none")
+    def losses(self, model: EpisodeModel) -> Tensor:
+        return model.losses(self.graph, self.episode)
 
-    def row_losses(self, model: nn.Module) -> Tensor:
-        logits = model(self.graph.alone(self.episode.rows), self.episode.renumbered())
-        return F.cross_entropy(logits, self.episode.labels, reduction="none")
+    def row_losses(self, model: EpisodeModel) -> Tensor:
+        return model.losses(self.graph.alone(self.episode.rows), self.episode.renumbered())
 
 
 class EpisodeObjective:
@@ -193,6 +224,6 @@ def episode_graph(data: Data, device: torch.device) -> EpisodeGraph:
 def episode_accuracies(model: Any, graph: EpisodeGraph, episodes: list[Episode]) -> list[float]:
     """Share of queries classified correctly in each episode."""
     if not isinstance(model, EpisodeModel):
-        raise ValueError(f"the model is a {type(model).__name__}, which answers no episodes; use gpn or meta-gcn")
+        raise ValueError(f"the model is a {type(model).__name__}, which answers no episodes; use gpn, meta-gcn or tent")
     logits = model.answers(graph, episodes)
     return [float((z.argmax(-1) == e.labels).float().mean()) for z, e in zip(logits, episodes, strict=True)]

@@ -25,7 +25,10 @@ class Update(Protocol):
     """One optimizer on one model."""
 
     def step(self, task: Task) -> dict[str, Any]:
-        """Update the weights; returns at least ``loss``, numbers or 0-dim tensors."""
+        """Update the weights; returns at least ``loss`` and ``passes``, those with message passing, forward and back.
+
+        Values are numbers or 0-dim tensors.
+        """
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -45,7 +48,7 @@ class PlainUpdate:
             raise FloatingPointError(f"the loss is {loss.item()}; lower lr, or look at the data")
         loss.backward()
         self.optimizer.step()
-        return {"loss": loss.detach()}
+        return {"loss": loss.detach(), "passes": 1}
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
@@ -136,7 +139,7 @@ def _one_update(
     seconds = clock() - started
     entry = {"update": t, "seconds": seconds, **{name: float(value) for name, value in info.items()}}
     progress.history.append(entry)
-    shown = {n: v for n, v in entry.items() if n not in ("update", "seconds", "exact") and math.isfinite(v)}
+    shown = {n: v for n, v in entry.items() if n not in ("update", "seconds", "exact", "passes") and math.isfinite(v)}
     log(step=t, **shown)
 
 
@@ -204,6 +207,12 @@ class _Checkpoint:
         progress.done, progress.without_gain = state["done"], state["without_gain"]
         progress.best_accuracy, progress.best_weights = state["best_accuracy"], state["best_weights"]
         progress.history = json.loads(state["history"])
+
+
+def passes_per_update(model: nn.Module) -> float | None:
+    """Mean number of passes of the graph network in an update of the model's history."""
+    passes = [entry["passes"] for entry in getattr(model, "history", []) if "passes" in entry]
+    return sum(passes) / len(passes) if passes else None
 
 
 def seconds_per_update(model: nn.Module) -> float | None:

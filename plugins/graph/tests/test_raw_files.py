@@ -1,0 +1,136 @@
+"""``pyg-graph`` on tiny graphs written in the raw formats of its data sets; nothing is downloaded."""
+
+import pickle
+
+import numpy as np
+import pandas
+import pytest
+import scipy.sparse
+import torch
+from plait import PlaitError, Run
+from plait_graph.examples import graph, write_webkb
+from plait_graph.plugin import NodeSplit, PygGraph
+from plait_graph.splits import MASKS
+
+
+def load(name, root, **fields):
+    return PygGraph(name=name, root=root, **fields).load_data(Run())
+
+
+def pairs(data):
+    return sorted(map(tuple, data.edge_index.T.tolist()))
+
+
+@pytest.mark.parametrize("name", ["Cornell", "Texas", "Wisconsin", "Chameleon", "Squirrel"])
+def test_graphs_with_features_and_labels_as_text(name, tmp_path):
+    written = graph()
+    write_webkb(tmp_path, name.lower(), written)
+    before = sorted(tmp_path.rglob("*"))
+    data = load(name, tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before  # the folder is left alone
+    torch.testing.assert_close(data.x, written.x)
+    assert torch.equal(data.y, written.y)
+    assert pairs(data) == pairs(written)
+    assert [data[mask].shape for mask in MASKS] == [(60, 10)] * 3
+    split = NodeSplit().transform(data, Run(seed=11))
+    with np.load(tmp_path / name.lower() / "splits" / f"{name.lower()}_split_0.6_0.2_1.npz") as masks:
+        assert all(torch.equal(split[mask], torch.from_numpy(masks[mask]).bool()) for mask in MASKS)
+
+
+def test_actor_lists_the_features_that_are_one(tmp_path):
+    write_webkb(tmp_path, "film", graph())
+    rows = [f"{i}\t{i % 4},{4 + i % 3}\t{i % 5}" for i in reversed(range(60))]
+    (tmp_path / "film" / "raw" / "out1_node_feature_label.txt").write_text("\n".join(["id\tfeature\tlabel", *rows, ""]))
+    data = load("Actor", tmp_path, normalize_features=True)
+    assert data.x.shape == (60, 7)
+    assert data.x[9].tolist() == [0, 0.5, 0, 0, 0.5, 0, 0]
+    assert data.y.tolist() == [i % 5 for i in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("name", "order"), [("Cora", [512, 510, 511]), ("Citeseer", [513, 510, 511]), ("Pubmed", [510, 511, 512])]
+)
+def test_planetoid(name, order, tmp_path):
+    """Test nodes come in the order of their own index, in which Citeseer leaves some out (here 512)."""
+    raw = tmp_path / name / "raw"
+    raw.mkdir(parents=True)
+    features = np.arange(3 * 513, dtype=np.float32).reshape(513, 3)
+    labels = np.eye(2, dtype=np.int32)[np.arange(513) // 2 % 2]
+    sparse = scipy.sparse.csr_matrix(features)
+    parts = {"x": sparse[:2], "allx": sparse[:510], "tx": sparse[510:]}
+    parts |= {"y": labels[:2], "ally": labels[:510], "ty": labels[510:]}
+    parts |= {"graph": {0: [1, 5], 1: [0, 0], 5: [0], 2: [2], 3: order[:1]}}
+    for part, value in parts.items():
+        (raw / f"ind.{name.lower()}.{part}").write_bytes(pickle.dumps(value))
+    (raw / f"ind.{name.lower()}.test.index").write_text("".join(f"{node}\n" for node in order))
+    data = load(name, tmp_path)
+    np.testing.assert_array_equal(data.x[order].numpy(), features[510:])
+    np.testing.assert_array_equal(data.y[order].numpy(), labels[510:].argmax(1))
+    np.testing.assert_array_equal(data.x[:510].numpy(), features[:510])
+    assert torch.nonzero(data.train_mask).flatten().tolist() == [0, 1]
+    assert torch.nonzero(data.val_mask).flatten().tolist() == list(range(2, 502))
+    assert torch.nonzero(data.test_mask).flatten().tolist() == sorted(order)
+    assert pairs(data) == [(0, 1), (0, 5), (1, 0), (3, order[0]), (5, 0), (order[0], 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("Computers", "amazon_electronics_computers.npz"),
+        ("Photo", "amazon_electronics_photo.npz"),
+        ("CoraFull", "cora.npz"),
+    ],
+)
+def test_sparse_arrays(name, file, tmp_path):
+    features = scipy.sparse.random(12, 9, 0.3, "csr", np.float32, random_state=0)
+    adjacency = scipy.sparse.csr_matrix((np.ones(4, np.float32), ([0, 1, 2, 5], [1, 2, 2, 0])), shape=(12, 12))
+    arrays = {"labels": np.arange(12) % 3}
+    for short, matrix in (("attr", features), ("adj", adjacency)):
+        arrays |= {f"{short}_{part}": getattr(matrix, part) for part in ("data", "indices", "indptr", "shape")}
+    (tmp_path / name.lower()).mkdir()
+    np.savez(tmp_path / name.lower() / file, **arrays)
+    data = load(name, tmp_path)
+    np.testing.assert_array_equal(data.x.numpy(), features.toarray() > 0)
+    assert pairs(data) == [(0, 1), (0, 5), (1, 0), (1, 2), (2, 1), (5, 0)]
+    assert data.y.tolist() == [0, 1, 2] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "by"),
+    [("ogbn-arxiv", "ogbn_arxiv", "time"), ("ogbn-arxiv", ".", "time"), ("ogbn-products", "products", "sales_ranking")],
+)
+def test_open_graph_benchmark(name, folder, by, tmp_path):
+    tables = {
+        "raw/node-feat": np.arange(10).reshape(5, 2) / 4,
+        "raw/node-label": np.array([[2], [0], [1], [1], [0]]),
+        "raw/edge": np.array([[0, 3], [4, 1], [1, 4]]),
+        f"split/{by}/train": np.array([[3], [0]]),
+        f"split/{by}/valid": np.array([[1]]),
+        f"split/{by}/test": np.array([[2], [4]]),
+    }
+    for path, table in tables.items():
+        target = tmp_path / folder / f"{path}.csv.gz"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pandas.DataFrame(table).to_csv(target, header=False, index=False)
+    data = load(name, tmp_path)
+    np.testing.assert_array_equal(data.x.numpy(), tables["raw/node-feat"].astype(np.float32))
+    assert data.y.tolist() == [2, 0, 1, 1, 0]
+    assert pairs(data) == [(0, 3), (1, 4), (3, 0), (4, 1)]
+    assert [torch.nonzero(data[mask]).flatten().tolist() for mask in MASKS] == [[0, 3], [1], [2, 4]]
+    assert pairs(load(name, tmp_path, undirected=False)) == [(0, 3), (1, 4), (4, 1)]
+
+
+def test_missing_files_are_named_and_not_downloaded(tmp_path):
+    with pytest.raises(PlaitError, match="no folder"):
+        load("Cora", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PlaitError, match="holds no files"):
+        load("Cora", tmp_path / "empty")
+    with pytest.raises(PlaitError, match=r"holds no arxiv/raw/edge\.csv\.gz"):
+        load("ogbn-arxiv", tmp_path / "empty")
+    write_webkb(tmp_path, "texas", graph())
+    with pytest.raises(PlaitError, match="holds no files"):  # and not those of Texas
+        load("Chameleon", tmp_path)
+    (tmp_path / "texas" / "splits" / "texas_split_0.6_0.2_4.npz").unlink()
+    with pytest.raises(PlaitError, match=r"lacks texas_split_0\.6_0\.2_4\.npz"):
+        load("Texas", tmp_path)
