@@ -1,6 +1,7 @@
 """Hand-computed updates and invariants of FGSAM, FGSAM+ and the SAM family, on closed-form losses."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -453,7 +454,9 @@ def one_process(rank, store, results):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_on_half_the_samples_each_are_one_on_all(tmp_path):
+def test_two_processes_on_half_the_samples_each_are_one_on_all(tmp_path, monkeypatch):
+    # The processes import this module by the name that pytest gave it, which begins at its root folder.
+    monkeypatch.syspath_prepend(Path(__file__).parents[__name__.count(".")])
     torch.multiprocessing.spawn(one_process, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for name in ("fgsam", "fgsam+", "sam"):
