@@ -7,7 +7,9 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plait import PlaitError
+from plait import PlaitError, Run
+from plait_clip import beds
+from plait_clip.examples import digit_pairs
 from plait_clip.model import (
     CallableModel,
     ImageInput,
@@ -19,6 +21,7 @@ from plait_clip.model import (
 )
 from plait_clip.model.open_clip_model import build
 from plait_clip.plugin.models import OpenClip, TransformersClip
+from plait_clip.plugin.training import ClipContrastive
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
@@ -96,7 +99,7 @@ def hf_blip() -> TransformersModel:
 class TwoLinear(nn.Module):
     def __init__(self):
         super().__init__()
-        self.image, self.text = nn.Linear(3, 5), nn.EmbeddingBag(40, 5, padding_idx=0)
+        self.image, self.text = nn.Linear(3, 5), nn.EmbeddingBag(100, 5, padding_idx=0)
 
 
 def two_linear() -> CallableModel:
@@ -393,3 +396,20 @@ def test_global_randomness_is_left_alone(run):
     state = torch.get_rng_state()
     OpenClip().load_model(data=None, run=run[0])
     assert np.array_equal(state.numpy(), torch.get_rng_state().numpy())
+
+
+def test_one_tower_of_a_callable_model_is_trained_where_it_says_which_weights_are_whose():
+    encoders = (lambda module, x: module.image(x.mean(dim=(2, 3)))), (lambda module, tokens: module.text(tokens))
+    data = digit_pairs(20)
+    model = CallableModel(
+        TwoLinear(),
+        *encoders,
+        WordTokenizer(beds.vocabulary(), 8),
+        ImageInput(8, [0.0] * 3, [1.0] * 3),
+        context_length=8,
+        image_prefixes=["module.image."],
+    )
+    assert set(model.text_state()) == {"module.text.weight"}
+    trained = ClipContrastive(train="image", num_epochs=1, batch_size=10, warmup_steps=1).optimize(model, data, Run())
+    assert torch.equal(trained.module.text.weight, model.module.text.weight)
+    assert not torch.equal(trained.module.image.weight, model.module.image.weight)

@@ -187,6 +187,7 @@ def test_captions_without_a_word_to_attack_are_counted_and_passed_through(model)
         (lambda: SaAet(text=False, ratios=(0, 0, 0)), "ratios"),
         (lambda: SaAet(text=False, projection_rank=3), "top_k"),
         (lambda: SaAet(text=False, epsilon=2), "epsilon is 2"),
+        (lambda: Pgd(epsilon=0.003), "below one 8-bit level"),
         (lambda: SaAet(text=False, step_size=0), "step_size"),
         (lambda: SaAet(text=False, scales=(0.5, 0)), "scales"),
         (lambda: BertAttack(text=False), "attacks nothing but captions"),
@@ -200,7 +201,6 @@ def test_wrong_fields(make, sentence):
 @pytest.mark.parametrize(
     ("attack", "sentence"),
     [
-        (SaAet(text=False, epsilon=0.003), "below one 8-bit level"),
         (SaAet(text=False, scales=(0.1,)), "scale 0.1 leaves nothing"),
         (SaAet(text=False, corpus_fraction=0.1), "needs at least 2"),
         (SaAet(text=False, projection="top_k", projection_rank=49), "49"),

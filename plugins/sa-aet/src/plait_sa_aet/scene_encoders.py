@@ -35,36 +35,39 @@ class Cone(nn.Module):
 
 
 class SmallCnn(nn.Sequential):
-    """Four convolutions with batch normalisation."""
+    """Three convolutions with batch normalisation, halved twice."""
 
     def __init__(self) -> None:
         def block(inside: int, outside: int, stride: int) -> list[nn.Module]:
             return [nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
 
         super().__init__(
-            *block(3, 32, 1), *block(32, 64, 2), *block(64, 64, 1), *block(64, 128, 2),
-            nn.Flatten(), nn.Linear(128 * (SIDE // 4) ** 2, WIDTH),
-        )  # fmt: skip
+            *block(3, 16, 1),
+            *block(16, 32, 2),
+            *block(32, 48, 2),
+            nn.Flatten(),
+            nn.Linear(48 * (SIDE // 4) ** 2, WIDTH),
+        )
 
 
 class SmallVit(nn.Module):
-    """Two transformer layers on patches of 4 × 4."""
+    """Two transformer layers on patches of 4 × 4 and a class token."""
 
     def __init__(self) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, WIDTH, 4, 4)
+        self.class_token = nn.Parameter(0.02 * torch.randn(WIDTH))
         self.positions = nn.Parameter(0.02 * torch.randn((SIDE // 4) ** 2 + 1, WIDTH))
-        self.summary = nn.Parameter(0.02 * torch.randn(WIDTH))
         layer = nn.TransformerEncoderLayer(
-            WIDTH, 4, 2 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            WIDTH, 4, 4 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(WIDTH), enable_nested_tensor=False)
         self.head = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patches(pixels).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.summary.expand(len(pixels), 1, -1), patches], dim=1) + self.positions
-        return self.head(self.layers(tokens)[:, 0])
+        tokens = torch.cat([self.class_token.expand(len(pixels), 1, -1), patches], dim=1)
+        return self.head(self.layers(tokens + self.positions)[:, 0])
 
 
 class DepthwiseBlock(nn.Module):
@@ -81,13 +84,16 @@ class DepthwiseBlock(nn.Module):
 
 
 class SmallConvNet(nn.Sequential):
-    """Three depthwise blocks on patches of 2 × 2, halved once."""
+    """Three depthwise blocks on patches of 3 × 3."""
 
     def __init__(self) -> None:
         super().__init__(
-            nn.Conv2d(3, 48, 2, 2), DepthwiseBlock(48), nn.Conv2d(48, 96, 2, 2), DepthwiseBlock(96), DepthwiseBlock(96),
-            nn.GroupNorm(1, 96), nn.Flatten(), nn.Linear(96 * (SIDE // 4) ** 2, WIDTH),
-        )  # fmt: skip
+            nn.Conv2d(3, 48, 3, 3),
+            *(DepthwiseBlock(48) for _ in range(3)),
+            nn.GroupNorm(1, 48),
+            nn.Flatten(),
+            nn.Linear(48 * (SIDE // 3) ** 2, WIDTH),
+        )
 
 
 class TextTower(nn.Module):
@@ -139,6 +145,7 @@ def scene_encoder(tower: Callable[[], nn.Module], factory: str, cone: float) -> 
         tokenizer,
         ImageInput(SIDE, [0.35] * 3, [0.25] * 3),
         context_length=CONTEXT_LENGTH,
+        image_prefixes=("module.image.", "module.image_cone."),
         factory=f"{__name__}:{factory}",
     )
 

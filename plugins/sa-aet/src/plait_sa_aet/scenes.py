@@ -35,14 +35,12 @@ SWAPS: dict[str, tuple[str, ...]] = {
     "left": ("right", "front", "top"),
     "right": ("left", "front", "top"),
     "stands": ("sits", "lies", "placed"),
-    "near": ("beside", "behind", "above"),
     "picture": ("image", "photo", "drawing"),
-    "beside": ("near", "behind", "above"),
     "placed": ("stands", "sits", "lies"),
     "small": ("big", "dark", "bright"),
     "image": ("picture", "photo", "drawing"),
-    "showing": ("hiding", "with", "holding"),
-    "next": ("near", "close", "back"),
+    "showing": ("hiding", "holding"),
+    "next": ("close",),
 }
 
 
@@ -59,12 +57,14 @@ def scenes(
     generator: torch.Generator,
     *,
     grey: tuple[float, float] = (0.1, 0.45),
+    opacity: float = 0.5,
 ) -> datasets.Dataset:
     """Scenes with their captions, held in memory.
 
     Args:
         digits: uint8 [N, 8, 8] and labels [N] that are drawn from.
         grey: range of the background's level, in [0, 1].
+        opacity: of the digits' paint, in [0, 1]; the fainter they are, the more a given budget can do.
 
     Returns:
         ``image`` (24 × 24), five ``captions``, and ``left``, ``right``, ``left_colour``, ``right_colour``.
@@ -85,7 +85,7 @@ def scenes(
         rows = torch.arange(SIDE)[None, :] - top[:, None]
         inside = ((rows >= 0) & (rows < HALF))[:, None, :, None]
         index = rows.clamp(0, HALF - 1)[:, None, :, None].expand(-1, 1, -1, HALF)
-        mask = alpha.gather(2, index) * inside
+        mask = opacity * alpha.gather(2, index) * inside
         half = images[..., left : left + HALF]
         images[..., left : left + HALF] = half + mask * (values[colours][:, :, None, None] - half)
         about[side] = [beds.DIGIT_NAMES[labels[i]] for i in chosen.tolist()]
@@ -102,6 +102,7 @@ def scenes(
 
 
 def vocabulary() -> list[str]:
-    """All words of the captions and of the swaps."""
+    """All words of the captions and of the swaps, and "unk", so that a word masked by [UNK] leaves its place taken."""
     templates = [text.replace("{a}", "").replace("{b}", "") for text in CAPTIONS]
-    return [*templates, *COLOURS, *beds.DIGIT_NAMES, *SWAPS, *(word for others in SWAPS.values() for word in others)]
+    swaps = [*SWAPS, *(word for others in SWAPS.values() for word in others)]
+    return [*templates, *COLOURS, *beds.DIGIT_NAMES, *swaps, "unk"]

@@ -1,12 +1,13 @@
-"""How far adversarial pairs carry: attack success rates of image-text retrieval on any model.
+"""How much of what a model retrieves right it retrieves wrong after an attack that was made for another model.
 
-The gallery is adversarial on both sides. A query counts if the model answered it before the attack, and the attack
-succeeds if it does not any more (evaluation of Lu et al., ICCV 2023, which DRA and SA-AET follow).
+Protocol of SA-AET (Jia et al., TPAMI 2025) and of the attacks before it: all images and all captions of the gallery
+are adversarial; text retrieval (TR) ranks captions for every image, image retrieval (IR) images for every caption.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,119 +19,175 @@ from plait_clip.retrieval import captions_of, ranks_by_model, text_features
 from plait_clip.zero_shot import evaluating, image_features
 from torch import Tensor
 
-from plait_sa_aet.captions import clean_caption
+PIXELS = "pixels"
 
-FLOATS = "pixels"  # the column of images that were not rounded to 8 bits
+
+def attack_success_rate(clean: Tensor, attacked: Tensor, k: int) -> float:
+    """ASR@k in percent, to 2 decimals: of the queries that are right without the attack, how many are wrong with it.
+
+    A query is right if its rank is below ``k``. Queries that are wrong anyway do not count.
+
+    Args:
+        clean, attacked: int64 [N], rank from 0 of the match of each query, without and with the attack.
+
+    Raises:
+        ValueError: other shapes, k < 1, or no query is right without the attack.
+    """
+    if clean.shape != attacked.shape or clean.ndim != 1:
+        raise ValueError(f"clean ranks {tuple(clean.shape)} and attacked ranks {tuple(attacked.shape)}; give as many")
+    if k < 1:
+        raise ValueError(f"k is {k}; ranks are counted from k = 1")
+    right = clean < k
+    num_right = int(right.sum())
+    if num_right == 0:
+        raise ValueError(
+            f"no query is right without the attack at k = {k}, so there is no success rate; take a larger k, or a model "
+            "that fits the data"
+        )
+    return round(100 * int((right & (attacked >= k)).sum()) / num_right, 2)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """N images and their M captions.
+
+    Attributes:
+        rows: the dataset; where it has a column ``pixels`` (float32 [3, S, S] in [0, 1]), that is the image.
+        captions: all captions, image by image.
+        owner: int64 [M] ascending, the image of each caption.
+    """
+
+    rows: datasets.Dataset
+    captions: Sequence[str]
+    owner: Tensor
+
+    @classmethod
+    def of(cls, rows: datasets.Dataset, clean: Callable[[str], str] = str) -> Pairs:
+        """The pairs of a dataset; a caption that ``clean`` leaves nothing of stays as it is.
+
+        Raises:
+            ValueError: it is no dataset, has no row, lacks a column, or a caption is empty.
+        """
+        undecoded(rows)
+        captions, owner = captions_of(rows)
+        return cls(rows, [clean(text) or text for text in captions], owner)
+
+    def image_batches(self, model: ImageTextModel, batch_size: int) -> Iterator[Tensor]:
+        """All images in order: uint8 at the model's size, or float32 in [0, 1] at their own.
+
+        Raises:
+            ValueError: an image cannot be read, or pixels lie outside [0, 1].
+        """
+        if PIXELS not in self.rows.column_names:
+            resize = model.image_input.resize
+            yield from image_batches(self.rows, model.image_size, batch_size=batch_size, resize=resize)
+            return
+        exact = self.rows.with_format("torch", columns=[PIXELS])
+        for start in range(0, len(exact), batch_size):
+            batch = exact[start : start + batch_size][PIXELS]
+            good = ((batch >= 0) & (batch <= 1)).flatten(1).all(dim=1)  # NaN is neither
+            if not bool(good.all()):
+                raise ValueError(f"row {start + int(good.int().argmin())}: pixels lie outside [0, 1]")
+            yield batch
+
+
+def check_same_pairs(clean: Pairs, attacked: Pairs) -> None:
+    """Both have as many images, and each image has as many captions.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    if len(clean.rows) != len(attacked.rows):
+        raise ValueError(f"it has {len(attacked.rows)} rows, the reference {len(clean.rows)}; give the attacked rows")
+    before, after = clean.owner.bincount(), attacked.owner.bincount()
+    if not torch.equal(before, after):
+        row = int((before != after).int().argmax())
+        raise ValueError(f"row {row} has {int(after[row])} captions, and {int(before[row])} in the reference")
+
+
+def check_one_kind(models: Mapping[str, ImageTextModel]) -> None:
+    """All models compare embeddings, or all score pairs.
+
+    Raises:
+        ValueError: some do and some do not, so that their rows of one table would not compare.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name, model in models.items():
+        kinds.setdefault(model.kind, []).append(name)
+    if len(kinds) > 1:
+        found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
+        raise ValueError(f"models of different embedding kinds in one table ({found}); evaluate each kind by itself")
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """What a model makes of a data set.
+    """What a model makes of pairs.
 
     Attributes:
-        texts: [M, D], features of the captions.
-        captions: M texts. owner: int64 [M], the image of each.
-        text_ranks: int64 [N], rank from 0 of every image's best caption.
-        image_ranks: int64 [M], rank from 0 of every caption's image.
+        images, texts: [N, D] and [M, D], of length 1, on the model's device.
+        text_ranks: int64 [N], rank from 0 of the best own caption of each image.
+        image_ranks: int64 [M], rank from 0 of the image of each caption.
     """
 
+    images: Tensor
     texts: Tensor
-    captions: list[str]
-    owner: Tensor
     text_ranks: Tensor
     image_ranks: Tensor
 
 
-def attack_success_rate(clean_ranks: Tensor, attacked_ranks: Tensor, k: int) -> float:
-    """100 · |right before, wrong now| / |right before|, rounded to 2 decimals; right means a rank below k.
-
-    Raises:
-        ValueError: nothing was right before.
-    """
-    right = clean_ranks < k
-    if not bool(right.any()):
-        raise ValueError(f"no query is answered within the first {k} before the attack; take a model that answers some")
-    return round(100 * (right & (attacked_ranks >= k)).sum().item() / right.sum().item(), 2)
-
-
 def retrieve(
     model: ImageTextModel,
-    data: datasets.Dataset,
+    pairs: Pairs,
     folder: Path,
     *,
-    clean_captions: bool = True,
     candidates: int = 128,
     batch_size: int = 256,
     precision: str = "fp32",
 ) -> Retrieval:
-    """Rank all captions for every image and all images for every caption; fusion models rerank.
+    """Rank all captions for every image and all images for every caption.
 
-    Args:
-        data: ``image``, or ``pixels`` where floats were kept, and ``captions``.
-        folder: for what a fusion model keeps on disk.
-        clean_captions: as the attacks clean them, so that only what they changed is measured.
+    Similarity is the cosine. A fusion model scores the nearest ``candidates`` anew with its matching head; what is not
+    among them ranks last. Memory: all embeddings, a batch of images, 1,024 rows of similarities; a fusion model's
+    image states lie in a file in ``folder`` meanwhile.
 
     Raises:
-        ValueError: a column is missing, a caption is empty, an image is damaged, or features are not finite.
+        ValueError: an image cannot be read, or embeddings are not finite.
     """
-    undecoded(data)
-    captions, owner = captions_of(data)
-    if clean_captions:
-        captions = [clean_caption(text) or text for text in captions]
 
     def batches() -> Iterator[Tensor]:
-        return pixel_batches(data, model, batch_size)
+        return pairs.image_batches(model, batch_size)
 
     images = torch.cat(list(image_features(model, batches(), precision=precision)))
-    texts = text_features(model, captions, precision=precision)
-    text_ranks, image_ranks = ranks_by_model(
-        model, batches, images, texts, captions, owner, folder, candidates=candidates, precision=precision
-    )
-    return Retrieval(texts, captions, owner, text_ranks, image_ranks)
+    texts = text_features(model, pairs.captions, precision=precision)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        ranks = ranks_by_model(
+            model, batches, images, texts, pairs.captions, pairs.owner, Path(scratch),
+            candidates=candidates, precision=precision,
+        )  # fmt: skip
+    return Retrieval(images, texts, *ranks)
 
 
-def pixel_batches(data: datasets.Dataset, model: ImageTextModel, batch_size: int) -> Iterator[Tensor]:
-    """[B, 3, S, S], floats in [0, 1] where the data have them, else uint8 at the model's size."""
-    if FLOATS not in data.column_names:
-        yield from image_batches(data, model.image_size, batch_size=batch_size, resize=model.image_input.resize)
-        return
-    floats = data.select_columns(FLOATS).with_format("torch")
-    for start in range(0, len(floats), batch_size):
-        yield floats[start : start + batch_size][FLOATS]
-
-
-def best_captions(
-    model: ImageTextModel, images: Tensor, found: Retrieval, *, candidates: int = 128, precision: str = "fp32"
+def top_captions(
+    model: ImageTextModel,
+    pairs: Pairs,
+    found: Retrieval,
+    rows: Sequence[int],
+    *,
+    candidates: int = 128,
+    precision: str = "fp32",
 ) -> list[str]:
-    """The first caption that the model retrieves for each of some images [B, 3, S, S]."""
-    (features,) = image_features(model, [images], precision=precision)
-    near = (features @ found.texts.T).topk(min(candidates, len(found.captions))).indices.tolist()
+    """The caption that the model ranks first for each of the images in ``rows``."""
+    similarities = found.images[list(rows)] @ found.texts.T
     if model.kind != "fusion":
-        return [found.captions[row[0]] for row in near]
-    best = []
-    for image, row in zip(images, near, strict=True):
-        texts = [found.captions[i] for i in row]
-        pixels = image if image.is_floating_point() else image.float() / 255
+        return [pairs.captions[i] for i in similarities.argmax(dim=1).tolist()]
+    chosen = Pairs(pairs.rows.select(rows), (), torch.empty(0))
+    texts = []
+    for images in chosen.image_batches(model, 1):
+        pixels = images if images.is_floating_point() else images.float() / 255
+        near = similarities[len(texts)].topk(min(candidates, len(pairs.captions))).indices.tolist()
         with evaluating(model, precision):
-            scores = model.match(pixels.to(model.device).expand(len(texts), -1, -1, -1), texts)
-        best.append(texts[int(scores.argmax())])
-    return best
-
-
-def check_same_rows(clean: datasets.Dataset, attacked: datasets.Dataset, name: str) -> None:
-    """The attacked data are a copy of the clean ones: as many rows, with as many captions each.
-
-    Raises:
-        ValueError: they are not.
-    """
-    if len(clean) != len(attacked):
-        raise ValueError(f"{name} has {len(attacked)} rows and reference {len(clean)}; give the data that was attacked")
-    counts: list[Sequence[int]] = [
-        torch.bincount(captions_of(part)[1], minlength=len(part)).tolist() for part in (clean, attacked)
-    ]
-    different = next((row for row, (a, b) in enumerate(zip(*counts, strict=True)) if a != b), None)
-    if different is not None:
-        raise ValueError(
-            f"row {different} of {name} has {counts[1][different]} captions, that of reference {counts[0][different]}; "
-            f"give the data that was attacked"
-        )
+            states = model.image_states(pixels.to(model.device)).float()
+            scores = model.match_states(states.expand(len(near), -1, -1), [pairs.captions[i] for i in near])
+        texts.append(pairs.captions[near[int(scores.argmax())]])
+    return texts

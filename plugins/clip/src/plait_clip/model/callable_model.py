@@ -26,6 +26,7 @@ class CallableModel(ImageTextModel):
         tokenizer: ``(texts, context_length) -> [N, L]``; shorter texts end in zeros.
         image_input: resizing and normalising.
         log_scale: start of ``logit_scale`` where the module has none.
+        image_prefixes: how the names of the image tower's weights begin, ``module.`` first; needed to train one tower.
         factory: ``"package.module:function"`` that makes an equal object; needed to load a saved one.
 
     Raises:
@@ -42,6 +43,7 @@ class CallableModel(ImageTextModel):
         *,
         context_length: int = 77,
         log_scale: float = 2.6592600369,
+        image_prefixes: Sequence[str] = (),
         factory: str | None = None,
     ) -> None:
         super().__init__()
@@ -56,6 +58,7 @@ class CallableModel(ImageTextModel):
         self.tokenizer = tokenizer
         self.image_input = image_input
         self.context_length = context_length
+        self.image_prefixes = tuple(image_prefixes)
         self.factory = factory
         self._own_scale = not isinstance(getattr(module, "logit_scale", None), nn.Parameter)
         if self._own_scale:

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import attrs
 import datasets
-import torch
 from plait import PlaitError, hookimpl
 from plait.fields import doc, in_range, one_of
-from plait_clip.loader import caption_column, check_captions, image_batches, undecoded
+from plait_clip.loader import check_captions, image_batches, undecoded
+from plait_clip.model import ImageTextModel
 from plait_clip.plugin.errors import as_plait_errors
 from plait_clip.plugin.models import on_device
 from plait_clip.retrieval import captions_of
@@ -23,13 +23,12 @@ from plait_sa_aet import attack as algorithm
 from plait_sa_aet.attack import Adversarial, Batch, Words
 from plait_sa_aet.captions import clean_caption
 from plait_sa_aet.image_attack import quantize
-from plait_sa_aet.plugin.findings import Findings
+from plait_sa_aet.plugin.findings import Findings, empty_record, note
 from plait_sa_aet.plugin.shards import Shards, changed_features, export, image_names, rows_of, with_other_columns
 from plait_sa_aet.projection import SemanticProjection, draw_corpus, semantic_projection
 from plait_sa_aet.randomness import Official, PerImage
 from plait_sa_aet.source import NotDifferentiableError, Source, frozen
 from plait_sa_aet.stop_words import STOP_WORDS, read_stop_words
-from plait_sa_aet.text_attack import WordChange
 from plait_sa_aet.triangle import TRIANGLES
 from plait_sa_aet.views import ScaledViews
 
@@ -88,12 +87,22 @@ class Attack:
         """L∞ budget of the images in [0, 1] units; 0: they stay as they are."""
         return 0.0
 
-    def check(self, model: Any) -> None:
-        """Refuse what cannot work before the work starts."""
+    @property
+    def keeps_floats(self) -> bool:
+        return self.rounding == "none" and self.reach > 0
+
+    @property
+    def draws_officially(self) -> bool:
+        return self.rng == "official" or (self.rng is None and self.official)
+
+    def __attrs_post_init__(self) -> None:
         if 0 < self.reach < 1 / 255 and self.rounding != "none":
             raise PlaitError(
                 f"epsilon is {self.reach:.5f}, below one 8-bit level (1/255); give more, or quantize: none"
             )
+
+    def check(self, model: ImageTextModel) -> None:
+        """Refuse a model that the fields do not suit, before the work starts."""
 
     def prepare(self, source: Source, captions: Sequence[str], run: Any, findings: Findings) -> OneBatch:
         """What every batch needs is made once; returns the attack of one batch."""
@@ -117,14 +126,11 @@ class Attack:
                 return self._attacked(source, data, run)
 
     def _attacked(self, source: Source, data: datasets.Dataset, run: Any) -> datasets.Dataset:
-        column, floats = caption_column(data), self.rounding == "none" and self.reach > 0
-        shards = Shards(run.folder / "shards", changed_features(data, column, source.image_size, floats))
+        shards = Shards(run.folder / "shards", changed_features(data, source.image_size, self.keeps_floats))
         findings = Findings()
         texts = [clean_caption(text) for text in captions_of(data)[0]]
         one_batch = self.prepare(source, texts, run, findings)
-        official = (
-            Official(run.seed) if (self.rng or ("official" if self.official else "per_image")) == "official" else None
-        )
+        official = Official(run.seed) if self.draws_officially else None
         size = self.batch_size * max(1, SHARD_IMAGES // self.batch_size)
         starts = range(0, len(data), size)
 
@@ -132,7 +138,7 @@ class Attack:
             record = shards.record(index)
             if record is None:
                 part = data.select(range(start, min(start + size, len(data))))
-                rows, record = self._shard(source, one_batch, part, start, column, floats, official, run)
+                rows, record = self._shard(source, one_batch, part, start, official, run)
                 shards.write(index, rows, record)
             elif official is not None:
                 official.load_state_dict(record["rng"])
@@ -140,7 +146,7 @@ class Attack:
             findings.add(record)
         run.add(findings.report())
         if self.save_to is not None:
-            export(self.save_to, shards, len(starts), column, findings.projection)
+            export(self.save_to, shards, len(starts), findings.projection)
         return with_other_columns(data, shards.dataset(len(starts)), run.folder)
 
     def _shard(
@@ -149,48 +155,32 @@ class Attack:
         one_batch: OneBatch,
         part: datasets.Dataset,
         start: int,
-        column: str,
-        floats: bool,
         official: Official | None,
         run: Any,
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Attack some rows: their new columns, and the record of what was done."""
-        cells = undecoded(part)
-        listed = not isinstance(part.features[column], datasets.Value)
-        lists = [cell if listed else [cell] for cell in cells.select_columns(column)[:][column]]
-        names = image_names(cells.select_columns("image")[:]["image"], start)
+        """Attack the rows of ``part``, the first of which is ``start``: their new columns, and what was done."""
+        names = image_names(undecoded(part).select_columns("image")[:]["image"], start)
+        captions, owners = captions_of(part)
         rows: list[dict[str, Any]] = []
-        record: dict[str, Any] = {
-            "changes": [],
-            "unattackable": 0,
-            "captions": 0,
-            "rejected": 0,
-            "moved": 0.0,
-            "trace": [],
-        }
+        record = empty_record()
         resize = source.model.image_input.resize
-        row = 0
         for pixels in image_batches(part, source.image_size, batch_size=self.batch_size, resize=resize):
-            own = lists[row : row + len(pixels)]
-            clean = pixels.to(source.device).float() / 255
-            owner = torch.repeat_interleave(torch.arange(len(own)), torch.tensor([len(texts) for texts in own]))
-            plain = [text for texts in own for text in texts]
-            texts = [clean_caption(text) for text in plain]
-            ids = range(start + row, start + row + len(own))
-            rng = official or PerImage(run.derived_seed("noise"), list(ids), device=source.device)
-            found = one_batch(source, Batch(clean, texts, owner.to(source.device)), rng)
-            images = quantize(found.images, clean, self.reach, self.rounding) if self.reach else clean
-            changed = [text or before for text, before in zip(found.captions, plain, strict=True)]
-            captions = [[changed[m] for m in (owner == i).nonzero().flatten().tolist()] for i in range(len(own))]
-            rows += rows_of(
-                images.cpu().numpy(),
-                captions if listed else [text[0] for text in captions],
-                column,
-                names[row : row + len(own)],
-                floats,
+            here = range(len(rows), len(rows) + len(pixels))
+            own = ((owners >= here.start) & (owners < here.stop)).nonzero().flatten()
+            txt2img = owners[own] - here.start
+            plain = [captions[m] for m in own.tolist()]
+            batch = Batch(
+                pixels.to(source.device).float() / 255,
+                [clean_caption(text) for text in plain],
+                txt2img.to(source.device),
             )
-            _note(record, found, texts, owner, start + row, float((images - clean).abs().max()))
-            row += len(own)
+            ids = [start + row for row in here]
+            rng = official or PerImage(run.derived_seed("noise"), ids, device=source.device)
+            found = one_batch(source, batch, rng)
+            images = quantize(found.images, batch.images, self.reach, self.rounding) if self.reach else batch.images
+            note(record, found, batch, ids, float((images - batch.images).abs().max()))
+            texts = [text or before for text, before in zip(found.captions, plain, strict=True)]
+            rows += rows_of(part, images, texts, txt2img, names[here.start : here.stop], self.keeps_floats)
         if official is not None:
             record["rng"] = official.state_dict()
         return rows, record
@@ -248,10 +238,10 @@ class SeesScaledViews(StepsFreely):
         views = ScaledViews(self.scales, noise_std=self.scale_noise_std, antialias=self.resize_antialias)
         return {**self.step_options(), "views": views}
 
-    def check_scales(self, side: int) -> None:
+    def check(self, model: ImageTextModel) -> None:
         for scale in self.scales:
-            if int(scale * side) < 1:
-                raise PlaitError(f"scale {scale} leaves nothing of a {side} pixel image; take a larger one")
+            if int(scale * model.image_size) < 1:
+                raise PlaitError(f"scale {scale} leaves nothing of a {model.image_size} pixel image; take a larger one")
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -304,9 +294,12 @@ class SwapsWords:
         default=None, metadata=doc("file of words never touched, one a line; default: English function words")
     )
 
-    def check_words(self) -> None:
-        if not self.text:
-            return
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()  # type: ignore[misc]
+        if self.text:
+            self._check_words()
+
+    def _check_words(self) -> None:
         allowed = ", ".join(GENERATORS)
         if self.generator is None:
             raise PlaitError(f"generator is not set; give one of {allowed}, or text: false to attack the images alone")
@@ -417,15 +410,11 @@ class SaAet(SwapsWords, SeesScaledViews, Attack):
     project_words: bool = attrs.field(default=False, metadata=doc("project features in the choice of words too"))
 
     def __attrs_post_init__(self) -> None:
-        self.check_words()
+        super().__attrs_post_init__()
         if sum(self.ratios) <= 0:
             raise PlaitError(f"ratios are {list(self.ratios)}; at least one has to be above 0")
         if self.projection_rank is not None and self.projection != "top_k":
             raise PlaitError(f"projection_rank is for projection: top_k, which is {self.projection!r}")
-
-    def check(self, model: Any) -> None:
-        Attack.check(self, model)
-        self.check_scales(model.image_size)
 
     def prepare(self, source: Source, captions: Sequence[str], run: Any, findings: Findings) -> OneBatch:
         words = self.words(source, captions, self.official)
@@ -486,13 +475,6 @@ class Dra(SaAet):
 class Sga(SwapsWords, SeesScaledViews, Attack):
     """Set-level guidance attack: images in several scales and captions (Lu et al., ICCV 2023)."""
 
-    def __attrs_post_init__(self) -> None:
-        self.check_words()
-
-    def check(self, model: Any) -> None:
-        Attack.check(self, model)
-        self.check_scales(model.image_size)
-
     def prepare(self, source: Source, captions: Sequence[str], run: Any, findings: Findings) -> OneBatch:
         return partial(
             algorithm.sa_aet,
@@ -507,9 +489,6 @@ class Sga(SwapsWords, SeesScaledViews, Attack):
 class CoAttack(SwapsWords, AttacksImages, Attack):
     """Co-Attack: captions first, then images away from them (Zhang et al., ACM MM 2022)."""
 
-    def __attrs_post_init__(self) -> None:
-        self.check_words()
-
     def prepare(self, source: Source, captions: Sequence[str], run: Any, findings: Findings) -> OneBatch:
         words = self.words(source, captions, self.official)
         return partial(algorithm.co_attack, words=words, **self.pgd_options())
@@ -518,9 +497,6 @@ class CoAttack(SwapsWords, AttacksImages, Attack):
 @attrs.frozen(kw_only=True)
 class SepAttack(SwapsWords, AttacksImages, Attack):
     """PGD on images and BERT-Attack on captions, separately."""
-
-    def __attrs_post_init__(self) -> None:
-        self.check_words()
 
     def prepare(self, source: Source, captions: Sequence[str], run: Any, findings: Findings) -> OneBatch:
         words = self.words(source, captions, self.official)
@@ -532,9 +508,9 @@ class BertAttack(SwapsWords, Attack):
     """BERT-Attack on captions alone (Li et al., EMNLP 2020)."""
 
     def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
         if not self.text:
             raise PlaitError("text is false, but bert-attack attacks nothing but captions; take another attack")
-        self.check_words()
 
     def prepare(self, source: Source, captions: Sequence[str], run: Any, findings: Findings) -> OneBatch:
         words = self.words(source, captions, self.official)
@@ -558,27 +534,7 @@ class PgdCos(StepsFreely, Attack):
         return partial(algorithm.pgd_cos, image_options=self.step_options())
 
 
-# ------------------------------------------------------------------------------------------- files and records
-
-
-def _note(
-    record: dict[str, Any], found: Adversarial, texts: Sequence[str], owner: torch.Tensor, first_row: int, moved: float
-) -> None:
-    """Add a batch to the record of its shard; rows count from the start of the data."""
-    images = (owner + first_row).tolist()
-    for change in found.changes:
-        clean, changed = texts[change.caption], found.captions[change.caption]
-        about = {"row": images[change.caption], "clean": clean, "adversarial": changed}
-        record["changes"].append({**about, **_without_caption(change)})
-    record["captions"] += len(texts)
-    record["unattackable"] += len(found.unattackable)
-    record["rejected"] = max(record["rejected"], found.num_rejected)
-    record["moved"] = max(record["moved"], moved)
-    record["trace"].append({"first_row": first_row, "steps": list(found.trace)})
-
-
-def _without_caption(change: WordChange) -> dict[str, Any]:
-    return {name: value for name, value in vars(change).items() if name != "caption"}
+# ---------------------------------------------------------------------------------------------- what fields name
 
 
 def _lines(path: str | Path) -> list[str]:

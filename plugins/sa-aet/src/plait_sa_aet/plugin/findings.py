@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import matplotlib.figure
@@ -11,7 +12,32 @@ import numpy as np
 from plait import Report
 from plait.report import Curve, Image, Panel, png
 
+from plait_sa_aet.attack import Adversarial, Batch
 from plait_sa_aet.projection import COMMON_DIRECTION, SemanticProjection
+
+
+def empty_record() -> dict[str, Any]:
+    """The record of a shard before its first batch."""
+    return {"captions": 0, "unattackable": 0, "rejected": 0, "moved": 0.0, "changes": [], "trace": []}
+
+
+def note(record: dict[str, Any], found: Adversarial, batch: Batch, rows: Sequence[int], moved: float) -> None:
+    """Add a batch to the record of its shard.
+
+    Args:
+        rows: numbers of the batch's images in the data.
+        moved: largest change of a pixel, in [0, 1] units.
+    """
+    owner = batch.txt2img.tolist()
+    for change in found.changes:
+        texts = {"clean": batch.captions[change.caption], "adversarial": found.captions[change.caption]}
+        fields = {name: value for name, value in asdict(change).items() if name != "caption"}
+        record["changes"].append({"row": rows[owner[change.caption]], **texts, **fields})
+    record["captions"] += len(batch.captions)
+    record["unattackable"] += len(found.unattackable)
+    record["rejected"] += found.num_rejected
+    record["moved"] = max(record["moved"], moved)
+    record["trace"].append({"first_row": rows[0], "steps": list(found.trace)})
 
 
 class Findings:
@@ -29,7 +55,7 @@ class Findings:
         self.counts["captions"] += record["captions"]
         self.counts["changed"] += len({(c["row"], c["clean"]) for c in record["changes"]})
         self.counts["unattackable"] += record["unattackable"]
-        self.counts["rejected"] = max(self.counts["rejected"], record["rejected"])
+        self.counts["rejected"] += record["rejected"]
         self.moved = max(self.moved, record["moved"])
         for batch in record["trace"]:
             for step, entry in enumerate(batch["steps"]):

@@ -26,6 +26,12 @@ class DigitScenes:
         default=(0.1, 0.45), validator=in_range(0, 1), metadata=doc("range of the background's level, in [0, 1]")
     )
 
+    opacity: float = attrs.field(
+        default=0.5,
+        validator=in_range(0, 1, low_open=True),
+        metadata=doc("of the digits' paint; 1 covers the background"),
+    )
+
     def __attrs_post_init__(self) -> None:
         if self.grey[0] > self.grey[1]:
             raise PlaitError(f"grey is {list(self.grey)}; give the lower level first")
@@ -34,8 +40,8 @@ class DigitScenes:
     def load_data(self, run: Any) -> dict[str, datasets.Dataset]:
         train, test = scenes.digit_pools()
         return {
-            "train": scenes.scenes(train, self.num_train, run.generator("train"), grey=self.grey),
-            "test": scenes.scenes(test, self.num_test, run.generator("test"), grey=self.grey),
+            "train": scenes.scenes(train, self.num_train, run.generator("train"), grey=self.grey, opacity=self.opacity),
+            "test": scenes.scenes(test, self.num_test, run.generator("test"), grey=self.grey, opacity=self.opacity),
         }
 
 
@@ -55,4 +61,4 @@ class SceneEncoder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.derived_seed("weights"))
             model = scene_encoders.ARCHITECTURES[self.architecture](self.cone)
-        return model.to(run.device)
+        return model.eval().to(run.device)

@@ -12,9 +12,10 @@ from typing import IO, Any
 import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
-from plait_clip.loader import undecoded
+from plait_clip.loader import caption_column, undecoded
 from plait_clip.records import png_bytes
 from safetensors.torch import save_file
+from torch import Tensor
 
 from plait_sa_aet.projection import SemanticProjection
 
@@ -64,23 +65,30 @@ class Shards:
         return self.folder / f"shard-{index:06d}.{suffix}"
 
 
-def changed_features(data: datasets.Dataset, caption_column: str, side: int, floats: bool) -> datasets.Features:
+def changed_features(data: datasets.Dataset, side: int, floats: bool) -> datasets.Features:
     """The columns that an attack writes: image, captions, and ``pixels`` where the exact floats are kept."""
-    columns = {"image": datasets.Image(decode=False), caption_column: data.features[caption_column]}
+    column = caption_column(data)
+    columns = {"image": datasets.Image(decode=False), column: data.features[column]}
     if floats:
         columns["pixels"] = datasets.Array3D(shape=(3, side, side), dtype="float32")
     return datasets.Features(columns)
 
 
 def rows_of(
-    images: np.ndarray, captions: Sequence[Any], caption_column: str, names: Sequence[str | None], floats: bool
+    data: datasets.Dataset, images: Tensor, captions: Sequence[str], txt2img: Tensor, names: Sequence[str], floats: bool
 ) -> list[dict[str, Any]]:
-    """float32 images [B, 3, H, W] in [0, 1] and their captions as rows; images are rounded to 8 bits."""
+    """Images [B, 3, H, W] in [0, 1] and their M captions as rows like those of ``data``; rounded to 8 bits."""
+    column = caption_column(data)
+    lists: list[list[str]] = [[] for _ in names]
+    for text, image in zip(captions, txt2img.tolist(), strict=True):
+        lists[image].append(text)
+    single = isinstance(data.features[column], datasets.Value)
+    exact = images.cpu().numpy()
+    levels = np.round(exact * 255).astype(np.uint8).transpose(0, 2, 3, 1)
     rows = []
-    levels = np.round(images * 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    for image, level, caption, name in zip(images, levels, captions, names, strict=True):
-        row = {"image": {"bytes": png_bytes(level), "path": name}, caption_column: caption}
-        rows.append(row | ({"pixels": image} if floats else {}))
+    for pixels, level, texts, name in zip(exact, levels, lists, names, strict=True):
+        row = {"image": {"bytes": png_bytes(level), "path": name}, column: texts[0] if single else texts}
+        rows.append(row | ({"pixels": pixels} if floats else {}))
     return rows
 
 
@@ -105,9 +113,10 @@ def image_names(cells: Sequence[Mapping[str, Any]], start: int) -> list[str]:
     return names
 
 
-def export(folder: Path, shards: Shards, count: int, column: str, projection: SemanticProjection | None) -> None:
+def export(folder: Path, shards: Shards, count: int, projection: SemanticProjection | None) -> None:
     """The pairs as files for other programs: PNG images under their own names, and JSON lines beside them."""
     folder.mkdir(parents=True, exist_ok=True)
+    column = next(name for name in ("captions", "caption") if name in shards.features)
     if projection is not None:
         save_file(projection.state_dict(), str(folder / "projection.safetensors"))
     with contextlib.ExitStack() as stack:

@@ -1,8 +1,12 @@
-"""``evaluate: transfer``."""
+"""``evaluate: transfer``: attack success rates of adversarial pairs, source by target."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from statistics import fmean
 from typing import Any, Literal
 
 import attrs
@@ -11,185 +15,241 @@ import torch
 from plait import PlaitError, Report, hookimpl
 from plait.fields import doc, in_range, one_of
 from plait.report import Image, Panel, png
-from plait_clip.loader import undecoded
+from plait_clip.loader import open_image, pixels_from_pil, undecoded
 from plait_clip.model import ImageTextModel
-from plait_clip.plugin.errors import as_plait_errors
 from plait_clip.plugin.models import on_device
 from plait_clip.retrieval import recall
+from torch import Tensor
 
-from plait_sa_aet.transfer import (
-    Retrieval,
-    attack_success_rate,
-    best_captions,
-    check_same_rows,
-    pixel_batches,
-    retrieve,
-)
+from plait_sa_aet import transfer
+from plait_sa_aet.captions import clean_caption
+from plait_sa_aet.transfer import PIXELS, Pairs, Retrieval
 
+GAIN = 10  # of the difference in the pictures
 OTHERS = "others (mean)"
+ALL = "all"
+
 Row = dict[str, Any]
 
 
 @attrs.frozen(kw_only=True)
 class Transfer:
-    """Attack success rates of adversarial pairs on other models, source × target (Lu et al., ICCV 2023)."""
+    """Attack success rate on image-text retrieval, for every source and target (Jia et al., TPAMI 2025)."""
 
-    source: str | None = attrs.field(
-        default=None, metadata=doc("name of the model that was attacked, where data is one data set and no mapping")
-    )
     top: tuple[int, ...] = attrs.field(
-        default=(1, 5, 10), validator=in_range(1), metadata=doc("ranks k of ASR@k and R@k")
+        default=(1, 5, 10), validator=in_range(1), metadata=doc("ranks k of R@k and ASR@k")
+    )
+    candidates: int = attrs.field(
+        default=128, validator=in_range(1), metadata=doc("nearest captions or images that a fusion model scores")
+    )
+    source: str | None = attrs.field(
+        default=None, metadata=doc("name of the model that was attacked, where data is one dataset without a name")
     )
     clean_captions: bool = attrs.field(
-        default=True, metadata=doc("clean the captions of both sides as the attacks do: lower case, no punctuation")
+        default=True,
+        metadata=doc("clean the captions of both sides as the attacks do, so that only what they changed differs"),
     )
     mixed_kinds: bool = attrs.field(
         default=False,
         metadata=doc("allow contrastive and fusion models in one table, whose scores are not made in the same way"),
     )
-    candidates: int = attrs.field(
-        default=128, validator=in_range(1), metadata=doc("nearest captions or images that a fusion model scores")
+    num_panels: int = attrs.field(
+        default=4, validator=in_range(0), metadata=doc("pairs shown in the report: clean, adversarial, difference")
     )
     batch_size: int = attrs.field(default=256, validator=in_range(1), metadata=doc("images at a time"))
     precision: Literal["fp32", "bf16"] = attrs.field(
         default="fp32", validator=one_of("fp32", "bf16"), metadata=doc("arithmetic of the towers")
     )
-    num_panels: int = attrs.field(
-        default=4, validator=in_range(0), metadata=doc("pairs shown in the report: clean, adversarial, difference")
-    )
 
     def __attrs_post_init__(self) -> None:
         if not self.top:
-            raise PlaitError("top is empty; give at least one rank")
+            raise PlaitError("top is empty; give at least one rank, such as [1, 5, 10]")
         if self.candidates < max(self.top):
             raise PlaitError(f"candidates is {self.candidates}, which is less than the rank {max(self.top)} in top")
 
     @hookimpl
     def evaluate(self, model: Any, data: Any, reference: Any, run: Any) -> Report:
-        with as_plait_errors():
-            targets = dict(model) if isinstance(model, Mapping) else {"model": model}
-            attacked = dict(data) if isinstance(data, Mapping) else {self.source or "source": data}
-            self._check(targets, attacked, reference)
-            table: list[Row] = []
-            recalls: list[Row] = []
-            panels: list[Panel] = []
-            for name, target in run.track(targets.items(), "targets", total=len(targets)):
-                target = on_device(target, run.device)
-                clean = self._retrieve(target, reference, run)
-                recalls.append({"target": name, **self._recalls(clean)})
-                for source, pairs in attacked.items():
-                    found = self._retrieve(target, pairs, run)
-                    table.append({"source": source, "target": name, **self._rates(name, clean, found)})
-                    if source != name and not panels and self.num_panels:
-                        panels.append(self._panel(f"{source} → {name}", target, reference, pairs, clean, found))
-        run.add(Report(rows=recalls, title="clean recall", better={}, formats=dict.fromkeys(recalls[0], ".3f")))
-        rates = [name for name in table[0] if name not in ("source", "target")]
-        table.sort(key=lambda row: list(attacked).index(row["source"]))
-        table += _means(table, rates)
+        models, sources = self._named(model, data)
+        cleaning = clean_caption if self.clean_captions else str
+        with _telling_of("reference"):
+            clean = Pairs.of(reference, cleaning)
+        attacked = {}
+        for name, rows in sources.items():
+            with _telling_of(_label("data", name)):
+                attacked[name] = Pairs.of(rows, cleaning)
+                transfer.check_same_pairs(clean, attacked[name])
+        return self._report(models, clean, attacked, run)
+
+    def _named(self, model: Any, data: Any) -> tuple[dict[str, ImageTextModel], dict[str, Any]]:
+        """Models and datasets by name; the name of a single one is empty."""
+        models = dict(model) if isinstance(model, Mapping) else {"": model}
+        sources = dict(data) if isinstance(data, Mapping) else {self.source or "": data}
+        if isinstance(data, Mapping) and self.source is not None:
+            raise PlaitError(f"source is {self.source!r}, but data names its sources: {', '.join(data)}; leave it out")
+        for what, found in (("model", models), ("data", sources)):
+            if not found:
+                raise PlaitError(f"{what} is empty; give at least one")
+        for name, found in models.items():
+            if not isinstance(found, ImageTextModel):
+                kind = type(found).__name__
+                raise PlaitError(f"{_label('model', name)} is a {kind}; an image-text model of plait-clip is needed")
+        if not self.mixed_kinds:
+            try:
+                transfer.check_one_kind(models)
+            except ValueError as error:
+                raise PlaitError(f"{error}, or set mixed_kinds: true") from error
+        return models, sources
+
+    def _report(
+        self, models: Mapping[str, ImageTextModel], clean: Pairs, attacked: Mapping[str, Pairs], run: Any
+    ) -> Report:
+        table: list[Row] = []
+        recalls: list[Row] = []
+        panels: list[Panel] = []
+        pairs = [(source, target) for target in models for source in attacked]
+        shown = next((pair for pair in pairs if pair[0] != pair[1]), pairs[0]) if self.num_panels else None
+        work = [(target, source) for target in models for source in (None, *attacked)]
+        for target, source in run.track(work, "retrieving", total=len(work)):
+            with _telling_of(_label("model", target)):
+                if source is None:  # once for each target, before its sources
+                    model = on_device(models[target], run.device)
+                    before = self._retrieve(model, clean, run)
+                    recalls.append(_identity("", target) | self._recalls(before))
+                    continue
+                with _telling_of(_label("data", source)):
+                    after = self._retrieve(model, attacked[source], run)
+                table.append(_identity(source, target) | self._rates(before, after))
+                if (source, target) == shown:
+                    title = " → ".join(filter(None, shown)) or "attack"
+                    pictures = self._pictures(model, clean, attacked[source], before, after)
+                    panels.append(Panel(title=title, images=pictures))
+        place = {source: i for i, source in enumerate(attacked)}
+        table.sort(key=lambda row: place[row.get("source", "")])  # targets keep their order
+        rates = [name for name in table[0] if "ASR" in name]
+        run.add(Report(title="clean recall", rows=recalls, formats={n: ".3f" for n in recalls[0] if "R@" in n}))
         return Report(
-            rows=table,
+            rows=[*table, *_means(table, rates)],
             better=dict.fromkeys(rates, "higher"),
             formats=dict.fromkeys(rates, ".2f"),
             panels=panels,
             notes=[
-                "ASR@k: of the queries answered within the first k before the attack, the share (%) that is not any more, "
-                "with all images and all captions of the gallery adversarial. TR: image → caption, IR: caption → image. "
-                "ASR is the mean of TR and IR ASR@1."
+                "ASR@k: of the queries answered within the first k without the attack, the share (%) that is not with it; "
+                "all images and all captions of the gallery are adversarial. TR: image → caption, IR: caption → image. "
+                "ASR is the mean of TR and IR ASR@1. White-box: the target is the model that was attacked."
             ],
         )
 
-    def _check(self, targets: Mapping[str, Any], attacked: Mapping[str, Any], reference: Any) -> None:
-        if not targets or not attacked:
-            raise PlaitError("model or data is empty; give at least one model and one attacked data set")
-        for name, target in targets.items():
-            if not isinstance(target, ImageTextModel):
-                raise PlaitError(
-                    f"model {name} is a {type(target).__name__}; an image-text model of plait-clip is needed"
-                )
-        kinds = {name: target.kind for name, target in targets.items()}
-        if len(set(kinds.values())) > 1 and not self.mixed_kinds:
-            listed = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
-            raise PlaitError(
-                f"{listed}: contrastive models rank by cosine, fusion models by a match score; evaluate them in steps of "
-                f"their own, or set mixed_kinds: true"
-            )
-        undecoded(reference)
-        for name, pairs in attacked.items():
-            undecoded(pairs)
-            check_same_rows(reference, pairs, f"data {name}")
-
-    def _retrieve(self, target: ImageTextModel, data: Any, run: Any) -> Retrieval:
-        return retrieve(
-            target,
-            data,
-            run.folder,
-            clean_captions=self.clean_captions,
-            candidates=self.candidates,
-            batch_size=self.batch_size,
-            precision=self.precision,
-        )
+    def _retrieve(self, model: ImageTextModel, pairs: Pairs, run: Any) -> Retrieval:
+        return transfer.retrieve(
+            model, pairs, run.folder,
+            candidates=self.candidates, batch_size=self.batch_size, precision=self.precision,
+        )  # fmt: skip
 
     def _recalls(self, found: Retrieval) -> Row:
-        row = {f"TR R@{k}": recall(found.text_ranks, k) for k in self.top}
-        return row | {f"IR R@{k}": recall(found.image_ranks, k) for k in self.top}
+        ranks = {"TR": found.text_ranks, "IR": found.image_ranks}
+        return {f"{task} R@{k}": recall(ranks[task], k) for task in ranks for k in self.top}
 
-    def _rates(self, target: str, clean: Retrieval, found: Retrieval) -> Row:
-        try:
-            text = {k: attack_success_rate(clean.text_ranks, found.text_ranks, k) for k in self.top}
-            image = {k: attack_success_rate(clean.image_ranks, found.image_ranks, k) for k in self.top}
-        except ValueError as error:
-            raise PlaitError(f"target {target}: {error}") from error
-        first = min(self.top)
-        row: Row = {"ASR": (text[first] + image[first]) / 2}
-        row |= {f"TR ASR@{k}": text[k] for k in self.top}
-        return row | {f"IR ASR@{k}": image[k] for k in self.top}
+    def _rates(self, before: Retrieval, after: Retrieval) -> Row:
+        """The numbers of one row, in percent."""
+        tasks = {
+            "TR": (before.text_ranks, after.text_ranks),
+            "IR": (before.image_ranks, after.image_ranks),
+        }
+        rates = {f"{task} ASR@{k}": transfer.attack_success_rate(*tasks[task], k) for task in tasks for k in self.top}
+        return {"ASR": fmean(rates[f"{task} ASR@{min(self.top)}"] for task in tasks)} | rates
 
-    def _panel(
-        self, title: str, target: ImageTextModel, reference: Any, pairs: Any, clean: Retrieval, found: Retrieval
-    ) -> Panel:
-        """Pairs for which the attack succeeded first; what the target retrieves for the image, before and after."""
-        success = (clean.text_ranks == 0) & (found.text_ranks > 0)
-        rows = success.int().argsort(descending=True, stable=True)[: self.num_panels].tolist()
-        before = torch.cat(list(pixel_batches(reference.select(rows), target, len(rows))))
-        after = torch.cat(list(pixel_batches(pairs.select(rows), target, len(rows))))
-        options = {"candidates": self.candidates, "precision": self.precision}
-        said = best_captions(target, before, clean, **options), best_captions(target, after, found, **options)
-        grid = []
-        for i, row in enumerate(rows):
-            x, y = _floats(before[i]), _floats(after[i])
-            first = int((clean.owner == row).nonzero()[0])
-            grid.append(
+    def _pictures(
+        self, model: ImageTextModel, clean: Pairs, attacked: Pairs, before: Retrieval, after: Retrieval
+    ) -> list[list[Image]]:
+        """Images whose captions are not found any more come first: clean, adversarial, difference."""
+        fooled = (before.text_ranks == 0) & (after.text_ranks > 0)
+        rows = fooled.int().argsort(descending=True, stable=True)[: self.num_panels].tolist()
+        find = partial(transfer.top_captions, model, rows=rows, candidates=self.candidates, precision=self.precision)
+        pictures = []
+        for row, first, now in zip(rows, find(clean, before), find(attacked, after), strict=True):
+            changed = _image(attacked, row)
+            unchanged = _image_like(clean, row, changed, model.image_input.resize)
+            amplified = (0.5 + GAIN * (changed - unchanged)).clamp(0, 1)
+            pictures.append(
                 [
-                    Image(caption=f"clean: {clean.captions[first]} — retrieved: {said[0][i]}", data=_enlarged(x)),
-                    Image(caption=f"adversarial: {found.captions[first]} — retrieved: {said[1][i]}", data=_enlarged(y)),
-                    *([] if x.shape != y.shape else [Image(caption="10 × difference, grey is none", data=_enlarged(0.5 + 10 * (y - x)))]),
+                    Image(caption=f"clean; retrieved first: {first}", data=png(unchanged)),
+                    Image(caption=f"adversarial; retrieved first: {now}", data=png(changed)),
+                    Image(
+                        caption=f"{GAIN} × difference; {_changed_caption(clean, attacked, row)}", data=png(amplified)
+                    ),
                 ]
-            )  # fmt: skip
-        return Panel(title=title, images=grid)
+            )
+        return pictures
 
 
-def _means(table: list[Row], rates: list[str]) -> list[Row]:
-    """Of every source over the other targets, and of all sources."""
-    transfer = [row for row in table if row["source"] != row["target"]]
-    if len(transfer) < 2:
-        return []
-
-    def mean(rows: list[Row]) -> Row:
-        return {name: float(np.mean([row[name] for row in rows])) for name in rates}
-
-    sources = list(dict.fromkeys(row["source"] for row in transfer))
-    own = [
-        {"source": source, "target": OTHERS, **mean([row for row in transfer if row["source"] == source])}
-        for source in sources
-    ]
-    return [*own, {"source": "all", "target": OTHERS, **mean(transfer)}] if len(sources) > 1 else own
+def _label(what: str, name: str) -> str:
+    return f"{what} {name}".rstrip()
 
 
-def _floats(image: torch.Tensor) -> torch.Tensor:
-    return image.float() if image.is_floating_point() else image.float() / 255
+@contextlib.contextmanager
+def _telling_of(what: str) -> Iterator[None]:
+    """Mistakes in the input as sentences that say which input it is."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise PlaitError(f"{what}: {error}") from error
 
 
-def _enlarged(image: torch.Tensor) -> bytes:
-    """PNG of [3, S, S]; small images are enlarged so that their pixels can be seen."""
-    factor = max(1, 96 // image.shape[-1])
-    return png(image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2))
+def _identity(source: str, target: str) -> Row:
+    """The text columns of a row; what has no name is left out."""
+    named = {name: value for name, value in (("source", source), ("target", target)) if value}
+    if len(named) == 2:
+        named["setting"] = "white-box" if source == target else "transfer"
+    return named
+
+
+def _means(table: Sequence[Row], rates: Sequence[str]) -> list[Row]:
+    """Rows for the mean of every source over the other targets, and of all sources, where there are several."""
+    moved = [row for row in table if row.get("setting") == "transfer"]
+
+    def mean(source: str, rows: Sequence[Row]) -> list[Row]:
+        numbers = {name: fmean(row[name] for row in rows) for name in rates if len(rows) > 1}
+        return [{"source": source, "target": OTHERS, "setting": "transfer"} | numbers] if numbers else []
+
+    sources = list(dict.fromkeys(row["source"] for row in moved))
+    own = [row for source in sources for row in mean(source, [row for row in moved if row["source"] == source])]
+    return own + mean(ALL, moved if len(sources) > 1 else [])
+
+
+def _image(pairs: Pairs, row: int) -> Tensor:
+    """One image as it is given to models, float32 [3, H, W] in [0, 1]."""
+    if PIXELS in pairs.rows.column_names:
+        return pairs.rows.with_format("torch", columns=[PIXELS])[row][PIXELS]
+    return _as_tensor(np.asarray(_picture(pairs, row).convert("RGB")).transpose(2, 0, 1))
+
+
+def _image_like(pairs: Pairs, row: int, other: Tensor, resize: str) -> Tensor:
+    """One image at the size of another, cut as attacks cut it."""
+    height, width = other.shape[1:]
+    picture = _picture(pairs, row)
+    if (picture.width, picture.height) == (width, height):
+        return _image(pairs, row)
+    if height == width:
+        return _as_tensor(pixels_from_pil(picture, height, resize))
+    return _as_tensor(np.asarray(picture.convert("RGB").resize((width, height))).transpose(2, 0, 1))
+
+
+def _picture(pairs: Pairs, row: int) -> Any:
+    return open_image(undecoded(pairs.rows)[row]["image"], row)
+
+
+def _as_tensor(levels: np.ndarray) -> Tensor:
+    return torch.from_numpy(levels.copy()).float() / 255
+
+
+def _changed_caption(clean: Pairs, attacked: Pairs, row: int) -> str:
+    """The first caption of an image that the attack changed: [old → new] words."""
+    start, stop = (int(i) for i in torch.searchsorted(clean.owner, torch.tensor([row, row + 1])))
+    own = range(start, stop)
+    chosen = next((i for i in own if clean.captions[i] != attacked.captions[i]), start)
+    old, new = clean.captions[chosen].split(), attacked.captions[chosen].split()
+    parts = []
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        before, after = " ".join(old[i:j]), " ".join(new[k:m])
+        parts.append(before if kind == "equal" else f"[{before} → {after}]")
+    return " ".join(parts)

@@ -1,0 +1,308 @@
+"""Attack success rates: by hand, as laws, and of whole data sets."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from plait import PlaitError, Run
+from plait_clip.examples import digit_pairs, tiny_model
+from plait_clip.loader import undecoded
+from plait_clip.model import ImageInput, TransformersModel
+from plait_clip.retrieval import evaluate_retrieval, recall
+from plait_sa_aet.captions import clean_caption
+from plait_sa_aet.plugin.transfer import Transfer
+from plait_sa_aet.transfer import Pairs, attack_success_rate, retrieve, top_captions
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "digit", "number")
+ranks = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=30)
+
+
+def test_success_rate_by_hand():
+    # right without the attack: 0, 1, 2, 3; with it: 1, 3, 5
+    clean, attacked = torch.tensor([0, 0, 0, 0, 7, 4]), torch.tensor([1, 0, 9, 0, 1, 0])
+    assert attack_success_rate(clean, attacked, 1) == 50.0
+    assert attack_success_rate(clean, clean, 1) == 0.0
+    # k = 5: right are 0, 1, 2, 3 and 5, of which 2 is lost
+    assert attack_success_rate(clean, attacked, 5) == 20.0
+
+
+def test_no_right_query_is_an_error_and_no_nan():
+    with pytest.raises(ValueError, match="no query is right without the attack at k = 1"):
+        attack_success_rate(torch.tensor([3, 1]), torch.tensor([0, 0]), 1)
+    with pytest.raises(ValueError, match="k is 0"):
+        attack_success_rate(torch.tensor([0]), torch.tensor([0]), 0)
+    with pytest.raises(ValueError, match="give as many"):
+        attack_success_rate(torch.tensor([0]), torch.tensor([0, 1]), 1)
+
+
+@given(ranks, st.integers(1, 12))
+def test_success_rate_is_a_share_of_the_right_queries(pairs, k):
+    clean, attacked = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    right = [after for before, after in pairs if before < k]
+    if not right:
+        with pytest.raises(ValueError, match="no query is right"):
+            attack_success_rate(clean, attacked, k)
+        return
+    rate = attack_success_rate(clean, attacked, k)
+    assert rate == pytest.approx(100 * sum(after >= k for after in right) / len(right), abs=0.0051)
+    assert attack_success_rate(clean, clean, k) == 0
+    # Queries that were wrong anyway change nothing, and the order of queries neither.
+    hopeless, fallen = torch.tensor([k, k + 3]), torch.tensor([0, k])
+    assert attack_success_rate(torch.cat([clean, hopeless]), torch.cat([attacked, fallen]), k) == rate
+    assert attack_success_rate(clean.flip(0), attacked.flip(0), k) == rate
+    # Losing one more query raises it by its share.
+    kept = ((clean < k) & (attacked < k)).nonzero()
+    if len(kept):
+        worse = attacked.clone()
+        worse[kept[0]] = k
+        assert attack_success_rate(clean, worse, k) == pytest.approx(rate + 100 / len(right), abs=0.0101)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Ten digits, one of each class, with a clean caption and one that needs cleaning."""
+    data = digit_pairs(60)
+    rows = [data["label"].index(k) for k in range(10)]
+    captions = [[f"A photo of the number {name}!", f"the digit {name}"] for name in WORDS[:10]]
+    return data.select(rows).remove_columns("captions").add_column("captions", captions)
+
+
+@pytest.fixture(scope="module")
+def knowing(pairs):
+    """Two different models that find each of the ten pairs."""
+    return {"a": _taught(pairs, 0), "b": _taught(pairs, 1)}
+
+
+def _taught(pairs, seed):
+    model = tiny_model()
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += 0.01 * torch.randn(parameter.shape, generator=draw)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    texts = [f"the digit {word}" for word in WORDS[:10]]
+    images = torch.stack([_pixels(image) for image in pairs["image"]])
+    for _ in range(60):
+        u, w = (F.normalize(f, dim=-1) for f in (model.encode_image(images), model.encode_text(texts)))
+        logits = 20 * u @ w.T
+        loss = F.cross_entropy(logits, torch.arange(10)) + F.cross_entropy(logits.T, torch.arange(10))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def _pixels(image):
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def _with(data, **columns):
+    """The data with some columns anew."""
+    features = data.features.copy()
+    if "pixels" in columns:
+        features["pixels"] = datasets.Array3D(np.shape(columns["pixels"])[1:], "float32")
+    return datasets.Dataset.from_dict({**undecoded(data).to_dict(), **columns}, features=features)
+
+
+def shifted(pairs, step):
+    """The images of other rows under the captions of these."""
+    images = undecoded(pairs)["image"][:]
+    return _with(pairs, image=images[step:] + images[:step])
+
+
+def test_table_of_sources_and_targets(pairs, knowing):
+    data = {"a": shifted(pairs, 1), "b": pairs, "c": shifted(pairs, 3)}
+    run = Run()
+    report = Transfer(top=(1, 5)).evaluate(knowing, data, pairs, run)
+    assert [(row["source"], row["target"], row["setting"]) for row in report.rows] == [
+        ("a", "a", "white-box"),
+        ("a", "b", "transfer"),
+        ("b", "a", "transfer"),
+        ("b", "b", "white-box"),
+        ("c", "a", "transfer"),
+        ("c", "b", "transfer"),
+        ("c", "others (mean)", "transfer"),
+        ("all", "others (mean)", "transfer"),
+    ]
+    assert list(report.rows[0])[3:] == ["ASR", "TR ASR@1", "TR ASR@5", "IR ASR@1", "IR ASR@5"]
+    # All images exchanged: nothing that was right stays right. None changed: all stays.
+    assert report.value("TR ASR@1", source="a", target="b") == 100
+    assert report.value("ASR", source="b", target="a") == 0
+    for source in data:
+        pair = [report.value(f"{task} ASR@1", source=source, target="b") for task in ("TR", "IR")]
+        assert report.value("ASR", source=source, target="b") == pytest.approx(sum(pair) / 2)
+    of_c = [report.value("IR ASR@1", source="c", target=target) for target in "ab"]
+    assert report.value("IR ASR@1", source="c", target="others (mean)") == pytest.approx(sum(of_c) / 2)
+    transferred = [row["ASR"] for row in report.rows[:6] if row["setting"] == "transfer"]
+    assert report.value("ASR", source="all") == pytest.approx(sum(transferred) / 4)
+    (recalls,) = run.reports
+    assert [row["target"] for row in recalls.rows] == ["a", "b"]
+    alone = evaluate_retrieval(knowing["a"], _with(pairs, captions=_cleaned(pairs)), Run().folder)
+    assert recalls.value("TR R@1", target="a") == recall(alone[0], 1)
+    assert recalls.value("IR R@5", target="a") == recall(alone[1], 5)
+
+
+def _cleaned(pairs):
+    return [[text.lower().rstrip("!") for text in captions] for captions in pairs["captions"]]
+
+
+def test_a_single_model_and_a_single_dataset_have_no_names(pairs, knowing):
+    report = Transfer(top=(1,)).evaluate(knowing["a"], shifted(pairs, 1), pairs, Run())
+    assert [list(row) for row in report.rows] == [["ASR", "TR ASR@1", "IR ASR@1"]]
+    for source, setting in (("b", "transfer"), ("a", "white-box")):
+        named = Transfer(top=(1,), source=source).evaluate({"a": knowing["a"]}, shifted(pairs, 1), pairs, Run())
+        assert [(row["source"], row["target"], row["setting"]) for row in named.rows] == [(source, "a", setting)]
+        assert named.rows[0]["TR ASR@1"] == report.rows[0]["TR ASR@1"]
+        assert len(named.panels) == 1
+
+
+def test_cleaning_of_captions_is_no_attack(pairs, knowing):
+    cleaned = _with(pairs, captions=_cleaned(pairs))
+    for data, clean_captions, changed in ((cleaned, True, False), (pairs, True, False), (cleaned, False, True)):
+        method = Transfer(top=(1,), clean_captions=clean_captions, num_panels=10)
+        report = method.evaluate(knowing["a"], data, pairs, Run())
+        assert any("→" in row[2].caption for row in report.panels[0].images) == changed
+    # What cleaning leaves nothing of stays, as the attacks leave it.
+    shouting = _with(pairs, captions=[[text, "!!!"] for text, _ in pairs["captions"]])
+    assert Pairs.of(shouting, clean_caption).captions[:2] == ["a photo of the number zero", "!!!"]
+
+
+def test_float_pixels_stand_for_the_rounded_images(pairs, knowing, tmp_path):
+    clean = torch.stack([_pixels(image) for image in pairs["image"]])
+    moved = (clean + 0.3 / 255).clamp(0, 1)
+    exact = _with(pairs, pixels=moved.numpy())
+    model = knowing["a"]
+    found = retrieve(model, Pairs.of(exact), tmp_path, batch_size=3)
+    with torch.no_grad():
+        torch.testing.assert_close(found.images, F.normalize(model.encode_image(moved), dim=-1))
+        rounded = F.normalize(model.encode_image(clean), dim=-1)
+    assert not torch.allclose(found.images, rounded, atol=1e-6)
+    torch.testing.assert_close(retrieve(model, Pairs.of(pairs), tmp_path, batch_size=3).images, rounded)
+    # Larger pixels are resized by the model; pictures of them are made at their size.
+    large = F.interpolate(moved, scale_factor=2)
+    report = Transfer(top=(1,)).evaluate(model, _with(pairs, pixels=large.numpy()), pairs, Run())
+    assert report.rows[0]["TR ASR@1"] < 60
+    for bad in (torch.nan, 1.01, -0.01):
+        wrong = moved.clone()
+        wrong[7, 0, 0, 0] = bad
+        with pytest.raises(PlaitError, match="row 7: pixels lie outside"):
+            Transfer().evaluate(model, _with(pairs, pixels=wrong.numpy()), pairs, Run())
+
+
+def test_batches_do_not_matter_and_nothing_is_changed(pairs, knowing):
+    before = {name: value.clone() for name, value in knowing["a"].state_dict().items()}
+    knowing["a"].train()
+    one, other = (
+        Transfer(top=(1, 5), batch_size=size).evaluate(knowing, {"a": shifted(pairs, 2)}, pairs, Run()).rows
+        for size in (3, 256)
+    )
+    assert one == other
+    assert knowing["a"].training
+    knowing["a"].eval()
+    assert all(torch.equal(value, before[name]) for name, value in knowing["a"].state_dict().items())
+
+
+def test_pictures_show_fooled_images_first(pairs, knowing):
+    images = undecoded(pairs)["image"][:]
+    images[4], images[7] = images[7], images[4]
+    captions = [list(texts) for texts in _cleaned(pairs)]
+    captions[4][1] = "the number four"
+    attacked = _with(pairs, image=images, captions=captions)
+    report = Transfer(top=(1,), num_panels=3).evaluate(knowing, {"a": attacked, "z": attacked}, pairs, Run())
+    (panel,) = report.panels
+    assert panel.title == "z → a"
+    rows = panel.images
+    assert len(rows) == 3
+    clean, adversarial, difference = rows[0]
+    assert clean.caption in (
+        "clean; retrieved first: the digit four",
+        "clean; retrieved first: a photo of the number four",
+    )
+    assert adversarial.caption.endswith("seven")
+    assert difference.caption == "10 × difference; the [digit → number] four"
+    assert rows[1][0].caption.endswith("seven")
+    assert not Transfer(num_panels=0).evaluate(knowing["a"], attacked, pairs, Run()).panels
+
+
+@pytest.fixture(scope="module")
+def blip():
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = ["[PAD]", "[UNK]", *WORDS, "[CLS]", "[SEP]"]
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    inner = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(w, ids[w]) for w in ("[CLS]", "[SEP]")]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(vocabulary), "max_position_embeddings": 16, "encoder_hidden_size": 16}
+    ends = {"pad_token_id": 0, "bos_token_id": ids["[CLS]"], "sep_token_id": ids["[SEP]"]}
+    config = transformers.BlipConfig(
+        text_config={**sizes, **text, **ends},
+        vision_config={**sizes, "image_size": 8, "patch_size": 4},
+        image_text_hidden_size=8,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        inner_model = transformers.BlipForImageTextRetrieval(config).eval()
+        for weights in inner_model.parameters():
+            if weights.ndim > 1:  # BLIP's own start is so small that images hardly matter
+                weights.data.normal_(std=0.25)
+    return TransformersModel(inner_model, tokenizer, ImageInput(8, [0.3] * 3, [0.4] * 3))
+
+
+def test_fusion_models_rank_by_match(pairs, blip, tmp_path):
+    data = _with(pairs, captions=[[f"number {name}", f"digit {name}"] for name in WORDS[:10]])
+    pixels = torch.stack([_pixels(image) for image in data["image"]])
+    moved = (1 - pixels).contiguous()  # far away, so that taking ``image`` instead would be seen
+    for rows, seen in ((data, pixels), (_with(data, pixels=moved.numpy()), moved)):
+        attacked = Pairs.of(rows)
+        found = retrieve(blip, attacked, tmp_path, batch_size=4)
+        with torch.no_grad():
+            scores = torch.stack([blip.match(seen, [text] * 10) for text in attacked.captions], dim=1)
+        assert min(scores.std(dim=0).min(), scores.std(dim=1).min()) > 0.01  # images and texts matter
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        first_own = [next(p for p, t in enumerate(row.tolist()) if t // 2 == i) for i, row in enumerate(order)]
+        assert found.text_ranks.tolist() == first_own
+        places = scores.T.argsort(dim=1, descending=True, stable=True)
+        assert found.image_ranks.tolist() == [row.tolist().index(j // 2) for j, row in enumerate(places)]
+        assert top_captions(blip, attacked, found, [3, 5]) == [attacked.captions[int(order[i, 0])] for i in (3, 5)]
+    assert not list(tmp_path.iterdir())  # the states of the images are gone
+    report = Transfer(top=(20,), candidates=20, batch_size=4).evaluate({"blip": blip}, {"blip": data}, data, Run())
+    assert report.rows[0]["TR ASR@20"] == 0
+
+
+def test_kinds_of_models_do_not_share_a_table(pairs, knowing, blip):
+    with pytest.raises(PlaitError, match=r"different embedding kinds in one table \(contrastive: a; fusion: blip"):
+        Transfer().evaluate({"a": knowing["a"], "blip": blip}, {"a": pairs}, pairs, Run())
+    fields = {"mixed_kinds": True, "top": (20,), "candidates": 20}
+    report = Transfer(**fields).evaluate({"a": knowing["a"], "blip": blip}, {"a": pairs}, pairs, Run())
+    assert [row["target"] for row in report.rows] == ["a", "blip"]
+
+
+def test_what_does_not_fit_is_refused(pairs, knowing):
+    model = knowing["a"]
+
+    def refused(match, model=model, data=pairs, reference=pairs, **fields):
+        with pytest.raises(PlaitError, match=match):
+            Transfer(**fields).evaluate(model, data, reference, Run())
+
+    refused("data x: it has 9 rows, the reference 10", data={"x": pairs.select(range(9))})
+    fewer = [texts[: 1 + (i != 6)] for i, texts in enumerate(pairs["captions"])]
+    refused("row 6 has 1 captions, and 2 in the reference", data=_with(pairs, captions=fewer))
+    refused("data y: .*no column 'captions'", data={"x": pairs, "y": pairs.remove_columns("captions")})
+    refused("reference: .*no column 'image'", reference=pairs.remove_columns("image"))
+    refused("reference: .*dict", reference={"test": pairs})
+    refused("data: .*no rows", data=pairs.select([]))
+    refused("model a is a Linear", model={"a": torch.nn.Linear(2, 2)})
+    refused("model is empty", model={})
+    refused("source is 'a', but data names", data={"a": pairs}, source="a")
+    wrong = shifted(pairs, 1)
+    refused("model a: no query is right without the attack at k = 1", model=knowing, data=wrong, reference=wrong)
+    refused("top is empty", top=())
+    refused("candidates is 5, which is less than the rank 10", candidates=5)
