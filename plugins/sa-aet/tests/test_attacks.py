@@ -1,5 +1,6 @@
 """The attacks as methods: whole data sets in, adversarial pairs out."""
 
+import copy
 import json
 
 import datasets
@@ -11,6 +12,7 @@ from plait import PlaitError, Run
 from plait_clip import beds
 from plait_clip.examples import digit_pairs, tiny_model
 from plait_sa_aet.plugin.attacks import BertAttack, CoAttack, Dra, Pgd, PgdCos, SaAet, SepAttack, Sga
+from plait_sa_aet.plugin.transfer import Transfer
 from safetensors.torch import load_file
 
 WORDS = {"generator": "synonyms", "synonyms": {word: tuple(others) for word, others in beds.SYNONYMS.items()}}
@@ -134,6 +136,26 @@ def test_results_do_not_depend_on_batches_where_every_image_chooses(model):
         SaAet(num_steps=4, text=False, selection="image", batch_size=size).attack(model, data, Run()) for size in (1, 4)
     )
     assert (pixels(one) == pixels(four)).mean() > 0.999
+
+
+def test_a_fusion_model_is_attacked_through_its_two_towers(blip):
+    data = digit_pairs(6)
+    changed = SaAet(**QUICK, **WORDS, projection="none").attack(blip, data, Run())
+    assert 0 < np.abs(pixels(changed) - pixels(data)).max() <= 8
+    assert changed["captions"] != data["captions"]
+    report = Transfer(top=(6,), candidates=6, num_panels=1).evaluate(blip, changed, data, Run())
+    assert report.rows[0]["ASR"] == 0  # of six images all are among the first six
+
+
+def test_a_source_without_gradients_is_refused_in_one_sentence(model):
+    class Detached(type(model)):
+        def encode_image(self, images):
+            return super().encode_image(images).detach()
+
+    detached = copy.deepcopy(model)
+    detached.__class__ = Detached
+    with pytest.raises(PlaitError, match="must be differentiable"):
+        PgdCos(**QUICK).attack(detached, digit_pairs(4), Run())
 
 
 def test_another_seed_gives_other_images(model):

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from plait import PlaitError, Run
 from plait_clip.examples import digit_pairs, tiny_model
 from plait_clip.loader import undecoded
-from plait_clip.model import ImageInput, TransformersModel
 from plait_clip.retrieval import evaluate_retrieval, recall
 from plait_sa_aet.captions import clean_caption
 from plait_sa_aet.plugin.transfer import Transfer
@@ -224,36 +223,6 @@ def test_pictures_show_fooled_images_first(pairs, knowing):
     assert difference.caption == "10 × difference; the [digit → number] four"
     assert rows[1][0].caption.endswith("seven")
     assert not Transfer(num_panels=0).evaluate(knowing["a"], attacked, pairs, Run()).panels
-
-
-@pytest.fixture(scope="module")
-def blip():
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    vocabulary = ["[PAD]", "[UNK]", *WORDS, "[CLS]", "[SEP]"]
-    ids = {word: i for i, word in enumerate(vocabulary)}
-    inner = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[(w, ids[w]) for w in ("[CLS]", "[SEP]")]
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {"vocab_size": len(vocabulary), "max_position_embeddings": 16, "encoder_hidden_size": 16}
-    ends = {"pad_token_id": 0, "bos_token_id": ids["[CLS]"], "sep_token_id": ids["[SEP]"]}
-    config = transformers.BlipConfig(
-        text_config={**sizes, **text, **ends},
-        vision_config={**sizes, "image_size": 8, "patch_size": 4},
-        image_text_hidden_size=8,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        inner_model = transformers.BlipForImageTextRetrieval(config).eval()
-        for weights in inner_model.parameters():
-            if weights.ndim > 1:  # BLIP's own start is so small that images hardly matter
-                weights.data.normal_(std=0.25)
-    return TransformersModel(inner_model, tokenizer, ImageInput(8, [0.3] * 3, [0.4] * 3))
 
 
 def test_fusion_models_rank_by_match(pairs, blip, tmp_path):

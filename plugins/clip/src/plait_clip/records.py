@@ -143,6 +143,22 @@ def from_rows(
     return _with_classes(parts, names), skipped
 
 
+def flattened(dataset: datasets.Dataset, path: Path) -> datasets.Dataset:
+    """The rows of a selection written to ``path``; others as they are.
+
+    Adding or joining columns would else copy the selection to a cache folder outside ours.
+    """
+    if dataset._indices is None:
+        return dataset
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        return dataset.flatten_indices(cache_file_name=str(path))
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
 class _Part:
     """One split, written as it comes. Labels stay text until all are known."""
 

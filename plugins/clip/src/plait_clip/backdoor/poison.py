@@ -23,6 +23,7 @@ from torch import Tensor
 
 from plait_clip.loader import caption_column, open_image, undecoded
 from plait_clip.prompts import fill
+from plait_clip.records import flattened
 
 IS_BACKDOOR, SOURCE_ROW = "is_backdoor", "source_row"
 
@@ -176,9 +177,7 @@ def poisoned_table(
         poison_captions: poisoned row → its new caption; rows that are absent keep their captions.
         noise: clean row → row whose captions it gets.
     """
-    cells = undecoded(data)
-    if cells._indices is not None:  # add_column would copy to a cache folder outside ours
-        cells = cells.flatten_indices(cache_file_name=str(folder / "flat.arrow"))
+    cells = flattened(undecoded(data), folder / "flat.arrow")
     column = caption_column(data)
     clean = cells.add_column(IS_BACKDOOR, np.zeros(len(cells), bool))
     clean = clean.add_column(SOURCE_ROW, np.arange(len(cells)))

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
 from plait_clip.loader import caption_column, undecoded
-from plait_clip.records import png_bytes
+from plait_clip.records import flattened, png_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -96,8 +96,7 @@ def with_other_columns(data: datasets.Dataset, changed: datasets.Dataset, folder
     """``data`` with its changed columns replaced; the others stay views of what they were."""
     rest = undecoded(data).remove_columns([name for name in data.column_names if name in changed.column_names])
     if rest.column_names:
-        if rest._indices is not None:  # joining columns would copy to a cache folder outside ours
-            rest = rest.flatten_indices(cache_file_name=str(folder / "rest.arrow"))
+        rest = flattened(rest, folder / "rest.arrow")
         changed = datasets.concatenate_datasets([changed, rest], axis=1)
     order = [*data.column_names, *(name for name in changed.column_names if name not in data.column_names)]
     return changed.select_columns(order).cast_column("image", datasets.Image())
