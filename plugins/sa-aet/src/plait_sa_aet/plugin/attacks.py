@@ -312,13 +312,14 @@ class SwapsWords:
         if self.synonyms is not None and self.generator != "synonyms":
             raise PlaitError(f"synonyms is set, but generator is {self.generator!r}; set generator: synonyms")
 
-    def words(self, source: Source, captions: Sequence[str], official: bool) -> Words | None:
+    def words(self, source: Source, captions: Sequence[str], official: bool, findings: Findings) -> Words | None:
         """The candidates and options of the word attack; None: captions stay as they are.
 
         Raises:
             ValueError, OSError: the generator's source cannot be read, or the model has no word embeddings.
         """
         if not self.text:
+            findings.notes.append("The captions are as they were: text is false, so the images alone are attacked.")
             return None
         max_length = self.max_length or (30 if source.model.kind == "fusion" else 77)
         options = {
@@ -417,7 +418,7 @@ class SaAet(SwapsWords, SeesScaledViews, Attack):
             raise PlaitError(f"projection_rank is for projection: top_k, which is {self.projection!r}")
 
     def prepare(self, source: Source, captions: Sequence[str], run: Any, findings: Findings) -> OneBatch:
-        words = self.words(source, captions, self.official)
+        words = self.words(source, captions, self.official, findings)
         projection = self._projection(source, captions, run)
         findings.projection = projection
         image_options = {
@@ -479,7 +480,7 @@ class Sga(SwapsWords, SeesScaledViews, Attack):
         return partial(
             algorithm.sa_aet,
             projection=None,
-            words=self.words(source, captions, self.official),
+            words=self.words(source, captions, self.official, findings),
             ratios=(0.0, 1.0, 0.0),  # the last choice of words sees the final images alone
             image_options={**self.view_options(), "triangle": "none"},
         )
@@ -490,7 +491,7 @@ class CoAttack(SwapsWords, AttacksImages, Attack):
     """Co-Attack: captions first, then images away from them (Zhang et al., ACM MM 2022)."""
 
     def prepare(self, source: Source, captions: Sequence[str], run: Any, findings: Findings) -> OneBatch:
-        words = self.words(source, captions, self.official)
+        words = self.words(source, captions, self.official, findings)
         return partial(algorithm.co_attack, words=words, **self.pgd_options())
 
 
@@ -499,7 +500,7 @@ class SepAttack(SwapsWords, AttacksImages, Attack):
     """PGD on images and BERT-Attack on captions, separately."""
 
     def prepare(self, source: Source, captions: Sequence[str], run: Any, findings: Findings) -> OneBatch:
-        words = self.words(source, captions, self.official)
+        words = self.words(source, captions, self.official, findings)
         return partial(algorithm.sep_attack, words=words, **self.pgd_options())
 
 
@@ -513,7 +514,7 @@ class BertAttack(SwapsWords, Attack):
             raise PlaitError("text is false, but bert-attack attacks nothing but captions; take another attack")
 
     def prepare(self, source: Source, captions: Sequence[str], run: Any, findings: Findings) -> OneBatch:
-        words = self.words(source, captions, self.official)
+        words = self.words(source, captions, self.official, findings)
         assert words is not None
         return lambda source, batch, rng: algorithm.bert(source, batch, words=words)
 

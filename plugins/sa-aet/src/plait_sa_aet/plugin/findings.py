@@ -45,6 +45,7 @@ class Findings:
 
     def __init__(self) -> None:
         self.projection: SemanticProjection | None = None
+        self.notes: list[str] = []
         self.counts: Counter[str] = Counter()
         self.moved = 0.0
         self.losses: dict[int, list[float]] = {}
@@ -70,7 +71,7 @@ class Findings:
             "no word to attack": self.counts["unattackable"],
             "largest change of a pixel": self.moved,
         }
-        notes, panels, curves = [], [], []
+        notes, panels, curves = list(self.notes), [], []
         if self.counts["rejected"]:
             notes.append(
                 f"{self.counts['rejected']} candidates of several words were dropped (allow_multiword: false)."
