@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plait import PlaitError
 from plait_clip import prompts, zero_shot
-from plait_clip.model import ImageInput, TransformersModel
+from plait_clip.examples import tiny_fusion_model
 from plait_clip.plugin.evaluation import LinearProbe, Retrieval, SupervisedFineTune, ZeroShot
 from plait_clip.retrieval import evaluate_retrieval, recall, retrieval_ranks
 
@@ -129,31 +129,7 @@ def test_retrieval_of_a_trained_model(trained, digits, run):
 
 
 def test_fusion_models_order_their_candidates_by_match(digits, tmp_path):
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    words = ["[PAD]", "[UNK]", *NAMES, "[CLS]", "[SEP]"]
-    ids = {word: i for i, word in enumerate(words)}
-    inner = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[(w, ids[w]) for w in ("[CLS]", "[SEP]")]
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.BlipConfig(
-        text_config={**sizes, "vocab_size": 14, "max_position_embeddings": 8, "encoder_hidden_size": 16},
-        vision_config={**sizes, "image_size": 8, "patch_size": 4},
-        image_text_hidden_size=8,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        blip = transformers.BlipForImageTextRetrieval(config).eval()
-        with torch.no_grad():
-            for name, parameter in blip.named_parameters():
-                if parameter.ndim >= 2:  # fresh weights see hardly any difference between images
-                    parameter.normal_(std=2.0 if "crossattention" in name else 0.4)
-    model = TransformersModel(blip, tokenizer, ImageInput(8, [0.5] * 3, [0.5] * 3))
+    model = tiny_fusion_model()
     data = digits["test"].select(range(6)).remove_columns("captions")
     data = data.add_column("captions", [["one two"], ["three"], ["four", "five"], ["six"], ["seven one"], ["nine"]])
     texts = ["one two", "three", "four", "five", "six", "seven one", "nine"]
