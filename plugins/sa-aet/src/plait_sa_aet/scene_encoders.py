@@ -19,7 +19,7 @@ from plait_sa_aet.scenes import SIDE, vocabulary
 WIDTH = 64
 TEXT_WIDTH = 48
 CONTEXT_LENGTH = 16
-LOG_SCALE = 2.5 + math.log(5)
+LOG_SCALE = 2.5
 
 
 class Cone(nn.Module):
@@ -126,7 +126,8 @@ class DualEncoder(nn.Module):
         self.image = image
         self.text = TextTower(tokenizer.vocab_size, tokenizer.eot_id)
         self.image_cone, self.text_cone = Cone(cone), Cone(cone)
-        self.logit_scale = nn.Parameter(torch.tensor(LOG_SCALE))
+        # Two cones shrink what a cosine can tell by 1 + cone².
+        self.logit_scale = nn.Parameter(torch.tensor(LOG_SCALE + math.log1p(cone**2)))
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self.image_cone(self.image(pixels))
