@@ -73,6 +73,15 @@ def test_directions_are_drawn_anew_for_each_tower_and_seed(kind):
     assert all(torch.equal(value, same.state_dict()[name]) for name, value in one.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_direction_for_both_towers(kind):
+    apart, together = fresh(kind).module, fresh(kind, directions="per-encoder").module
+    assert torch.equal(together.image_cone.direction, together.text_cone.direction)
+    assert together.image_cone.direction.data_ptr() != together.text_cone.direction.data_ptr()
+    assert torch.equal(together.image_cone.direction, apart.image_cone.direction)
+    assert fresh(kind, cone=0.0).logit_scale.item() == pytest.approx(2.5)
+
+
 def test_drawing_weights_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     fresh("vit")

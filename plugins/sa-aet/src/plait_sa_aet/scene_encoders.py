@@ -1,7 +1,7 @@
 """Three small dual encoders of different kinds for the scenes: a CNN, a vision transformer, a depthwise convnet.
 
 Their features share a common direction, as CLIP's do and those of small models trained from scratch do not: each tower
-ends in ``normalize(normalize(f) + cone · b)`` with a fixed random unit vector b of its own.
+ends in ``normalize(normalize(f) + cone · b)`` with a fixed random unit vector b, of the tower or of the whole encoder.
 """
 
 from __future__ import annotations
@@ -121,11 +121,13 @@ class TextTower(nn.Module):
 class DualEncoder(nn.Module):
     """An image tower and the text tower, a cone behind each."""
 
-    def __init__(self, image: nn.Module, tokenizer: WordTokenizer, cone: float) -> None:
+    def __init__(self, image: nn.Module, tokenizer: WordTokenizer, cone: float, *, one_direction: bool) -> None:
         super().__init__()
         self.image = image
         self.text = TextTower(tokenizer.vocab_size, tokenizer.eot_id)
         self.image_cone, self.text_cone = Cone(cone), Cone(cone)
+        if one_direction:
+            self.text_cone.direction.copy_(self.image_cone.direction)
         # Two cones shrink what a cosine can tell by 1 + cone².
         self.logit_scale = nn.Parameter(torch.tensor(LOG_SCALE + math.log1p(cone**2)))
 
@@ -136,11 +138,18 @@ class DualEncoder(nn.Module):
         return self.text_cone(self.text(tokens))
 
 
-def scene_encoder(tower: Callable[[], nn.Module], factory: str, cone: float) -> CallableModel:
-    """A fresh dual encoder; weights and directions are drawn from torch's global generator."""
+def scene_encoder(
+    tower: Callable[[], nn.Module], factory: str, cone: float, *, one_direction: bool = False
+) -> CallableModel:
+    """A fresh dual encoder; weights and directions are drawn from torch's global generator.
+
+    Args:
+        cone: weight of the direction that all features of a tower share; 0: none.
+        one_direction: both towers share one, instead of a direction each.
+    """
     tokenizer = WordTokenizer(vocabulary(), CONTEXT_LENGTH)
     return CallableModel(
-        DualEncoder(tower(), tokenizer, cone),
+        DualEncoder(tower(), tokenizer, cone, one_direction=one_direction),
         DualEncoder.encode_image,
         DualEncoder.encode_tokens,
         tokenizer,
@@ -151,16 +160,16 @@ def scene_encoder(tower: Callable[[], nn.Module], factory: str, cone: float) -> 
     )
 
 
-def cnn(cone: float = 2.0) -> CallableModel:
-    return scene_encoder(SmallCnn, "cnn", cone)
+def cnn(cone: float = 2.0, *, one_direction: bool = False) -> CallableModel:
+    return scene_encoder(SmallCnn, "cnn", cone, one_direction=one_direction)
 
 
-def vit(cone: float = 2.0) -> CallableModel:
-    return scene_encoder(SmallVit, "vit", cone)
+def vit(cone: float = 2.0, *, one_direction: bool = False) -> CallableModel:
+    return scene_encoder(SmallVit, "vit", cone, one_direction=one_direction)
 
 
-def convnet(cone: float = 2.0) -> CallableModel:
-    return scene_encoder(SmallConvNet, "convnet", cone)
+def convnet(cone: float = 2.0, *, one_direction: bool = False) -> CallableModel:
+    return scene_encoder(SmallConvNet, "convnet", cone, one_direction=one_direction)
 
 
 ARCHITECTURES = {"cnn": cnn, "vit": vit, "convnet": convnet}

@@ -25,7 +25,6 @@ class DigitScenes:
     grey: tuple[float, float] = attrs.field(
         default=(0.1, 0.45), validator=in_range(0, 1), metadata=doc("range of the background's level, in [0, 1]")
     )
-
     opacity: float = attrs.field(
         default=0.5,
         validator=in_range(0, 1, low_open=True),
@@ -55,10 +54,17 @@ class SceneEncoder:
     cone: float = attrs.field(
         default=2.0, validator=in_range(0), metadata=doc("weight of the direction that all features share; 0: none")
     )
+    directions: Literal["per-tower", "per-encoder"] = attrs.field(
+        default="per-tower",
+        validator=one_of("per-tower", "per-encoder"),
+        metadata=doc("whether images and texts share a direction each, or one together"),
+    )
 
     @hookimpl
     def load_model(self, run: Any) -> ImageTextModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.derived_seed("weights"))
-            model = scene_encoders.ARCHITECTURES[self.architecture](self.cone)
+            model = scene_encoders.ARCHITECTURES[self.architecture](
+                self.cone, one_direction=self.directions == "per-encoder"
+            )
         return model.eval().to(run.device)
