@@ -9,14 +9,14 @@ from plait_sa_aet.plugin.transfer import Transfer
 from plait_sa_aet.scenes import SWAPS
 
 
-def trained(**fields):
-    """The scenes of one seed, and the three encoders trained on them."""
+def trained(prefix="", **fields):
+    """The scenes of seed 0, and the three encoders of transfer-attack.yaml trained on them."""
     scenes = DigitScenes().load_data(Run(seed=0, step="scenes"))
     training = ClipContrastive(num_epochs=10, batch_size=64, learning_rate=3e-3, warmup_steps=180, weight_decay=0.01)
     models = {}
     for name in ("cnn", "vit", "convnet"):
-        fresh = SceneEncoder(architecture=name, **fields).load_model(Run(seed=0, step=f"fresh-{name}"))
-        models[name] = training.optimize(fresh, scenes["train"], Run(seed=0, step=name))
+        fresh = SceneEncoder(architecture=name, **fields).load_model(Run(seed=0, step=f"fresh-{prefix}{name}"))
+        models[name] = training.optimize(fresh, scenes["train"], Run(seed=0, step=f"{prefix}{name}"))
     return scenes["test"], models
 
 
@@ -38,7 +38,7 @@ def test_sa_aet_carries_further_than_sga_and_plain_sign_steps():
 
 @pytest.mark.slow
 def test_the_projection_hurts_where_texts_share_no_direction():
-    data, models = trained(cone=0.0)
+    data, models = trained("flat-", cone=0.0)
     alone = {"batch_size": 25, "text": False}
     projected = SaAet(**alone, triangle="full", project_candidates=False)
     assert transferred(projected, data, models) < transferred(Dra(**alone), data, models) - 2
