@@ -23,7 +23,7 @@ from torch.nn import functional
 
 # Logits are [tokens, vocabulary] in float32: 4,096 tokens of BERT are half a gigabyte.
 _TOKENS_PER_FORWARD = 4096
-_MEMO_SIZE = 65_536
+_MEMO_SIZE = 4096  # captions and words; a batch needs its own only
 _QUERIES_PER_PRODUCT = 256
 
 

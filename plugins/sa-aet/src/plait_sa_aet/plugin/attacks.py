@@ -24,7 +24,15 @@ from plait_sa_aet.attack import Adversarial, Batch, Words
 from plait_sa_aet.captions import clean_caption
 from plait_sa_aet.image_attack import quantize
 from plait_sa_aet.plugin.findings import Findings, empty_record, note
-from plait_sa_aet.plugin.shards import Shards, changed_features, export, image_names, rows_of, with_other_columns
+from plait_sa_aet.plugin.shards import (
+    Shards,
+    changed_features,
+    digest,
+    export,
+    image_names,
+    rows_of,
+    with_other_columns,
+)
 from plait_sa_aet.projection import SemanticProjection, draw_corpus, semantic_projection
 from plait_sa_aet.randomness import Official, PerImage
 from plait_sa_aet.source import NotDifferentiableError, Source, frozen
@@ -126,7 +134,9 @@ class Attack:
                 return self._attacked(source, data, run)
 
     def _attacked(self, source: Source, data: datasets.Dataset, run: Any) -> datasets.Dataset:
-        shards = Shards(run.folder / "shards", changed_features(data, source.image_size, self.keeps_floats))
+        made_by = digest(f"{self!r} seed {run.seed} step {run.step}", source.model, data)
+        folder = run.folder / f"shards-{made_by}"
+        shards = Shards(folder, changed_features(data, source.image_size, self.keeps_floats))
         findings = Findings()
         texts = [clean_caption(text) for text in captions_of(data)[0]]
         one_batch = self.prepare(source, texts, run, findings)
@@ -147,7 +157,7 @@ class Attack:
         run.add(findings.report())
         if self.save_to is not None:
             export(self.save_to, shards, len(starts), findings.projection)
-        return with_other_columns(data, shards.dataset(len(starts)), run.folder)
+        return with_other_columns(data, shards.dataset(len(starts)), folder)
 
     def _shard(
         self,
@@ -180,7 +190,10 @@ class Attack:
             images = quantize(found.images, batch.images, self.reach, self.rounding) if self.reach else batch.images
             note(record, found, batch, ids, float((images - batch.images).abs().max()))
             texts = [text or before for text, before in zip(found.captions, plain, strict=True)]
-            rows += rows_of(part, images, texts, txt2img, names[here.start : here.stop], self.keeps_floats)
+            floats = images if self.keeps_floats else None
+            if floats is not None and self.reach >= 1 / 255:  # 8-bit copies keep the budget, too
+                images = quantize(found.images, batch.images, self.reach, "round")
+            rows += rows_of(part, images, texts, txt2img, names[here.start : here.stop], floats)
         if official is not None:
             record["rng"] = official.state_dict()
         return rows, record
@@ -319,7 +332,9 @@ class SwapsWords:
             ValueError, OSError: the generator's source cannot be read, or the model has no word embeddings.
         """
         if not self.text:
-            findings.notes.append("The captions are as they were: text is false, so the images alone are attacked.")
+            findings.notes.append(
+                "No word of the captions is changed: text is false, so the images alone are attacked."
+            )
             return None
         max_length = self.max_length or (30 if source.model.kind == "fusion" else 77)
         options = {
@@ -412,6 +427,8 @@ class SaAet(SwapsWords, SeesScaledViews, Attack):
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
+        if len(self.ratios) != 3:
+            raise PlaitError(f"ratios has {len(self.ratios)} values; give three: clean, final and previous image")
         if sum(self.ratios) <= 0:
             raise PlaitError(f"ratios are {list(self.ratios)}; at least one has to be above 0")
         if self.projection_rank is not None and self.projection != "top_k":

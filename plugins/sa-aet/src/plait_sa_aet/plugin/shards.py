@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +12,12 @@ from typing import IO, Any
 
 import datasets
 import numpy as np
+import torch
 from datasets.arrow_writer import ArrowWriter
 from plait_clip.loader import caption_column, undecoded
 from plait_clip.records import flattened, png_bytes
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from plait_sa_aet.projection import SemanticProjection
 
@@ -65,6 +67,20 @@ class Shards:
         return self.folder / f"shard-{index:06d}.{suffix}"
 
 
+def digest(settings: str, model: nn.Module, data: datasets.Dataset) -> str:
+    """What shards are made of, so that those of another attack, model or data are never taken for one's own."""
+    found = hashlib.sha256(settings.encode())
+    for name, value in model.state_dict().items():
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    cells = undecoded(data).select_columns(["image", caption_column(data)])
+    for batch in cells.iter(batch_size=256):
+        for cell in batch["image"]:
+            found.update(cell["bytes"] or str(cell["path"]).encode())
+        found.update(json.dumps(batch[caption_column(data)]).encode())
+    return found.hexdigest()[:16]
+
+
 def changed_features(data: datasets.Dataset, side: int, floats: bool) -> datasets.Features:
     """The columns that an attack writes: image, captions, and ``pixels`` where the exact floats are kept."""
     column = caption_column(data)
@@ -75,26 +91,42 @@ def changed_features(data: datasets.Dataset, side: int, floats: bool) -> dataset
 
 
 def rows_of(
-    data: datasets.Dataset, images: Tensor, captions: Sequence[str], txt2img: Tensor, names: Sequence[str], floats: bool
+    data: datasets.Dataset,
+    images: Tensor,
+    captions: Sequence[str],
+    txt2img: Tensor,
+    names: Sequence[str],
+    floats: Tensor | None,
 ) -> list[dict[str, Any]]:
-    """Images [B, 3, H, W] in [0, 1] and their M captions as rows like those of ``data``; rounded to 8 bits."""
+    """Images [B, 3, H, W] in [0, 1] and their M captions as rows like those of ``data``; rounded to 8 bits.
+
+    Args:
+        floats: the images before any rounding, for the column ``pixels``.
+    """
     column = caption_column(data)
     lists: list[list[str]] = [[] for _ in names]
     for text, image in zip(captions, txt2img.tolist(), strict=True):
         lists[image].append(text)
     single = isinstance(data.features[column], datasets.Value)
-    exact = images.cpu().numpy()
-    levels = np.round(exact * 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    rows = []
-    for pixels, level, texts, name in zip(exact, levels, lists, names, strict=True):
-        row = {"image": {"bytes": png_bytes(level), "path": name}, column: texts[0] if single else texts}
-        rows.append(row | ({"pixels": pixels} if floats else {}))
+    levels = np.round(images.cpu().numpy() * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    rows: list[dict[str, Any]] = [
+        {"image": {"bytes": png_bytes(level), "path": name}, column: texts[0] if single else texts}
+        for level, texts, name in zip(levels, lists, names, strict=True)
+    ]
+    if floats is not None:
+        for row, pixels in zip(rows, floats.cpu().numpy(), strict=True):
+            row["pixels"] = pixels
     return rows
 
 
 def with_other_columns(data: datasets.Dataset, changed: datasets.Dataset, folder: Path) -> datasets.Dataset:
-    """``data`` with its changed columns replaced; the others stay views of what they were."""
-    rest = undecoded(data).remove_columns([name for name in data.column_names if name in changed.column_names])
+    """``data`` with its changed columns replaced; the others stay views of what they were.
+
+    A column ``pixels`` of an earlier attack goes: it would no longer show the image.
+    """
+    data = undecoded(data)
+    data = data.remove_columns([name for name in ("pixels",) if name in data.column_names])
+    rest = data.remove_columns([name for name in data.column_names if name in changed.column_names])
     if rest.column_names:
         rest = flattened(rest, folder / "rest.arrow")
         changed = datasets.concatenate_datasets([changed, rest], axis=1)
@@ -113,7 +145,10 @@ def image_names(cells: Sequence[Mapping[str, Any]], start: int) -> list[str]:
 
 
 def export(folder: Path, shards: Shards, count: int, projection: SemanticProjection | None) -> None:
-    """The pairs as files for other programs: PNG images under their own names, and JSON lines beside them."""
+    """The pairs as files for other programs: PNG images under their own names, and JSON lines beside them.
+
+    Where two images have one name, the later one's gets its row number.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     column = next(name for name in ("captions", "caption") if name in shards.features)
     if projection is not None:
@@ -123,12 +158,17 @@ def export(folder: Path, shards: Shards, count: int, projection: SemanticProject
             name: stack.enter_context((folder / f"{name}.jsonl").open("w", encoding="utf-8"))
             for name in ("captions", "changes", "trace")
         }
+        written: set[str] = set()
         for index, record in enumerate(shards.records(count)):
             for row in shards.rows(index):
-                path = folder / row["image"]["path"]
+                name = row["image"]["path"]
+                if name in written:
+                    name = str(Path(name).with_suffix("")) + f"-{len(written):08d}.png"
+                written.add(name)
+                path = folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(row["image"]["bytes"])
-                _write_line(files["captions"], {"image": row["image"]["path"], "caption": row[column]})
+                _write_line(files["captions"], {"image": name, "caption": row[column]})
             for name in ("changes", "trace"):
                 for line in record[name]:
                     _write_line(files[name], line)
