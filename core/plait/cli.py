@@ -154,7 +154,7 @@ def _print_tables(tables: Any) -> None:
 def plan(pipeline: Path, overrides: tuple[str, ...], store: Path | None) -> None:
     """Show what a PIPELINE would do: its steps, what is in the store, and why the rest is not."""
     from plait.pipeline import load_pipeline
-    from plait.plan import flatten, make_plan, why_not_cached
+    from plait.plan import flatten, is_done, make_plan, why_not_cached
 
     made = make_plan(load_pipeline(pipeline, overrides))
     place = _store(store)
@@ -166,7 +166,7 @@ def plan(pipeline: Path, overrides: tuple[str, ...], store: Path | None) -> None
     )
     missing = 0
     for task in made.tasks:
-        stored = place.has(task.key)
+        stored = is_done(task, place)
         missing += not stored
         inputs = ", ".join(
             f"{argument}={'+'.join(i.label for i in flatten(value))}" for argument, value in task.inputs.items()

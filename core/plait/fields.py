@@ -18,6 +18,7 @@ from plait.errors import PlaitError
 DOC = "plait_doc"
 HOOK = "plait_hook"
 MANY = "plait_many"
+OUTPUT = "plait_output"
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
@@ -25,6 +26,14 @@ Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 def doc(text: str) -> dict[str, str]:
     """Metadata with the meaning of a field (with its unit), shown by ``plait show`` and in editors."""
     return {DOC: text}
+
+
+def output_path(text: str) -> dict[str, Any]:
+    """Metadata of a field that names a file or folder which the method writes beside its result.
+
+    What lies there is not an input of the step; where it is gone, the step runs again.
+    """
+    return {DOC: text, OUTPUT: True}
 
 
 def in_range(

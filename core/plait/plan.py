@@ -15,7 +15,7 @@ from typing import Any
 import attrs
 
 from plait.configuration import fields_of, plain
-from plait.fields import HOOK
+from plait.fields import HOOK, OUTPUT
 from plait.methods import _digest, wrappers_of
 from plait.pipeline import Cell, Pipeline, Reference, Step
 from plait.store import Store
@@ -207,7 +207,8 @@ def _version_of_class(cls: type[Any]) -> str:
 def _local_files(value: Any) -> list[str]:
     """Size and time of every file that a field names, so that changed data is another input."""
     if attrs.has(type(value)):
-        return [line for field in attrs.fields(type(value)) for line in _local_files(getattr(value, field.name, None))]
+        inputs = [field.name for field in attrs.fields(type(value)) if OUTPUT not in field.metadata]
+        return [line for name in inputs for line in _local_files(getattr(value, name, None))]
     if isinstance(value, Mapping):
         return [line for item in value.values() for line in _local_files(item)]
     if isinstance(value, (list, tuple)):
@@ -231,11 +232,25 @@ def _stamp(path: Path) -> str:
     return f"{path} {facts.st_size} {facts.st_mtime_ns}"
 
 
+def lost_outputs(step: Step) -> list[Path]:
+    """Files and folders that the step is to write beside its result and that are not there."""
+    fields = [field for field in fields_of(type(step.instance)).values() if OUTPUT in field.metadata]
+    paths = [getattr(step.instance, field.name) for field in fields]
+    return [Path(path) for path in paths if path is not None and not Path(path).exists()]
+
+
+def is_done(task: Task, store: Store) -> bool:
+    """Whether a task's result, and what it writes beside it, is there."""
+    return store.has(task.key) and not lost_outputs(task.step)
+
+
 def why_not_cached(task: Task, plan: Plan, store: Store) -> str:
     """Why a task has to run: what differs from the stored result of the same step that is nearest to it."""
     facts = json.loads(
         json.dumps({**facts_of(task.step), "inputs": {a: _plain_inputs(v) for a, v in task.inputs.items()}})
     )
+    if store.has(task.key):
+        return f"gone: {', '.join(map(str, lost_outputs(task.step)))}"
     best: list[str] | None = None
     for entry in store.entries():
         earlier = entry.meta.get("facts", {})

@@ -27,7 +27,7 @@ from plait.hookspecs import RunEvents
 from plait.listeners import JSONLog
 from plait.methods import wrappers
 from plait.pipeline import Pipeline, Step, check, load_pipeline
-from plait.plan import Input, Plan, Task, make_plan
+from plait.plan import Input, Plan, Task, lost_outputs, make_plan
 from plait.report.model import Report
 from plait.store import Store
 from plait.work import Outcome, load_extras, load_result, make_job
@@ -153,6 +153,9 @@ def _carry_out_all(
 ) -> dict[str, str]:
     label_of = {task.key: task.label for task in plan.tasks}
     waiting = list(plan.tasks)
+    for task in plan.tasks:
+        if lost_outputs(task.step):
+            store.remove(task.key)  # only a new run writes them again
     needed = _needed(plan, store)
     finished: set[str] = set()
     failed: dict[str, str] = {}
@@ -219,7 +222,11 @@ def _needed(plan: Plan, store: Store) -> set[str]:
     needed: set[str] = set()
     for task in reversed(plan.tasks):
         is_end = task.key not in consumers or task.step.hook == "evaluate"
-        if is_end or any(user.key in needed and not store.has(user.key) for user in consumers.get(task.key, ())):
+        if (
+            is_end
+            or lost_outputs(task.step)
+            or any(user.key in needed and not store.has(user.key) for user in consumers.get(task.key, ()))
+        ):
             needed.add(task.key)
     return needed
 

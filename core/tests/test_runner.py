@@ -281,6 +281,45 @@ class Read:
     assert plait.run("p.yaml")["a"] == "three"
 
 
+def test_what_a_step_writes_beside_its_result_is_no_input(workplace):
+    Path("m.py").write_text("""
+import attrs
+from pathlib import Path
+from plait import Report, hookimpl
+from plait.fields import output_path
+@attrs.frozen
+class Write:
+    save_to: Path | None = attrs.field(default=None, metadata=output_path("also written here"))
+    @hookimpl
+    def load_data(self, run):
+        if self.save_to is not None:
+            self.save_to.mkdir(exist_ok=True)
+            (self.save_to / "new.txt").write_text("x")
+            with open("runs.txt", "a") as file:
+                file.write("ran ")
+        return "data"
+@attrs.frozen
+class Look:
+    @hookimpl
+    def evaluate(self, data, run):
+        return Report(rows=[{"size": len(data)}])
+""")
+    Path("p.yaml").write_text(
+        "plait: 1\nsteps:\n  a: {load-data: './m.py:Write', with: {save_to: ./out}}\n"
+        "  b: {evaluate: './m.py:Look', from: {data: a}}"
+    )
+    plait.run("p.yaml")
+    plait.run("p.yaml")
+    assert Path("runs.txt").read_text() == "ran "
+    (Path("out") / "new.txt").unlink()
+    Path("out").rmdir()
+    assert "gone: " in cli("plan", "p.yaml").stdout
+    assert plait.run("p.yaml")["a"] == "data"
+    assert Path("runs.txt").read_text() == "ran ran "
+    assert Path("out/new.txt").exists()
+    assert "2 in the store, 0 to run" in cli("plan", "p.yaml").stdout
+
+
 def test_cache_commands(demo):
     plait.run("demo.yaml")
     assert "15 results" in cli("cache", "ls").stdout
