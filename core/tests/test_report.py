@@ -72,6 +72,32 @@ class M:
     assert "content=\"default-src 'none'" in (result.folder / "report.html").read_text()
 
 
+def test_spread_of_seeds(workplace):
+    (workplace / "m.py").write_text("""
+import attrs
+from plait import Report, hookimpl
+@attrs.frozen
+class M:
+    @hookimpl
+    def evaluate(self, run):
+        row = {"gain": float(run.seed), "accuracy": float(run.seed), "time": float(run.seed)}
+        return Report(rows=[row], formats=dict.fromkeys(row, ".3f"), better={"gain": "higher"},
+                      spread={"gain": "standard error", "accuracy": "95 %"})
+""")
+    (workplace / "p.yaml").write_text("plait: 1\nmatrix: {seed: [1, 3, 5, 7]}\nsteps: {m: {evaluate: './m.py:M'}}")
+    text = (plait.run("p.yaml").folder / "report.md").read_text()
+    assert "| gain (± standard error) ↑ | accuracy (± 95 %) | time |" in text
+    # std of 1, 3, 5, 7: sqrt(20 / 3) = 2.582; half of it; times 3.182, Student's 97.5 % point of 3 degrees of freedom
+    assert "| 4.000 ± 1.291 | 4.000 ± 4.109 | 4.000 ± 2.582 |" in text
+    one = (plait.run("p.yaml", ["matrix.seed=[1]"]).folder / "report.md").read_text()
+    assert "| gain ↑ | accuracy | time |" in one
+
+
+def test_unknown_spread():
+    with pytest.raises(PlaitError, match="spread of column 'gain' is 'sem'; allowed is one of 'std', 'standard error'"):
+        Report(spread={"gain": "sem"})
+
+
 def test_csv_of_missing_values():
     assert to_csv(Table("t", ["a"], ["m"], [(("x,y",), (None,))], {})).splitlines()[1] == '"x,y",,,0'
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import attrs
 
@@ -13,6 +13,7 @@ from plait.errors import PlaitError
 from plait.optional import require
 
 Cell = str | bool | int | float | None
+Spread = Literal["std", "standard error", "95 %"]
 
 
 def _rows(rows: Sequence[Mapping[str, Cell]]) -> tuple[dict[str, Cell], ...]:
@@ -74,6 +75,9 @@ class Report:
         title: of the table; the step's name stands in where it is empty.
         better: metric column → ``"higher"`` or ``"lower"``; the best value of a column is marked.
         formats: metric column → format specification, e.g. ``{"PSNR": ".2f"}``; default ``.4g``.
+        spread: metric column → what stands behind ± where there are several seeds: ``"std"`` (default),
+            ``"standard error"`` of the mean (std / √seeds) or ``"95 %"``, the half width of Student's
+            interval of the mean (needs scipy). The column's title says so.
         curves, panels: pictures; notes: sentences for the reader (what was excluded, warnings).
     """
 
@@ -81,9 +85,17 @@ class Report:
     title: str = ""
     better: Mapping[str, Literal["higher", "lower"]] = attrs.field(factory=dict)
     formats: Mapping[str, str] = attrs.field(factory=dict)
+    spread: Mapping[str, Spread] = attrs.field(factory=dict)
     curves: Sequence[Curve] = attrs.field(default=(), converter=tuple[Curve, ...])
     panels: Sequence[Panel] = attrs.field(default=(), converter=tuple[Panel, ...])
     notes: Sequence[str] = attrs.field(default=(), converter=tuple[str, ...])
+
+    @spread.validator
+    def _is_known(self, attribute: attrs.Attribute[Any], value: Mapping[str, str]) -> None:
+        for column, kind in value.items():
+            if kind not in get_args(Spread):
+                allowed = ", ".join(map(repr, get_args(Spread)))
+                raise PlaitError(f"spread of column {column!r} is {kind!r}; allowed is one of {allowed}")
 
     def value(self, column: str, **index: Cell) -> float:
         """The number in ``column`` of the one row whose other columns equal ``index``."""

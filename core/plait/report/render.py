@@ -1,7 +1,8 @@
 """A run's report: Markdown, CSV and one self-contained HTML file.
 
 Rows of one evaluate step in all matrix cells make one table. Its text columns and the matrix axes say
-what a row is about; its numbers are means over the axis ``seed``, with the sample standard deviation.
+what a row is about; its numbers are means over the axis ``seed``, with the sample standard deviation, the
+standard error or the 95 % interval of the mean, as the evaluation asks.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 import attrs
 
 from plait.configuration import plain_fields
+from plait.optional import require
 from plait.plan import Plan, Task
-from plait.report.model import Curve, Panel, Report
+from plait.report.model import Curve, Panel, Report, Spread
 
 
 @attrs.frozen
@@ -47,6 +49,7 @@ class Table:
     rows: Sequence[tuple[Sequence[str], Sequence[Number | None]]]
     better: Mapping[str, str]
     main: bool = True
+    spread: Mapping[str, Spread] = attrs.field(factory=dict)
 
     def value(self, metric: str, **index: str) -> Number:
         """The number of one metric in the one row whose columns equal ``index``."""
@@ -126,6 +129,7 @@ def _table(title: str, group: Sequence[tuple[Task, Report]], main: bool) -> Tabl
     index = [*axes, *(c for c in columns if c not in metrics and c not in axes)]
     better = {c: direction for _, report in group for c, direction in report.better.items()}
     formats = {c: form for _, report in group for c, form in report.formats.items()}
+    spread: dict[str, Spread] = {c: kind for _, report in group for c, kind in report.spread.items()}
     values: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for task, report in group:
         for row in report.rows:
@@ -135,8 +139,11 @@ def _table(title: str, group: Sequence[tuple[Task, Report]], main: bool) -> Tabl
                 number = row.get(metric)
                 if _is_number(number):
                     cells.setdefault(metric, []).append(float(number))  # type: ignore[arg-type]
-    rows = [(texts, [_number(cells.get(m), formats.get(m, ".4g")) for m in metrics]) for texts, cells in values.items()]
-    return _mark_best(Table(title, index, metrics, rows, better, main))
+    rows = [
+        (texts, [_number(cells.get(m), formats.get(m, ".4g"), spread.get(m, "std")) for m in metrics])
+        for texts, cells in values.items()
+    ]
+    return _mark_best(Table(title, index, metrics, rows, better, main, spread))
 
 
 def _is_number(value: Any) -> bool:
@@ -149,15 +156,26 @@ def _text(value: Any) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
-def _number(values: Sequence[float] | None, form: str) -> Number | None:
+def _number(values: Sequence[float] | None, form: str, spread: Spread) -> Number | None:
     if not values:
         return None
     mean = statistics.fmean(values)
     std = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
     text = format(mean, form)
     if std:  # what never varies needs no spread
-        text += f" ± {format(std, form.replace('+', '') if form.endswith('f') else '.2g')}"
+        shown = std * _width(spread, len(values))
+        text += f" ± {format(shown, form.replace('+', '') if form.endswith('f') else '.2g')}"
     return Number(mean, std, len(values), text)
+
+
+def _width(spread: Spread, count: int) -> float:
+    """What stands behind ±, in sample standard deviations of ``count`` values."""
+    if spread == "std":
+        return 1.0
+    standard_error = 1 / math.sqrt(count)
+    if spread == "standard error":
+        return standard_error
+    return standard_error * float(require("scipy.stats").t.ppf(0.975, count - 1))
 
 
 def _mark_best(table: Table) -> Table:
@@ -209,7 +227,11 @@ def to_csv(table: Table) -> str:
 
 
 def _column_title(table: Table, metric: str) -> str:
-    return metric + {"higher": " ↑", "lower": " ↓"}.get(table.better.get(metric, ""), "")
+    direction = {"higher": " ↑", "lower": " ↓"}.get(table.better.get(metric, ""), "")
+    kind = table.spread.get(metric, "std")
+    column = table.metrics.index(metric)
+    several = any(number.std for _, numbers in table.rows if (number := numbers[column]) is not None)
+    return metric + (f" (± {kind})" if several and kind != "std" else "") + direction
 
 
 def markdown(document: Document) -> str:
