@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.io
 import scipy.sparse
 import torch
 from hypothesis import given, settings
@@ -71,6 +72,29 @@ def test_split_by_share_and_by_number():
         data[name] = torch.rand(30, 4) < 0.5
     assert torch.equal(NodeSplit(number=2).transform(data, Run()).val_mask, data.val_mask[:, 2])
     assert torch.equal(NodeSplit().transform(data, Run(seed=7)).val_mask, data.val_mask[:, 3])
+
+
+def test_nodes_without_a_label_are_in_no_split():
+    data = small()
+    data.y[::4] = -1
+    for split in (NodeSplit(per_class=3, num_val=5), NodeSplit(train_share=0.5, val_share=0.2)):
+        drawn = split.transform(data, Run())
+        masks = torch.stack([drawn[name] for name in splits.MASKS])
+        assert torch.equal(masks.sum(0) == 1, data.y >= 0)
+
+
+def test_both_directions_of_an_edge_average_its_values(tmp_path):
+    data = small()
+    data.edge_index = torch.tensor([[0, 1, 1, 2, 3], [1, 0, 2, 2, 4]])  # 2 -> 2 is a loop
+    data.edge_weight = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])
+    data.edge_attr = torch.arange(10.0).view(5, 2)
+    torch.save(data, tmp_path / "graph.pt")
+    read = GraphFile(path=tmp_path / "graph.pt").load_data(Run())
+    assert read.edge_index.tolist() == [[0, 1, 1, 2, 3, 4], [1, 0, 2, 1, 4, 3]]
+    assert read.edge_weight.tolist() == [2, 2, 5, 5, 9, 9]
+    assert read.edge_attr.tolist() == [[1, 2], [1, 2], [4, 5], [4, 5], [8, 9], [8, 9]]
+    as_it_is = GraphFile(path=tmp_path / "graph.pt", undirected=False).load_data(Run())
+    assert torch.equal(as_it_is.edge_weight, data.edge_weight)
 
 
 def test_class_split_is_disjoint():
@@ -183,13 +207,36 @@ def broken(**changes):
         (broken(edge_index=torch.zeros(2, 3)), "int64"),
         (broken(y=torch.zeros(30)), "y must be whole numbers"),
         (broken(y=torch.zeros(7, dtype=torch.long)), r"shape \[30\]"),
-        (broken(y=torch.full((30,), -1)), "y holds -1"),
+        (broken(y=torch.full((30,), -1)), "no node has a label"),
+        (broken(x=torch.ones(30, 5, dtype=torch.long)), r"x is torch.int64 of shape \(30, 5\)"),
+        (broken(x=torch.ones(30)), r"shape \(30,\)"),
+        (broken(x=torch.eye(30).to_sparse()), "torch.sparse_coo"),
+        (broken(edge_weight=torch.ones(7)), "edge_weight must be .* each of the 120 edges"),
+        (broken(edge_attr=[1.0]), "edge_attr must be a tensor"),
+        (broken(train_mask=torch.arange(5)), r"train_mask is torch.int64 of shape \(5,\); it must be bool"),
+        (broken(val_mask=torch.ones(29, dtype=torch.bool)), r"val_mask is torch.bool of shape \(29,\)"),
+        (broken(test_mask=[True] * 30), "test_mask is a list"),
+        (
+            broken(y=torch.arange(30) - 1, train_mask=torch.ones(30, dtype=torch.bool)),
+            "train_mask has nodes with label -1",
+        ),
         ({"train": 1}, "data is a dict"),
     ],
 )
 def test_graphs_that_cannot_be_used_are_refused(data, message):
     with pytest.raises(PlaitError, match=message):
         NodeSplit(per_class=2, num_val=3).transform(data, Run())
+
+
+def with_masks(count):
+    shape = (30,) if count is None else (30, count)
+    return broken(**{name: torch.zeros(shape, dtype=torch.bool) for name in splits.MASKS})
+
+
+def unequal_masks():
+    data = with_masks(4)
+    data.val_mask = data.val_mask[:, :2]
+    return data
 
 
 @pytest.mark.parametrize(
@@ -200,6 +247,9 @@ def test_graphs_that_cannot_be_used_are_refused(data, message):
         (lambda: NodeSplit(train_share=0.9, val_share=0.1).transform(small(), Run()), "leave no node"),
         (lambda: NodeSplit().transform(small(), Run()), "no train_mask"),
         (lambda: NodeSplit(per_class=3, number=1), "exclude each other"),
+        (lambda: NodeSplit(number=4).transform(with_masks(4), Run()), "number is 4, but the graph has 4 splits"),
+        (lambda: NodeSplit(number=1).transform(with_masks(None), Run()), "number is 1, but the graph has 1 split,"),
+        (lambda: NodeSplit().transform(unequal_masks(), Run()), "masks hold 2 and 4 splits"),
         (lambda: ClassSplit(train=2, val=2, test=2).transform(small(), Run()), r"2 \+ 2 \+ 2 classes"),
         (lambda: EpisodeSampler(small().y, torch.arange(3), 4, 1, 1), "n_way is 4, but there are only 3"),
         (lambda: EpisodeSampler(small().y, torch.arange(3), 2, 6, 5), "class 0 has 10 nodes, fewer than .* = 11"),
@@ -217,11 +267,24 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
     (tmp_path / "graph.txt").write_text("0 1")
     torch.save({"x": torch.ones(1)}, tmp_path / "other.pt")
     np.savez(tmp_path / "other.npz", labels=np.ones(3))
+    for name in ("damaged.pt", "damaged.npz", "damaged_network", "damaged_train.mat", "damaged_test.mat"):
+        (tmp_path / name).write_bytes(b"\x00\x01 no graph")
+    (tmp_path / "far_network").write_text("0 3\n")
+    (tmp_path / "text_network").write_text("zero one\n")
+    for stem in ("far", "text"):
+        for half, index in (("train", [0]), ("test", [1])):
+            table = {"Index": index, "Label": [half == "train"], "Attributes": [[1.0]]}
+            scipy.io.savemat(tmp_path / f"{stem}_{half}.mat", table)
     for name, message in [
         ("none.npz", "no file"),
         ("graph.txt", "allowed is"),
         ("other.pt", "holds a dict"),
         ("other.npz", "lacks attr_data"),
+        ("damaged.pt", r"damaged\.pt cannot be read"),
+        ("damaged.npz", r"damaged\.npz cannot be read"),
+        ("damaged_network", r"damaged_train\.mat cannot be read"),
+        ("text_network", "text_network cannot be read"),
+        ("far_network", "names node 3, but the .mat files beside it end at 1"),
     ]:
         with pytest.raises(PlaitError, match=message):
             GraphFile(path=tmp_path / name).load_data(Run())

@@ -120,6 +120,14 @@ def test_open_graph_benchmark(name, folder, by, tmp_path):
     assert pairs(load(name, tmp_path, undirected=False)) == [(0, 3), (1, 4), (4, 1)]
 
 
+@pytest.mark.parametrize("name", ["Cora", "ogbn-arxiv"])
+def test_a_download_that_fails_says_what_to_give(name, monkeypatch):
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody answers there
+    with pytest.raises(PlaitError, match=f"{name} cannot be downloaded .*; give root, a folder with its raw files"):
+        PygGraph(name=name).load_data(Run())
+
+
 def test_missing_files_are_named_and_not_downloaded(tmp_path):
     with pytest.raises(PlaitError, match="no folder"):
         load("Cora", tmp_path / "nowhere")

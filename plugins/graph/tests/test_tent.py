@@ -9,6 +9,7 @@ from plait_graph.episodes import Episode
 from plait_graph.examples import graph as small_graph
 from plait_graph.fewshot import EpisodeGraph, FixedSparse
 from plait_graph.plugin import AdamTraining, EpisodeAccuracy, Tent
+from plait_graph.tasks import EpisodeObjective
 from plait_graph.tent import TENT, temperatures
 
 EPISODE = Episode(torch.tensor([[0, 2], [3, 4]]), torch.tensor([1, 2]), torch.tensor([0, 1]), torch.tensor([4, 1]))
@@ -125,6 +126,15 @@ def test_tent_needs_the_classes_of_an_episode_to_train():
         tent().losses(as_double(path_graph()), attrs.evolve(EPISODE, classes=None))
 
 
+def loss_on_episodes(model, data):
+    """Mean loss of 20 episodes of the training classes: what training lowers."""
+    shape = (2, 3, 5, 1)
+    objective = EpisodeObjective(data, torch.device("cpu"), *shape, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    model.eval()
+    return sum(objective.draw(generator).losses(model).mean().item() for _ in range(20)) / 20
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_training_accuracy_and_saving(sparse, tmp_path):
     data, plain = small_graph(), small_graph()
@@ -138,6 +148,7 @@ def test_training_accuracy_and_saving(sparse, tmp_path):
     trained = AdamTraining(num_updates=40, num_val_tasks=2, select="last", **shape).optimize(model, data, Run())
     report = EpisodeAccuracy(num_tasks=20, **shape).evaluate(trained, data, model, Run())
     assert report.value("accuracy") > 60
+    assert loss_on_episodes(trained, data) < 0.6 * loss_on_episodes(model, data)
     assert report.rows[0]["accuracy"] == pytest.approx(
         EpisodeAccuracy(num_tasks=20, **shape).evaluate(trained, plain, model, Run()).value("accuracy"), abs=2
     )

@@ -127,6 +127,41 @@ def test_killed_training_goes_on_bit_for_bit(model_of, graph):
     assert [e["loss"] for e in whole.history] == [e["loss"] for e in resumed.history]
 
 
+def test_a_finished_training_leaves_nothing_for_the_next_one_in_its_folder(graph):
+    model, run = Gnn().load_model(graph, Run()), Run()
+    method = AdamTraining(num_updates=6, checkpoint_every=2, select="last")
+    first = method.optimize(model, graph, run)
+    other = Gnn().load_model(graph, Run(seed=9))
+    assert not same(method.optimize(other, graph, run), first)
+    assert list(run.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["method", "model", "data", "seed"])
+def test_a_killed_training_is_resumed_by_the_same_training_only(change, graph):
+    def stop(values, step):
+        if step == 5:
+            raise KilledError
+
+    model, folder = Gnn().load_model(graph, Run()), Run().folder
+    method = AdamTraining(num_updates=8, checkpoint_every=2, select="last")
+    with pytest.raises(KilledError):
+        method.optimize(model, graph, Run(folder=folder, on_log=stop))
+    assert (folder / "training.pt").exists()
+    seed, data = 0, graph
+    if change == "method":
+        method = AdamTraining(num_updates=8, checkpoint_every=2, select="last", lr=0.02)
+    elif change == "model":
+        model = Gnn().load_model(graph, Run(seed=9))
+    elif change == "data":
+        data = graph.clone()
+        data.x = data.x + 1
+    else:
+        seed = 3
+    again = method.optimize(model, data, Run(seed=seed, folder=folder))
+    assert same(again, method.optimize(model, data, Run(seed=seed)))
+    assert len(again.history) == 8
+
+
 def test_patience_and_last_weights(graph):
     model = Gnn().load_model(graph, Run())
     stopped = AdamTraining(num_updates=400, eval_every=1, patience=3, lr=1e-9).optimize(model, graph, Run())
@@ -240,6 +275,15 @@ def test_adjacency_is_row_normalised_with_self_loops():
     assert graph.degree.tolist() == [1, 2, 2, 1, 0]
 
 
+def test_loops_and_repeated_edges_do_not_count_twice():
+    plain = path_graph()
+    loops = torch.tensor([[0, 4, 0], [0, 4, 1]])
+    edges = torch.tensor([[0, 1, 1, 2, 2, 3], [1, 0, 2, 1, 3, 2]])
+    again = EpisodeGraph.of(plain.x, torch.cat([edges, loops], dim=1))
+    assert torch.equal(again.degree, plain.degree)
+    assert torch.equal(again.adjacency.matrix.to_dense(), plain.adjacency.matrix.to_dense())
+
+
 def test_fixed_sparse_matrix():
     x = torch.tensor([[0.0, 1, 2], [0, 0, 0], [3, 0, 4], [5, 0, 0]])
     sparse = FixedSparse.of(x.to_sparse_csr())
@@ -307,6 +351,14 @@ def test_meta_gcn_adapts_by_detached_gradient_steps():
         torch.testing.assert_close(g, h)
 
 
+def loss_on_episodes(model, data):
+    """Mean loss of 20 episodes of the training classes: what training lowers."""
+    objective = tasks.EpisodeObjective(data, CPU, 2, 3, 5, 1, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    model.eval()
+    return sum(objective.draw(generator).losses(model).mean().item() for _ in range(20)) / 20
+
+
 @pytest.mark.parametrize("make", [Gpn(), MetaGcn(n_way=2)])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_few_shot_training_and_accuracy(make, sparse, graph, tmp_path):
@@ -324,6 +376,7 @@ def test_few_shot_training_and_accuracy(make, sparse, graph, tmp_path):
     )
     report = EpisodeAccuracy(num_tasks=20, **episodes).evaluate(trained, data, model, Run())
     assert report.value("accuracy") > 55
+    assert loss_on_episodes(trained, data) < 0.6 * loss_on_episodes(model, data)
     assert 0 < report.value("± 95 %") < 20
     trained.save_pretrained(tmp_path)
     again = type(trained).from_pretrained(tmp_path)
@@ -378,6 +431,67 @@ def test_training_refuses_wrong_models_and_episodes(graph):
         next(broken.parameters()).fill_(torch.nan)
     with pytest.raises(PlaitError, match="the loss is nan"):
         AdamTraining().optimize(broken, graph, Run())
+
+
+class Explodes(torch.nn.Module):
+    """Its loss is finite and its gradient is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 6)
+        self.offset = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, edge_index):
+        return self.linear(x) + self.offset.sqrt()
+
+
+class Summed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 6)
+
+    def forward(self, x, edge_index):
+        return self.linear(x).sum(0)
+
+
+def frozen(graph):
+    return Gnn().load_model(graph, Run()).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("model_of", "message"),
+    [
+        (lambda graph: Explodes(), "the gradient's norm is (inf|nan)"),
+        (lambda graph: Summed(), r"the model returned \(6,\); logits \[300, 6\] are needed"),
+        (lambda graph: GNN(architecture="gcn", in_channels=16, num_classes=5), r"returned \(300, 5\)"),
+        (lambda graph: GNN(architecture="gcn", in_channels=7, num_classes=6), "has 16 features a node"),
+        (lambda graph: torch.nn.Linear(16, 6), "its forward must take x"),
+        (frozen, "no tensor of the model requires a gradient"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(model_of, message, graph):
+    model = model_of(graph)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(PlaitError, match=message):
+        AdamTraining(num_updates=2).optimize(model, graph, Run())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_models_of_the_other_kind_are_refused(graph):
+    with pytest.raises(PlaitError, match="GPN, which answers episodes"):
+        NodeAccuracy().evaluate(Gpn().load_model(graph, Run()), graph, None, Run())
+    with pytest.raises(PlaitError, match="has 16 features a node"):
+        NodeAccuracy().evaluate(GNN(architecture="gcn", in_channels=7, num_classes=6), graph, None, Run())
+
+
+def test_the_fields_reach_the_optimizer(graph):
+    model = Gnn().load_model(graph, Run())
+    adam = AdamTraining(lr=0.3, betas=(0.5, 0.6), weight_decay=0.7).make_update(model, 0).optimizer
+    assert (type(adam), adam.defaults["betas"]) == (torch.optim.Adam, (0.5, 0.6))
+    assert (adam.defaults["lr"], adam.defaults["weight_decay"]) == (0.3, 0.7)
+    assert type(AdamTraining(decoupled=True).make_update(model, 0).optimizer) is torch.optim.AdamW
+    sgd = SGDTraining(lr=0.3, momentum=0.4, weight_decay=0.7).make_update(model, 0).optimizer
+    assert [sgd.defaults[name] for name in ("lr", "momentum", "weight_decay")] == [0.3, 0.4, 0.7]
 
 
 def test_missing_validation_is_said(graph):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import scipy.sparse
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
-from torch_geometric.utils import coalesce, remove_self_loops, to_undirected
+from torch_geometric.utils import remove_self_loops, to_undirected
+
+from plait_graph.splits import MASKS
 
 SPARSE_BELOW = 0.1  # share of non-zeros
+EDGE_VALUES = ("edge_weight", "edge_attr")
 
 
 # -- graphs that ship with pip packages or are drawn ---------------------------------------------------------------
@@ -105,7 +109,7 @@ def pyg_graph(name: str, root: Path | None, scratch: Path) -> Data:
         scratch: folder for links to the raw files and for what PyG processes.
 
     Raises:
-        FileNotFoundError: ``root`` lacks the raw files.
+        FileNotFoundError: ``root`` lacks the raw files; ConnectionError: they cannot be downloaded.
     """
     import torch_geometric.datasets as pyg
 
@@ -125,7 +129,19 @@ def pyg_graph(name: str, root: Path | None, scratch: Path) -> Data:
         reader = _without_download(reader, root)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyG prints "Processing..." and warns of the pickle that it just wrote
-        return reader(str(scratch), *arguments)[0]
+        if root is not None:
+            return reader(str(scratch), *arguments)[0]
+        with _told_when_offline(name):
+            return reader(str(scratch), *arguments)[0]
+
+
+@contextlib.contextmanager
+def _told_when_offline(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # urllib's, fsspec's or aiohttp's, whichever PyG downloads with
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise ConnectionError(f"{name} cannot be downloaded ({why}); give root, a folder with its raw files") from error
 
 
 def _without_download(reader: type, root: Path) -> type:
@@ -142,7 +158,8 @@ def _downloaded_ogb(name: str, scratch: Path) -> Path:
     from torch_geometric.data import download_url, extract_zip
 
     url = f"https://snap.stanford.edu/ogb/data/nodeproppred/{name.removeprefix('ogbn-')}.zip"
-    extract_zip(download_url(url, str(scratch), log=False), str(scratch), log=False)
+    with _told_when_offline(name):
+        extract_zip(download_url(url, str(scratch), log=False), str(scratch), log=False)
     return scratch
 
 
@@ -218,15 +235,28 @@ def _saved_data(path: Path) -> Data:
     from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
     from torch_geometric.data.storage import GlobalStorage
 
-    with torch.serialization.safe_globals([Data, DataEdgeAttr, DataTensorAttr, GlobalStorage]):
+    with torch.serialization.safe_globals([Data, DataEdgeAttr, DataTensorAttr, GlobalStorage]), _readable(path):
         data = torch.load(path, weights_only=True)
     if not isinstance(data, Data):
         raise ValueError(f"{path} holds a {type(data).__name__}; save a torch_geometric.data.Data with torch.save")
     return data
 
 
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each library has its own for a damaged file
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read ({why}); it is damaged, or of another kind than its name says"
+        ) from error
+
+
 def _numpy_graph(path: Path) -> Data:
-    with np.load(path, allow_pickle=False) as arrays:
+    with _readable(path):
+        arrays = np.load(path, allow_pickle=False)
+    with arrays:
         missing = {"attr_data", "attr_indices", "attr_indptr", "attr_shape", "labels"} - set(arrays.files)
         if missing or not {"edge_index", "adj_indices"} & set(arrays.files):
             raise ValueError(f"{path} lacks {', '.join(sorted(missing)) or 'edge_index or adj_*'}")
@@ -249,13 +279,23 @@ def _mat_graph(path: Path) -> Data:
     for part in parts:
         if not part.is_file():
             raise FileNotFoundError(f"{part} is missing beside {path.name}")
-    tables = [loadmat(part) for part in parts]
+    tables = []
+    for part in parts:
+        with _readable(part):
+            tables.append(loadmat(part))
+        missing = {"Index", "Label", "Attributes"} - set(tables[-1])
+        if missing:
+            raise ValueError(f"{part} lacks {', '.join(sorted(missing))}")
+    with _readable(path):
+        pairs = np.loadtxt(path, dtype=np.int64, ndmin=2)[:, :2]
     index = np.concatenate([table["Index"].ravel() for table in tables]).astype(np.int64)
     labels = np.concatenate([table["Label"].ravel() for table in tables])
     attributes = scipy.sparse.vstack([scipy.sparse.csr_matrix(table["Attributes"]) for table in tables]).tocsr()
     position = np.full(index.max() + 1, -1)
     position[index] = np.arange(len(index))
-    edges = position[np.loadtxt(path, dtype=np.int64, ndmin=2)[:, :2].T]
+    if pairs.size and not 0 <= pairs.min() <= pairs.max() < len(position):
+        raise ValueError(f"{path} names node {pairs.max()}, but the .mat files beside it end at {len(position) - 1}")
+    edges = position[pairs.T]
     return _assembled(attributes, edges[:, (edges >= 0).all(0)], np.unique(labels, return_inverse=True)[1])
 
 
@@ -300,9 +340,10 @@ def num_classes(data: Data) -> int:
 
 
 def edge_homophily(data: Data) -> float:
-    """Share of edges that join two nodes of one class."""
-    source, target = data.edge_index
-    return float((data.y[source] == data.y[target]).float().mean())
+    """Share of the edges between labelled nodes that join two nodes of one class."""
+    ends = data.y[data.edge_index]
+    ends = ends[:, (ends >= 0).all(0)]
+    return float((ends[0] == ends[1]).float().mean())
 
 
 def row_normalized(data: Data) -> Data:
@@ -319,13 +360,17 @@ def row_normalized(data: Data) -> Data:
 
 
 def undirected(data: Data) -> Data:
-    """A copy with both directions of every edge, no duplicates, no self-loops; edge attributes are dropped."""
+    """A copy with both directions of every edge, no duplicates, no self-loops.
+
+    Weights and attributes of edges that become one are averaged.
+    """
     copy = data.clone()
-    edges, _ = remove_self_loops(data.edge_index)
-    copy.edge_index = to_undirected(coalesce(edges), num_nodes=data.num_nodes)
-    for name in ("edge_attr", "edge_weight"):
-        if name in copy:
-            del copy[name]
+    keep = data.edge_index[0] != data.edge_index[1]
+    names = [name for name in EDGE_VALUES if data.get(name) is not None]
+    values = [data[name][keep] for name in names]
+    copy.edge_index, values = to_undirected(data.edge_index[:, keep], values, num_nodes=data.num_nodes, reduce="mean")
+    for name, value in zip(names, values, strict=True):
+        copy[name] = value
     return copy
 
 
@@ -334,6 +379,9 @@ def check_graph(data: Any) -> None:
     if not isinstance(data, Data):
         raise ValueError(f"data is a {type(data).__name__}; a torch_geometric.data.Data is needed")
     x = features(data)
+    if x is data.get("x") and (x.layout != torch.strided or x.dim() != 2 or not x.is_floating_point()):
+        kind = f"{x.dtype} of shape {tuple(x.shape)}" + ("" if x.layout == torch.strided else f", {x.layout}")
+        raise ValueError(f"x is {kind}; features must be dense floating-point numbers of shape [nodes, features]")
     if not x.shape[0]:
         raise ValueError("the graph has no nodes; give a graph with rows in x")
     values = x.values() if x.layout == torch.sparse_csr else x
@@ -346,5 +394,26 @@ def check_graph(data: Any) -> None:
         raise ValueError(f"edge_index names nodes outside 0 ... {x.shape[0] - 1}, the rows of x")
     if y is None or y.dim() != 1 or y.dtype != torch.long or len(y) != x.shape[0]:
         raise ValueError(f"y must be whole numbers (int64) of shape [{x.shape[0]}], one label a row of x")
-    if int(y.min()) < 0:
-        raise ValueError(f"y holds {int(y.min())}; labels are 0 ... C-1 (leave unlabelled nodes out of the masks)")
+    if int(y.max()) < 0:
+        raise ValueError("no node has a label; y is negative everywhere")
+    for name in EDGE_VALUES:
+        value = data.get(name)
+        if value is not None and (not isinstance(value, Tensor) or value.shape[:1] != edges.shape[1:]):
+            raise ValueError(f"{name} must be a tensor with one row for each of the {edges.shape[1]} edges")
+    for name in MASKS:
+        mask = data.get(name)
+        if mask is not None:
+            _check_mask(name, mask, y)
+
+
+def _check_mask(name: str, mask: Any, y: Tensor) -> None:
+    n = len(y)
+    ok = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() in (1, 2) and len(mask) == n
+    if not ok:
+        kind = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(
+            f"{name} is {kind}; it must be bool of shape [{n}] or [{n}, splits], true for its nodes (not their numbers)"
+        )
+    inside = mask if mask.dim() == 1 else mask.any(1)
+    if bool((y[inside] < 0).any()):
+        raise ValueError(f"{name} has nodes with label {int(y[inside].min())}; leave unlabelled nodes out of the masks")

@@ -14,6 +14,7 @@ import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch_geometric.utils import coalesce, remove_self_loops
 from torch_geometric.utils import degree as count_degree
 
 from plait_graph.episodes import Episode
@@ -82,7 +83,7 @@ class EpisodeGraph:
     @classmethod
     def of(cls, x: Tensor, edge_index: Tensor) -> EpisodeGraph:
         n = x.shape[0]
-        source, target = edge_index
+        source, target = coalesce(remove_self_loops(edge_index)[0], num_nodes=n)
         degree = count_degree(target, n)
         loops = torch.arange(n, device=x.device)
         places = torch.stack([torch.cat([target, loops]), torch.cat([source, loops])])

@@ -29,7 +29,7 @@ def told_as_plait_error() -> Iterator[None]:
     """What the algorithm modules raise for a user's mistake, in the form that users are shown."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError, FloatingPointError, ImportError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         raise PlaitError(str(error)) from error
 
 
@@ -128,7 +128,7 @@ class NodeSplit:
     )
     val_share: float = attrs.field(default=0.2, validator=in_range(0, 1), metadata=doc("share of nodes to validate"))
     number: int | None = attrs.field(
-        default=None, validator=in_range(0), metadata=doc("which of the graph's own splits; none: the seed's")
+        default=None, validator=in_range(0), metadata=doc("which of the graph's own splits, from 0; none: the seed's")
     )
 
     def __attrs_post_init__(self) -> None:
@@ -144,7 +144,8 @@ class NodeSplit:
             elif self.train_share is not None:
                 masks = splits.split_by_share(data.y, self.train_share, self.val_share, run.generator())
             else:
-                masks = splits.chosen_split(data, run.seed if self.number is None else self.number)
+                number = run.seed % splits.count_splits(data) if self.number is None else self.number
+                masks = splits.chosen_split(data, number)
         copy = data.clone()
         for name, mask in zip(splits.MASKS, masks, strict=True):
             copy[name] = mask
@@ -299,6 +300,8 @@ class GraphTraining:
     def optimize(self, model: Any, data: Any, run: Run) -> nn.Module:
         if not isinstance(model, nn.Module):
             raise PlaitError(f"model is a {type(model).__name__}; a torch.nn.Module on graphs is needed")
+        if not any(p.requires_grad for p in model.parameters()):
+            raise PlaitError("no tensor of the model requires a gradient; unfreeze what is to be trained")
         # The seed is the same for every optimizer and step, so that gains over a baseline are paired.
         surroundings = Run(seed=run.seed)
         seed = surroundings.derived_seed("training")
@@ -310,14 +313,16 @@ class GraphTraining:
             checkpoint_every=self.checkpoint_every,
         )
         with told_as_plait_error():
+            objective = self._objective(model, data, run, surroundings.generator("validation"))
             return training.train(
                 model,
-                self._objective(model, data, run, surroundings.generator("validation")),
+                objective,
                 lambda copy: self.make_update(copy, seed),
                 settings,
                 seed=seed,
                 device=run.device,
                 folder=run.folder,
+                made_by=training.fingerprint(f"{self!r} seed {run.seed}", model, data),
                 track=run.track,
                 log=run.log,
             )
@@ -331,6 +336,7 @@ class GraphTraining:
             shape = (self.n_way, self.k_shot, self.n_query)
             return tasks.EpisodeObjective(data, run.device, *shape, self.num_val_tasks, generator)
         objective = tasks.NodeObjective(data, run.device, self.batch_size, self.num_hops, self.num_neighbors)
+        objective.check(model)
         if self.select == "best" and (data.get("val_mask") is None or not data.val_mask.any()):
             run.warn("there are no validation nodes, so the last weights are kept")
         return objective
@@ -368,6 +374,8 @@ class SGDTraining(GraphTraining):
 BETTER = {"accuracy": "higher", "macro-F1": "higher", "gain": "higher", "time": "lower", "GNN passes": "lower"}
 FORMATS = dict.fromkeys(("accuracy", "± 95 %", "macro-F1", "gain", "ms/update", "time", "GNN passes"), ".2f")
 
+SPREAD = {"accuracy": "95 %", "gain": "standard error"}
+
 
 @attrs.frozen(kw_only=True)
 class NodeAccuracy:
@@ -386,7 +394,8 @@ class NodeAccuracy:
             raise PlaitError(f"the graph has no {self.split}_mask of shape [n] with nodes; use transform node-split")
 
         def measured(candidate: nn.Module) -> dict[str, float]:
-            return _node_scores(candidate, data, mask, run.device)
+            with told_as_plait_error():
+                return _node_scores(candidate, data, mask, run.device)
 
         return _compared(model, reference, measured)
 
@@ -399,7 +408,7 @@ def _node_scores(model: nn.Module, data: Data, mask: torch.Tensor, device: torch
     placed.x = datasets.features(data).to_dense() if data.get("x") is None else data.x
     placed = placed.to(device)
     with torch.no_grad():
-        predicted = tasks.call(model, placed, placed.x, placed.edge_index).argmax(-1).cpu()[mask]
+        predicted = tasks.node_logits(model, placed).argmax(-1).cpu()[mask]
     truth = data.y[mask]
     accuracy = float((predicted == truth).float().mean())
     return {
@@ -449,8 +458,8 @@ def _compared(model: Any, reference: Any, measured: Callable[[nn.Module], dict[s
 
     ``GNN passes`` are those of an update with message passing. Several models with times give a picture.
 
-    With models and reference of one seed the gain is paired; over n seeds the report shows its mean and standard
-    deviation, of which 1 / sqrt(n) is the standard error of the mean.
+    With models and reference of one seed the gain is paired; over several seeds the report shows its mean with the
+    standard error, and the accuracy with its 95 % interval.
     """
     several = isinstance(model, dict)
     candidates = model if several else {"": model}
@@ -477,7 +486,7 @@ def _compared(model: Any, reference: Any, measured: Callable[[nn.Module], dict[s
     panels = []
     if several and all("time" in row for row in rows):
         panels.append(Panel(title="Accuracy and time", images=[[Image(caption=_CAPTION, data=png(_figure(rows)))]]))
-    return Report(rows=rows, better=BETTER, formats=FORMATS, panels=panels)
+    return Report(rows=rows, better=BETTER, formats=FORMATS, spread=SPREAD, panels=panels)
 
 
 _CAPTION = "Accuracy with its 95 % interval over the time of an update, the reference's being 100 %"

@@ -16,12 +16,12 @@ def split_per_class(y: Tensor, per_class: int, num_val: int, generator: torch.Ge
     Raises:
         ValueError: a class, or what is left over, is too small.
     """
-    order = torch.randperm(len(y), generator=generator)
-    sizes = torch.bincount(y)
+    order = _labelled(y, generator)
+    sizes = torch.bincount(y[order])
     small = torch.nonzero((sizes > 0) & (sizes < per_class)).flatten().tolist()
     if small:
         raise ValueError(f"class {small[0]} has {int(sizes[small[0]])} nodes, fewer than per_class = {per_class}")
-    train = torch.cat([order[y[order] == c][:per_class] for c in torch.unique(y).tolist()])
+    train = torch.cat([order[y[order] == c][:per_class] for c in torch.unique(y[order]).tolist()])
     rest = order[~torch.isin(order, train)]
     if num_val >= len(rest):
         raise ValueError(f"num_val is {num_val}, but only {len(rest)} nodes are left beside the labelled ones")
@@ -29,20 +29,31 @@ def split_per_class(y: Tensor, per_class: int, num_val: int, generator: torch.Ge
 
 
 def split_by_share(y: Tensor, train: float, val: float, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Masks [n]: random shares of all nodes, the rest to test."""
-    order = torch.randperm(len(y), generator=generator)
-    first, second = round(train * len(y)), round((train + val) * len(y))
-    if first < 1 or second >= len(y):
-        raise ValueError(f"shares {train} and {val} of {len(y)} nodes leave no node to train or to test")
+    """Masks [n]: random shares of all labelled nodes, the rest of them to test."""
+    order = _labelled(y, generator)
+    first, second = round(train * len(order)), round((train + val) * len(order))
+    if first < 1 or second >= len(order):
+        raise ValueError(f"shares {train} and {val} of {len(order)} nodes leave no node to train or to test")
     return _masks(len(y), order[:first], order[first:second], order[second:])
 
 
-def chosen_split(data: Data, number: int) -> tuple[Tensor, ...]:
-    """Masks [n] of split ``number`` (modulo their count) of masks [n, splits]."""
+def count_splits(data: Data) -> int:
+    """How many splits the graph's own masks hold: [n] is one, [n, splits] several."""
     missing = [name for name in MASKS if data.get(name) is None]
     if missing:
         raise ValueError(f"the graph has no {missing[0]}; draw a split with per_class or train_share")
-    return tuple(data[m] if data[m].dim() == 1 else data[m][:, number % data[m].shape[1]] for m in MASKS)
+    counts = {data[name].shape[1] for name in MASKS if data[name].dim() == 2}
+    if len(counts) > 1:
+        raise ValueError(f"the graph's masks hold {' and '.join(map(str, sorted(counts)))} splits; they must agree")
+    return counts.pop() if counts else 1
+
+
+def chosen_split(data: Data, number: int) -> tuple[Tensor, ...]:
+    """Masks [n] of the graph's own split ``number``, which counts from 0."""
+    count = count_splits(data)
+    if number >= count:
+        raise ValueError(f"number is {number}, but the graph has {count} split{'s' * (count > 1)}, counted from 0")
+    return tuple(data[m] if data[m].dim() == 1 else data[m][:, number] for m in MASKS)
 
 
 def split_classes(
@@ -54,6 +65,12 @@ def split_classes(
     order = torch.randperm(num_classes, generator=generator)
     train, val, test, _ = order.split([*sizes, num_classes - sum(sizes)])
     return train, val, test
+
+
+def _labelled(y: Tensor, generator: torch.Generator) -> Tensor:
+    """The nodes with a label (>= 0), in random order."""
+    order = torch.randperm(len(y), generator=generator)
+    return order[y[order] >= 0]
 
 
 def _masks(n: int, *parts: Tensor) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ that train a graph network also without its edges).
 
 from __future__ import annotations
 
+import copy
 import inspect
 from functools import cached_property
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from plait_graph.datasets import check_graph, features
 from plait_graph.episodes import Episode, EpisodeSampler
 from plait_graph.fewshot import EpisodeGraph, EpisodeModel
 from plait_graph.sampling import NeighbourSampler
+from plait_graph.splits import CLASSES
 
 
 class Task(Protocol):
@@ -49,6 +51,33 @@ def call(model: nn.Module, data: Data, x: Tensor, edge_index: Tensor) -> Tensor:
         names = inspect.signature(model.forward).parameters
         extra = {n: data[n] for n in ("edge_weight", "edge_attr") if n in names and data.get(n) is not None}
     return model(x, edge_index, **extra)
+
+
+def node_logits(model: nn.Module, data: Data) -> Tensor:
+    """Logits of all nodes, [n, classes].
+
+    Raises:
+        ValueError: the model answers episodes, does not fit the graph's features, or has too few outputs.
+    """
+    if isinstance(model, EpisodeModel):
+        raise ValueError(
+            f"the model is a {type(model).__name__}, which answers episodes of few nodes; use gnn, or episode-accuracy"
+        )
+    try:
+        logits = call(model, data, data.x, data.edge_index)
+    except (RuntimeError, TypeError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the model cannot be run on the graph, which has {data.x.shape[1]} features a node ({why}); "
+            "its forward must take x [n, d] and edge_index [2, edges]"
+        ) from error
+    classes = int(data.y.max()) + 1
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(data.y) or logits.shape[1] < classes:
+        raise ValueError(
+            f"the model returned {shape}; logits [{len(data.y)}, {classes}] are needed, one column a class"
+        )
+    return logits
 
 
 # -- node classification -------------------------------------------------------------------------------------------
@@ -113,6 +142,15 @@ class NodeObjective:
             else NeighbourSampler(self.data.edge_index, self.data.num_nodes, num_neighbors)
         )
 
+    @torch.no_grad()
+    def check(self, model: nn.Module) -> None:
+        """Try the model on the graph, before the work starts; it is left as it was.
+
+        Raises:
+            ValueError: see :func:`node_logits`.
+        """
+        node_logits(copy.deepcopy(model).to(self.data.x.device).eval(), self.data)
+
     @cached_property
     def whole(self) -> NodeTask:
         """All labelled nodes, with all their neighbours."""
@@ -154,7 +192,7 @@ class NodeObjective:
         mask = self.data.get("val_mask")
         if mask is None or not mask.any():
             return None
-        predicted = call(model, self.data, self.data.x, self.data.edge_index).argmax(-1)
+        predicted = node_logits(model, self.data).argmax(-1)
         return float((predicted == self.data.y)[mask].float().mean())
 
 
@@ -211,9 +249,12 @@ class EpisodeObjective:
 def episode_graph(data: Data, device: torch.device) -> EpisodeGraph:
     """The graph as few-shot models see it, after a check of its class split."""
     check_graph(data)
-    splits = [data.get(name) for name in ("train_classes", "val_classes", "test_classes")]
+    splits = [data.get(name) for name in CLASSES]
     if any(classes is None for classes in splits):
         raise ValueError("the graph has no split of its classes; draw one with transform class-split")
+    for name, classes in zip(CLASSES, splits, strict=True):
+        if not isinstance(classes, Tensor) or classes.dtype != torch.long or classes.dim() != 1:
+            raise ValueError(f"{name} must be whole numbers (int64) of shape [classes]")
     everything = torch.cat(splits)
     twice = everything[torch.bincount(everything)[everything] > 1]
     if len(twice):

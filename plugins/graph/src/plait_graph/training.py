@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -16,7 +17,8 @@ from typing import Any, Literal, Protocol
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch_geometric.data import Data
 
 from plait_graph.tasks import Objective, Task
 
@@ -44,11 +46,18 @@ class PlainUpdate:
     def step(self, task: Task) -> dict[str, Any]:
         self.optimizer.zero_grad()
         loss = task.losses(self.model).mean()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()}; lower lr, or look at the data")
         loss.backward()
+        self._refuse_non_finite(loss.detach())
         self.optimizer.step()
         return {"loss": loss.detach(), "passes": 1}
+
+    def _refuse_non_finite(self, loss: Tensor) -> None:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).to(loss)
+        values = torch.stack([loss, norm]).tolist()  # the one synchronisation of an update
+        for name, value in zip(("loss", "gradient's norm"), values, strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the {name} is {value}; lower lr, or look at the data")
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
@@ -96,6 +105,7 @@ def train(
     seed: int,
     device: torch.device,
     folder: Path,
+    made_by: str,
     track: Callable[[Iterable[int], str], Iterator[int]] = lambda items, _: iter(items),
     log: Callable[..., None] = lambda **_: None,
 ) -> nn.Module:
@@ -103,7 +113,8 @@ def train(
 
     An entry has ``update``, ``loss``, ``seconds`` (CPU time of this process on the CPU, else wall time), what the
     update reports, and ``val_accuracy`` where it was validated. The training goes on from a checkpoint in
-    ``folder``, bit for bit on the CPU; global random state is left alone.
+    ``folder``, bit for bit on the CPU, where that was written by a training of the same ``made_by``
+    (:func:`fingerprint`); global random state is left alone.
     """
     model = copy.deepcopy(model).to(device).train()
     update = make_update(model)
@@ -112,7 +123,7 @@ def train(
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
-        checkpoint = _Checkpoint(folder, model, update, generator, device)
+        checkpoint = _Checkpoint(folder, made_by, model, update, generator, device)
         checkpoint.read(progress)
         for t in track(range(progress.done, settings.num_updates), "update"):
             if settings.patience is not None and progress.without_gain >= settings.patience:
@@ -126,8 +137,22 @@ def train(
     if settings.select == "best" and progress.best_weights is not None:
         model.load_state_dict(progress.best_weights)
     model.history = progress.history
+    checkpoint.path.unlink(missing_ok=True)  # another training in this folder starts from its own weights
     model.zero_grad(set_to_none=True)
     return model.cpu().eval()
+
+
+def fingerprint(description: str, model: nn.Module, data: Data) -> str:
+    """Digest of what a training's result depends on: its description, the initial weights, the graph."""
+    digest = hashlib.sha256(description.encode())
+    for name, value in [*model.state_dict().items(), *data.to_dict().items()]:
+        digest.update(f"{name} ".encode())
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()
 
 
 def _one_update(
@@ -172,6 +197,7 @@ def _validate(model: nn.Module, objective: Objective, progress: _Progress, log: 
 @attrs.frozen
 class _Checkpoint:
     folder: Path
+    made_by: str
     model: nn.Module
     update: Update
     generator: torch.Generator
@@ -184,6 +210,7 @@ class _Checkpoint:
     def write(self, progress: _Progress) -> None:
         state = attrs.asdict(progress, recurse=False) | {"history": json.dumps(progress.history)}
         state |= {
+            "made by": self.made_by,
             "model": self.model.state_dict(),
             "optimizer": self.update.state_dict(),
             "tasks": self.generator.get_state(),
@@ -198,6 +225,8 @@ class _Checkpoint:
         if not self.path.exists():
             return
         state = torch.load(self.path, weights_only=True, map_location="cpu")
+        if state.get("made by") != self.made_by:
+            return
         self.model.load_state_dict(state["model"])
         self.update.load_state_dict(state["optimizer"])
         self.generator.set_state(state["tasks"])
