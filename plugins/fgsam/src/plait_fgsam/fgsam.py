@@ -32,6 +32,7 @@ from plait_fgsam.perturbing import (
     orthogonal_part,
     require,
     stretched,
+    whole_number,
 )
 
 Combine = Literal["convex", "additive"]
@@ -99,11 +100,11 @@ class FGSAM(PerturbingOptimizer):
         with torch.enable_grad():
             value = gnn_loss()
             self._check_scalar(value, "gnn_loss")
-            loss, g_gnn = self._averaged(value.detach(), differentiate(value, tensors, retain_graph=True))
+            loss, g_gnn = self._averaged(value.detach().reshape(()), differentiate(value, tensors, retain_graph=True))
         e = self._perturbation(tensors, g_gnn, rhos, perturbed)
         with moved([w.data for w in tensors], e):  # unseen by autograd, which else refuses the second backward
             mlp_value, g_s = self._gradient(mlp_loss, "mlp_loss", tensors)
-            _, g_again = self._averaged(value.detach(), differentiate(value, tensors))
+            _, g_again = self._averaged(loss, differentiate(value, tensors))
         self._apply(tensors, self._combined(g_again, g_s), gnn_loss=loss, mlp_loss=mlp_value)
         return {"loss": loss, "exact": True, **comparison(g_gnn, g_s, tensors)}
 
@@ -155,7 +156,7 @@ class FGSAMPlus(FGSAM):
         eps: float = 1e-8,
         **base_options: Any,
     ) -> None:
-        require(isinstance(interval, int) and interval >= 1, "interval", interval, "a whole number >= 1")
+        interval = whole_number("interval", interval)
         require(math.isfinite(alpha) and alpha >= 0, "alpha", alpha, "a finite number >= 0")
         require(projection in ("tensor", "global"), "projection", projection, "'tensor' or 'global'")
         require(variant in ("code", "paper"), "variant", variant, "'code' or 'paper'")

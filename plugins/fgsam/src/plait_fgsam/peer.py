@@ -77,10 +77,10 @@ def peer_layers(model: nn.Module, peers: Mapping[type[nn.Module], Peer] | None =
     found: list[tuple[nn.Module, Peer]] = []
     for name, layer in model.named_modules():
         if type(layer) in known:
-            found.append((layer, known[type(layer)]))
+            found.append((layer, _fitting(layer, known[type(layer)])))
         elif hasattr(type(layer), "peer_forward"):
             found.append((layer, _own_peer))
-        elif isinstance(layer, pyg.MessagePassing):
+        elif isinstance(layer, (pyg.MessagePassing, *_MIX_ROWS)):
             raise PeerError(
                 f"layer {name or 'model'} is a {type(layer).__name__}, whose message passing cannot be turned off by "
                 f"rule; call register_peer({type(layer).__name__}, forward) or pass your own mlp_loss"
@@ -99,6 +99,12 @@ def peer_layers(model: nn.Module, peers: Mapping[type[nn.Module], Peer] | None =
 
 
 # -- switching ---------------------------------------------------------------------------------------------------
+
+
+def _fitting(layer: Any, peer: Peer) -> Peer:
+    """A closed form takes the one neighbour as it is; other aggregations of one value (std, softmax ...) are run."""
+    one_is_all = layer.aggr in ("add", "sum", "mean", "max", "min") if peer in _CLOSED_FORMS else True
+    return peer if one_is_all else "identity"
 
 
 @contextmanager
@@ -147,6 +153,11 @@ def forward_on(layer: nn.Module, graph: Literal["identity", "empty"], *args: Any
     """The layer's own forward on the identity or the empty graph of the rows that come in; its cache is set aside."""
     bound = inspect.signature(type(layer).forward).bind(layer, *args, **kwargs)
     given = bound.arguments
+    if not {"x", "edge_index"} <= set(inspect.signature(type(layer).forward).parameters):
+        raise PeerError(
+            f"the forward of {type(layer).__name__} has no arguments named x and edge_index, so it cannot be run on "
+            f"another graph; register a function with register_peer, or give the layer a method peer_forward"
+        )
     x = given["x"] = _both_target(given["x"])
     rows = x[0] if isinstance(x, tuple) else x
     loops = identity_graph(len(rows), rows.device)
@@ -165,7 +176,13 @@ def _both_target(x: Any) -> Any:
     """Bipartite input (source, target): both become the target's rows."""
     if not isinstance(x, (tuple, list)):
         return x
-    target = x[1] if x[1] is not None else x[0]
+    source, target = x
+    if target is None or source.shape[-1] != target.shape[-1]:
+        widths = f"{source.shape[-1]} and {'no' if target is None else target.shape[-1]}"
+        raise PeerError(
+            f"a layer is given bipartite features ({widths} columns of sources and targets), and a target is not its "
+            "own source; pass your own mlp_loss"
+        )
     return (target, target)
 
 
@@ -196,18 +213,14 @@ def _gcn(layer: Any, x: Any, *_: Any, **__: Any) -> Tensor:
     return _plus(layer.lin(_target(x)), layer.bias)  # W x + b
 
 
-def _sage(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    if layer.aggr not in ("mean", "max", "min", "add", "sum"):
-        return forward_on(layer, "identity", x, *args, **kwargs)
+def _sage(layer: Any, x: Any, *_: Any, **__: Any) -> Tensor:
     x = _target(x)
     out = layer.lin_l(layer.lin(x).relu() if layer.project else x)  # W_l x + b
     out = out + layer.lin_r(x) if layer.root_weight else out  # + W_r x
     return F.normalize(out, p=2.0, dim=-1) if layer.normalize else out
 
 
-def _graph(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    if layer.aggr not in ("mean", "max", "min", "add", "sum"):
-        return forward_on(layer, "identity", x, *args, **kwargs)
+def _graph(layer: Any, x: Any, *_: Any, **__: Any) -> Tensor:
     x = _target(x)
     return layer.lin_rel(x) + layer.lin_root(x)  # W_rel x + b + W_root x
 
@@ -261,6 +274,19 @@ def _appnp(layer: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
 def _tag(layer: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
     return _plus(sum(lin(x) for lin in layer.lins), layer.bias)  # sum over k of W_k x, + b
 
+
+_CLOSED_FORMS = (_gcn, _sage, _graph, _gat, _gatv2, _transformer, _sgc, _tag)
+
+# These use edges, or let rows talk to each other, outside of the message passing that can be replaced within them.
+_MIX_ROWS = tuple(
+    getattr(pyg, name)
+    for name in (
+        "HeteroConv", "GPSConv", "SGFormer", "Polynormer", "GraphUNet", "DenseGCNConv", "DenseSAGEConv", "DenseGINConv",
+        "DenseGraphConv", "DenseGATConv", "TopKPooling", "SAGPooling", "EdgePooling", "ASAPooling", "PANPooling",
+        "MemPooling", "ClusterPooling",
+    )
+    if hasattr(pyg, name)
+)  # fmt: skip
 
 _PEERS: dict[type[nn.Module], Peer] = {
     pyg.GCNConv: _gcn,

@@ -7,6 +7,7 @@ They are ``torch.optim.Optimizer``s around a base optimizer (Adam, SGD, ...). ``
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -33,11 +34,13 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         process_group: of ``torch.distributed``; losses and gradients of every pass are averaged over its processes,
             which must start from the same weights. The model is not wrapped in ``DistributedDataParallel``.
 
-    ``param_groups`` is the base optimizer's own list, so that schedulers see one set of rates.
+    ``param_groups`` is the base optimizer's own list, so that schedulers see one set of rates. In mixed precision use
+    bf16: a ``GradScaler`` has nothing to scale, since gradients are computed within ``step``.
 
     Raises:
         ValueError: for a value out of its range.
-        TypeError: for a base optimizer that needs a closure of its own, such as LBFGS.
+        TypeError: for a base optimizer that is no ``torch.optim`` class, evaluates the loss itself (LBFGS), or
+            perturbs (another optimizer of this package).
     """
 
     def __init__(
@@ -52,18 +55,21 @@ class PerturbingOptimizer(torch.optim.Optimizer):
     ) -> None:
         require(math.isfinite(rho) and rho >= 0, "rho", rho, "a finite number >= 0")
         require(math.isfinite(eps) and eps >= 0, "eps", eps, "a finite number >= 0")
-        if issubclass(base_optimizer, torch.optim.LBFGS):
-            raise TypeError("base_optimizer LBFGS evaluates the loss itself; use a first-order one such as Adam or SGD")
+        if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, torch.optim.Optimizer)):
+            raise TypeError(f"base_optimizer is {base_optimizer!r}; give a class such as torch.optim.Adam")
+        if issubclass(base_optimizer, (torch.optim.LBFGS, PerturbingOptimizer)):
+            raise TypeError(
+                f"base_optimizer {base_optimizer.__name__} evaluates the loss itself; use one such as Adam or SGD"
+            )
         groups = list(params)
         if not groups:
             raise ValueError("params is empty; give the tensors of the model")
         groups = [dict(group) for group in groups] if isinstance(groups[0], dict) else [{"params": groups}]
         for group in groups:
-            group.setdefault("rho", rho)
-            group.setdefault("perturb", True)
-            require(math.isfinite(group["rho"]) and group["rho"] >= 0, "rho of a group", group["rho"], ">= 0")
+            _complete(group, rho)
         self.base = base_optimizer(groups, **base_options)
-        super().__init__(self.base.param_groups, {"rho": rho, "perturb": True})
+        # Schedulers look for betas or momentum among the defaults.
+        super().__init__(self.base.param_groups, {**self.base.defaults, "rho": rho, "perturb": True})
         self.param_groups = self.base.param_groups
         self.eps, self.process_group = eps, process_group
         self.t = 0
@@ -82,7 +88,7 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         with torch.enable_grad():
             value = loss()
             self._check_scalar(value, name)
-            return self._averaged(value.detach(), differentiate(value, tensors))
+            return self._averaged(value.detach().reshape(()), differentiate(value, tensors))
 
     def _averaged(self, value: Tensor, gradients: Gradients) -> tuple[Tensor, Gradients]:
         """Mean over the processes, so that all of them take the same step."""
@@ -131,6 +137,7 @@ class PerturbingOptimizer(torch.optim.Optimizer):
             values = dict(zip([*losses, "the gradient's norm"], watched.tolist(), strict=True))
             name, value = next((n, v) for n, v in values.items() if not math.isfinite(v))
             raise FloatingPointError(f"update {self.t}: {name} is {value}; lower lr or rho, or look at the data")
+        self.base.zero_grad(set_to_none=True)  # a tensor frozen since the last update must not move
         for p, g in zip(tensors, gradients, strict=True):
             p.grad = g
         self.base.step()
@@ -143,9 +150,12 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         if any(param_group is group for group in self.base.param_groups):
             super().add_param_group(param_group)  # from Optimizer.__init__, which registers the base's groups
             return
-        param_group.setdefault("rho", self.defaults["rho"])
-        param_group.setdefault("perturb", True)
+        _complete(param_group, self.defaults["rho"])
         self.base.add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: all but ``step``, which a scheduler may have tied to this very object."""
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none)
@@ -176,6 +186,14 @@ class PerturbingOptimizer(torch.optim.Optimizer):
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         return None
+
+
+def _complete(group: dict[str, Any], rho: float) -> None:
+    """Give a parameter group what it lacks, and check what it has."""
+    group.setdefault("rho", rho)
+    group.setdefault("perturb", True)
+    require(math.isfinite(group["rho"]) and group["rho"] >= 0, "rho of a group", group["rho"], "a finite number >= 0")
+    require(isinstance(group["perturb"], bool), "perturb of a group", group["perturb"], "True or False")
 
 
 @contextmanager
@@ -212,11 +230,11 @@ def differentiate(value: Tensor, tensors: list[Tensor], retain_graph: bool = Fal
 
 
 def global_norm(gradients: Gradients, like: Tensor) -> Tensor:
-    """Euclidean norm over all tensors; 0 (on ``like``'s device) for none."""
+    """Euclidean norm over all tensors; 0 (on ``like``'s device) for none. Of half-precision ones it is float32."""
     present = [g for g in gradients if g is not None]
     if not present:
-        return torch.zeros((), device=like.device, dtype=like.dtype)
-    norms = torch._foreach_norm(present)
+        return torch.zeros((), device=like.device, dtype=_wide(like.dtype))
+    norms = torch._foreach_norm([g.to(_wide(g.dtype)) for g in present])
     return torch.linalg.vector_norm(torch.stack([norm.to(like.device) for norm in norms]))
 
 
@@ -227,15 +245,33 @@ def scaled(factor: Tensor, gradients: list[Tensor]) -> list[Tensor]:
     return [g * factor.to(g.device) for g in gradients]
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Squares of half-precision numbers and the small eps are lost in half precision: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def orthogonal_part(a: Tensor, b: Tensor) -> Tensor:
     """P(a, b) = a - (a.b)/(b.b) b, and a where b = 0."""
-    square = (b * b).sum()
-    return a - torch.where(square > 0, (a * b).sum() / square.clamp_min(torch.finfo(b.dtype).tiny), 0.0) * b
+    wide_a, wide_b = a.to(_wide(a.dtype)), b.to(_wide(b.dtype))
+    square = (wide_b * wide_b).sum()
+    share = (wide_a * wide_b).sum() / square.clamp_min(torch.finfo(square.dtype).tiny)
+    return (wide_a - torch.where(square > 0, share, 0.0) * wide_b).to(a.dtype)
 
 
 def stretched(v: Tensor, b: Tensor) -> Tensor:
     """``v`` at the length of ``b``: |b| / (|v| + 1e-8) v."""
-    return v * (torch.linalg.vector_norm(b) / (torch.linalg.vector_norm(v) + 1e-8))
+    length = torch.linalg.vector_norm(b, dtype=_wide(b.dtype))
+    return (v * (length / (torch.linalg.vector_norm(v, dtype=_wide(v.dtype)) + 1e-8))).to(v.dtype)
+
+
+def whole_number(name: str, value: Any) -> int:
+    """``value`` as an int >= 1, from Python's or NumPy's; ``ValueError`` for anything else."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    require(number >= 1, name, value, "a whole number >= 1")
+    return number
 
 
 def require(ok: bool, name: str, value: Any, allowed: str) -> None:

@@ -112,10 +112,18 @@ class PerturbingTraining(GraphTraining):
         default="adam", validator=one_of(*BASES), metadata=doc("base optimizer")
     )
     momentum: float = attrs.field(default=0.9, validator=in_range(0, 1, high_open=True), metadata=doc("of sgd"))
+    betas: tuple[float, float] = attrs.field(
+        default=(0.9, 0.999), validator=in_range(0, 1, high_open=True), metadata=doc("of adam and adamw")
+    )
     rho: float = attrs.field(default=0.05, validator=in_range(0), metadata=doc("length of the perturbation"))
     perturb: tuple[str, ...] = attrs.field(
         default=("*",), metadata=doc("patterns of the names of the tensors that are perturbed, such as encoder.*")
     )
+
+    @perturb.validator
+    def _is_a_list(self, attribute: Any, value: Any) -> None:
+        if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
+            raise PlaitError(f"perturb is {value!r}; give a list of patterns, such as ['encoder.*']")
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The model's tensors: those that are perturbed, and those that are only trained."""
@@ -130,7 +138,7 @@ class PerturbingTraining(GraphTraining):
 
     def base_options(self) -> dict[str, Any]:
         options = {"base_optimizer": BASES[self.optimizer], "lr": self.lr, "weight_decay": self.weight_decay}
-        return options | ({"momentum": self.momentum} if self.optimizer == "sgd" else {})
+        return options | ({"momentum": self.momentum} if self.optimizer == "sgd" else {"betas": self.betas})
 
 
 @attrs.frozen(kw_only=True)
@@ -140,6 +148,12 @@ class PeerTraining(PerturbingTraining):
     peer: dict[str, Literal["identity", "empty"]] = attrs.field(
         factory=dict, metadata=doc("layer type, such as GINConv → the graph its PeerMLP sees, instead of the usual")
     )
+
+    @peer.validator
+    def _is_known(self, attribute: Any, value: Mapping[str, str]) -> None:
+        for layer, graph in value.items():
+            if graph not in ("identity", "empty"):
+                raise PlaitError(f"peer of {layer} is {graph!r}; allowed is 'identity', 'empty'")
 
     def peers(self, model: nn.Module) -> Peers:
         """The choices of ``peer`` by type; refuses models without a PeerMLP."""

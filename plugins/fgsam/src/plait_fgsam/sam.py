@@ -20,6 +20,7 @@ from plait_fgsam.perturbing import (
     orthogonal_part,
     require,
     stretched,
+    whole_number,
 )
 
 
@@ -75,7 +76,7 @@ class LookSAM(PerturbingOptimizer):
         eps: float = 1e-12,
         **base_options: Any,
     ) -> None:
-        require(isinstance(interval, int) and interval >= 1, "interval", interval, "a whole number >= 1")
+        interval = whole_number("interval", interval)
         require(math.isfinite(alpha) and alpha >= 0, "alpha", alpha, "a finite number >= 0")
         super().__init__(params, base_optimizer, rho=rho, eps=eps, **base_options)
         self.interval, self.alpha = interval, alpha
@@ -141,6 +142,8 @@ class ESAM(PerturbingOptimizer):
 
         def mean_loss() -> Tensor:
             losses = gnn_loss()
+            if not isinstance(losses, Tensor):
+                return losses  # refused in words
             before.append(losses.detach())
             return losses.mean()
 
@@ -148,8 +151,8 @@ class ESAM(PerturbingOptimizer):
             losses = gnn_loss()
             if losses.dim() == 0:
                 return losses
-            grown = (losses.detach() - before[0]).topk(max(1, round(self.gamma * len(losses)))).indices
-            return losses[grown].mean()
+            grown = (losses.detach() - before[0]).flatten().topk(max(1, round(self.gamma * losses.numel()))).indices
+            return losses.flatten()[grown].mean()
 
         loss, g = self._gradient(mean_loss, "gnn_loss", tensors)
         e = self._perturbation(tensors, g, rhos, perturbed)
@@ -192,7 +195,7 @@ class AESAM(PerturbingOptimizer):
         eps: float = 1e-12,
         **base_options: Any,
     ) -> None:
-        require(isinstance(num_updates, int) and num_updates >= 1, "num_updates", num_updates, "a whole number >= 1")
+        num_updates = whole_number("num_updates", num_updates)
         require(0 <= delta < 1, "delta", delta, "[0, 1)")
         require(math.isfinite(lambda_1), "lambda_1", lambda_1, "a finite number")
         require(math.isfinite(lambda_2), "lambda_2", lambda_2, "a finite number")
@@ -206,10 +209,10 @@ class AESAM(PerturbingOptimizer):
         loss, g = self._gradient(gnn_loss, "gnn_loss", tensors)
         norm = global_norm(g, tensors[0])
         n = float(norm) ** 2
-        self.mean = self.delta * self.mean + (1 - self.delta) * n
-        self.variance = self.delta * self.variance + (1 - self.delta) * (n - self.mean) ** 2
+        mean = self.delta * self.mean + (1 - self.delta) * n
+        variance = self.delta * self.variance + (1 - self.delta) * (n - mean) ** 2
         done = min(self.t / self.num_updates, 1.0)
-        threshold = self.mean + (done * self.lambda_1 + (1 - done) * self.lambda_2) * math.sqrt(self.variance)
+        threshold = mean + (done * self.lambda_1 + (1 - done) * self.lambda_2) * math.sqrt(variance)
         exact = n >= threshold
         if exact:
             e = self._perturbation(tensors, g, rhos, perturbed)
@@ -217,6 +220,7 @@ class AESAM(PerturbingOptimizer):
             self._apply(tensors, g, gnn_loss=loss, perturbed_loss=perturbed_loss)
         else:
             self._apply(tensors, g, gnn_loss=loss)
+        self.mean, self.variance = mean, variance  # not before: a NaN would stay for ever
         return {"loss": loss, "exact": exact, "gnn_norm": norm}
 
     def _own_state(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.utils import k_hop_subgraph
 
-from plait_graph.datasets import check_graph, features
+from plait_graph.datasets import EDGE_VALUES, check_graph, features
 from plait_graph.episodes import Episode, EpisodeSampler
 from plait_graph.fewshot import EpisodeGraph, EpisodeModel
 from plait_graph.sampling import NeighbourSampler
@@ -45,12 +45,16 @@ class Objective(Protocol):
 
 
 def call(model: nn.Module, data: Data, x: Tensor, edge_index: Tensor) -> Tensor:
-    """Logits; edge weights and attributes are given to models whose forward names them (not to rows alone)."""
-    extra = {}
-    if edge_index is data.edge_index:
-        names = inspect.signature(model.forward).parameters
-        extra = {n: data[n] for n in ("edge_weight", "edge_attr") if n in names and data.get(n) is not None}
-    return model(x, edge_index, **extra)
+    """Logits; models whose forward names edge weights or attributes are given them.
+
+    On rows alone each node is joined to itself, by an edge of weight 1 with attributes 0.
+    """
+    names = inspect.signature(model.forward).parameters
+    values = {name: data[name] for name in EDGE_VALUES if name in names and data.get(name) is not None}
+    if edge_index is not data.edge_index:
+        of_loop = {"edge_weight": 1, "edge_attr": 0}
+        values = {n: v.new_full((edge_index.shape[1], *v.shape[1:]), of_loop[n]) for n, v in values.items()}
+    return model(x, edge_index, **values)
 
 
 def node_logits(model: nn.Module, data: Data) -> Tensor:
