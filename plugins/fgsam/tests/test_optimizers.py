@@ -1,8 +1,11 @@
 """Hand-computed updates and invariants of FGSAM, FGSAM+ and the SAM family, on closed-form losses."""
 
+import copy
 import math
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -351,6 +354,98 @@ def test_scheduler_sees_the_rates_also_after_loading():
     assert optimizer.base.param_groups[0]["lr"] == 0.4
 
 
+@pytest.mark.parametrize("base", [torch.optim.Adam, SGD])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=5),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.3, total_steps=10),
+        lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1),
+        lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
+        lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+    ],
+)
+def test_schedulers_do_with_it_what_they_do_with_its_base(scheduler, base):
+    options = {"lr": 0.05, **({"momentum": 0.9} if base is SGD else {})}
+    net = Net()
+    ours, theirs = FGSAM(net.parameters(), base, **options), base(Net().parameters(), **options)
+    schedules = [scheduler(ours), scheduler(theirs)]
+    for _ in range(4):
+        ours.step(net.gnn, net.mlp)
+        theirs.step()
+        for schedule in schedules:
+            plateau = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            schedule.step(*([1.0] if plateau else []))
+        for name in ("lr", "betas", "momentum"):
+            assert ours.base.param_groups[0].get(name) == theirs.param_groups[0].get(name)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_go_on_by_themselves(way):
+    net = Net()
+    optimizer = FGSAMPlus(net.parameters(), lr=0.05)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    optimizer.step(net.gnn, net.mlp)
+    net2, optimizer2 = way((net, optimizer))
+    for n, o in ((net, optimizer), (net2, optimizer2)):
+        o.param_groups[0]["lr"] = 0.1
+        for _ in range(3):
+            o.step(n.gnn, n.mlp)
+    assert_same(net, net2)
+    assert optimizer2.base.param_groups is optimizer2.param_groups
+    assert optimizer2.t == 4
+
+
+@pytest.mark.parametrize("make", [SAM, FGSAM, FGSAMPlus])
+def test_a_tensor_frozen_between_updates_stays(make):
+    net = Net()
+    optimizer = make(net.parameters(), lr=0.05)
+    optimizer.step(net.gnn, net.mlp)
+    net.second.requires_grad_(False)
+    before = net.second.detach().clone()
+    optimizer.step(net.gnn, net.mlp)
+    assert torch.equal(net.second, before)
+    net.second.requires_grad_(True)
+    for _ in range(2):  # an approximate update of FGSAM+ may come first
+        optimizer.step(net.gnn, net.mlp)
+    assert not torch.equal(net.second, before)
+
+
+def test_a_loss_of_one_element_is_a_scalar():
+    a, b = Net(), Net()
+    FGSAM(a.parameters(), SGD, lr=0.1).step(a.gnn, a.mlp)
+    FGSAM(b.parameters(), SGD, lr=0.1).step(lambda: b.gnn().view(1), lambda: b.mlp().view(1, 1))
+    assert_same(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [SAM, LookSAM, FGSAM, FGSAMPlus])
+def test_half_precision_keeps_tiny_and_large_gradients(make, dtype):
+    # the squares of 1e-4 and of 300 are outside of half precision, the gradients are not
+    w = torch.nn.Parameter(torch.zeros(2, 8, dtype=dtype))
+    slope = torch.tensor([[1e-4], [300.0]], dtype=dtype).expand(2, 8)
+    optimizer = make([w], SGD, rho=0.5, lr=0.001)
+    for _ in range(3):
+        optimizer.step(lambda: (slope * w).sum(), lambda: (slope * w).sum())
+    assert w.dtype == dtype
+    assert torch.isfinite(w).all()
+    assert (w[1] < -0.1).all()
+    assert (orthogonal_part(slope, slope).abs() <= 0.01 * slope).all()
+    small = slope[0]
+    torch.testing.assert_close(stretched(small, slope[1]).float(), slope[1].float(), rtol=0.02, atol=0.1)
+
+
+def test_a_nan_leaves_ae_sam_as_it_was():
+    net = Net()
+    optimizer = AESAM(net.parameters(), num_updates=10, lr=0.05)
+    optimizer.step(net.gnn)
+    mean, variance = optimizer.mean, optimizer.variance
+    with pytest.raises(FloatingPointError):
+        optimizer.step(lambda: net.gnn() * math.nan)
+    assert (optimizer.mean, optimizer.variance) == (mean, variance)
+    assert optimizer.step(net.gnn)["exact"] in (True, False)
+
+
 def test_added_group_is_trained():
     net = Net()
     optimizer = FGSAM([net.first], SGD, lr=0.1)
@@ -467,6 +562,10 @@ def test_two_processes_on_half_the_samples_each_are_one_on_all(tmp_path, monkeyp
                 torch.testing.assert_close(w, v, atol=1e-9, rtol=1e-9)
 
 
+def added(optimizer, **group):
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], **group})
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -484,6 +583,11 @@ def test_two_processes_on_half_the_samples_each_are_one_on_all(tmp_path, monkeyp
         (lambda p: ESAM(p, gamma=0), "gamma is 0"),
         (lambda p: AESAM(p, num_updates=5, delta=1.0), "delta is 1.0"),
         (lambda p: SAM([]), "params is empty"),
+        (lambda p: FGSAMPlus(p, interval=2.5), "interval is 2.5"),
+        (lambda p: LookSAM(p, interval=True), "interval is True"),
+        (lambda p: SAM([{"params": p, "perturb": "no"}]), "perturb of a group is 'no'"),
+        (lambda p: added(SAM(p), rho=-1.0), "rho of a group is -1.0"),
+        (lambda p: added(SAM(p), perturb=1), "perturb of a group is 1"),
     ],
 )
 def test_values_out_of_range_are_refused(make, message):
@@ -491,9 +595,19 @@ def test_values_out_of_range_are_refused(make, message):
         make([torch.nn.Parameter(torch.ones(1))])
 
 
-def test_base_optimizer_with_a_closure_is_refused():
-    with pytest.raises(TypeError, match="LBFGS"):
-        FGSAM([torch.nn.Parameter(torch.ones(1))], torch.optim.LBFGS)
+@pytest.mark.parametrize("base", [torch.optim.LBFGS, SAM, "adam", torch.nn.Linear])
+def test_base_optimizers_that_cannot_be_are_refused(base):
+    with pytest.raises(TypeError, match=f"base_optimizer (is )?.?{getattr(base, '__name__', base)}|Linear"):
+        FGSAM([torch.nn.Parameter(torch.ones(1))], base)
+
+
+def test_interval_may_be_of_numpy():
+    assert FGSAMPlus([torch.nn.Parameter(torch.ones(1))], interval=np.int64(3)).interval == 3
+
+
+def test_esam_names_a_loss_that_is_no_tensor():
+    with pytest.raises(ValueError, match="gnn_loss returned float"):
+        ESAM([torch.nn.Parameter(torch.ones(1))]).step(lambda: 0.5)
 
 
 def test_loss_that_is_not_a_scalar_is_refused():

@@ -276,6 +276,57 @@ def test_models_without_or_with_unknown_message_passing_are_refused():
         _PEERS.pop(Mine, None)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: pyg.HeteroConv({("a", "to", "a"): pyg.GCNConv(D, H)}),
+        lambda: pyg.GPSConv(D, pyg.GCNConv(D, D), heads=2),
+        lambda: pyg.GraphUNet(D, H, H, depth=2),
+        lambda: nn.Sequential(pyg.GCNConv(D, H), pyg.SAGPooling(H)),
+        lambda: pyg.DenseGCNConv(D, H),
+    ],
+)
+def test_layers_that_mix_rows_beside_their_messages_are_refused(make):
+    refused = r"is a (HeteroConv|GPSConv|GraphUNet|SAGPooling|DenseGCNConv).*register_peer"
+    with pytest.raises(PeerError, match=refused), peer_mlp(make()):
+        pass
+
+
+def test_other_names_of_arguments_need_a_function():
+    class Named(pyg.MessagePassing):
+        def __init__(self):
+            super().__init__(aggr="sum")
+            self.lin = nn.Linear(D, H)
+
+        def forward(self, h, adjacency):
+            return self.propagate(adjacency, x=self.lin(h))
+
+    layer, (x, edges) = Named(), graph()
+    refused = pytest.raises(PeerError, match="forward of Named has no arguments named x and edge_index")
+    with refused, peer_mlp(layer, {Named: "identity"}):
+        layer(x, edges)
+    with peer_mlp(layer, {Named: lambda layer, h, adjacency: layer.lin(h)}):
+        torch.testing.assert_close(layer(x, edges), layer.lin(x))
+
+
+@pytest.mark.parametrize("pair", [(D, 3), (D, None)])
+def test_sources_that_are_no_targets_are_refused(pair):
+    source, target = (None if width is None else torch.randn(5, width) for width in pair)
+    layer = pyg.SAGEConv((D, 3), H)
+    with pytest.raises(PeerError, match=f"bipartite features .{D} and {pair[1] or 'no'} columns"), peer_mlp(layer):
+        layer((source, target), identity_graph(5))
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda: pyg.GCNConv(D, H, aggr="std"), lambda: pyg.GraphConv(D, H, aggr="softmax"),
+              lambda: pyg.SAGEConv(D, H, aggr="std"), lambda: pyg.SGConv(D, H, aggr="std")]
+)  # fmt: skip
+def test_other_aggregations_are_run_on_the_identity_graph(layer):
+    layer, (x, edges) = layer(), graph()
+    with peer_mlp(layer):
+        torch.testing.assert_close(layer(x, edges), type(layer).forward(layer, x, identity_graph(len(x))))
+
+
 def test_own_layer_with_peer_forward():
     class Mean(nn.Module):
         def __init__(self):

@@ -239,11 +239,82 @@ def test_sharpness_report(graph):
         (lambda: FGSAMPlusTraining(interval=0), "interval is 0"),
         (lambda: MixTraining(rho=0.1), "rho is 0.1"),
         (lambda: FGSAMTraining(optimizer="lbfgs"), "optimizer is 'lbfgs'"),
+        (lambda: SAMTraining(perturb="encoder.*"), "perturb is 'encoder.*'; give a list"),
+        (lambda: FGSAMTraining(peer={"GINConv": "full"}), "peer of GINConv is 'full'"),
+        (lambda: SAMTraining(betas=(0.9, 1.0)), "betas is"),
     ],
 )
 def test_values_out_of_range_are_refused(make, message):
     with pytest.raises(PlaitError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "read"),
+    [
+        (SAMTraining, {"lr": 0.3}, lambda o: o.defaults["lr"]),
+        (SAMTraining, {"weight_decay": 0.3}, lambda o: o.defaults["weight_decay"]),
+        (SAMTraining, {"betas": (0.1, 0.2)}, lambda o: o.base.param_groups[0]["betas"]),
+        (SAMTraining, {"optimizer": "sgd", "momentum": 0.3}, lambda o: o.base.param_groups[0].get("momentum")),
+        (SAMTraining, {"optimizer": "adamw"}, lambda o: type(o.base).__name__.lower()),
+        (SAMTraining, {"rho": 0.3}, lambda o: o.param_groups[0]["rho"]),
+        (ASAMTraining, {"rho": 0.3}, lambda o: o.param_groups[0]["rho"]),
+        (LookSAMTraining, {"interval": 4}, lambda o: o.interval),
+        (LookSAMTraining, {"alpha": 0.3}, lambda o: o.alpha),
+        (LookSAMTraining, {"rho": 0.3}, lambda o: o.param_groups[0]["rho"]),
+        (ESAMTraining, {"beta": 0.3}, lambda o: o.beta),
+        (ESAMTraining, {"gamma": 0.3}, lambda o: o.gamma),
+        (AESAMTraining, {"delta": 0.3}, lambda o: o.delta),
+        (AESAMTraining, {"lambda_1": 0.3}, lambda o: o.lambda_1),
+        (AESAMTraining, {"lambda_2": 0.3}, lambda o: o.lambda_2),
+        (AESAMTraining, {"num_updates": 33}, lambda o: o.num_updates),
+        (FGSAMTraining, {"lam": 0.3}, lambda o: o.lam),
+        (FGSAMTraining, {"rho": 0.3}, lambda o: o.param_groups[0]["rho"]),
+        (FGSAMTraining, {"combine": "additive"}, lambda o: o.combine),
+        (FGSAMPlusTraining, {"lam": 0.3}, lambda o: o.lam),
+        (FGSAMPlusTraining, {"rho": 0.3}, lambda o: o.param_groups[0]["rho"]),
+        (FGSAMPlusTraining, {"interval": 4}, lambda o: o.interval),
+        (FGSAMPlusTraining, {"alpha": 0.3}, lambda o: o.alpha),
+        (FGSAMPlusTraining, {"flatness_from": "perturbed"}, lambda o: o.flatness_from),
+        (FGSAMPlusTraining, {"topology": True}, lambda o: o.topology),
+        (FGSAMPlusTraining, {"projection": "global"}, lambda o: o.projection),
+    ],
+)
+def test_every_field_reaches_the_optimizer(method, change, read, graph):
+    model = Gnn().load_model(graph, Run())
+    wanted = list(change.values())[-1]
+    assert read(method(**change).make_update(model, 0).optimizer) == wanted
+    assert read(method().make_update(model, 0).optimizer) != wanted
+
+
+@pytest.mark.parametrize("method", [FGSAMTraining, FGSAMPlusTraining])
+def test_the_paper_variant_sets_its_choices(method, graph):
+    optimizer = method(variant="paper").make_update(Gnn().load_model(graph, Run()), 0).optimizer
+    assert (optimizer.combine, optimizer.lam) == ("additive", 1.0)
+    if method is FGSAMPlusTraining:
+        assert (optimizer.flatness_from, optimizer.topology) == ("perturbed", True)
+
+
+def test_models_that_need_edge_values_have_a_peer(graph):
+    class Weighted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = pyg.GCNConv(16, 8), pyg.GATConv(8, 6, edge_dim=2)
+
+        def forward(self, x, edge_index, edge_weight, edge_attr):
+            return self.second(self.first(x, edge_index, edge_weight).relu(), edge_index, edge_attr)
+
+    data = graph.clone()
+    data.edge_weight = torch.rand(data.edge_index.shape[1])
+    data.edge_attr = torch.rand(data.edge_index.shape[1], 2)
+    torch.manual_seed(0)
+    model = Weighted()
+    trained = FGSAMPlusTraining(num_updates=30).optimize(model, data, Run())
+    assert NodeAccuracy().evaluate(trained, data, model, Run()).value("gain") > 15
+    task = tasks.NodeObjective(data, CPU).whole
+    losses = peer_losses(model, task)
+    data.edge_weight, data.edge_attr = data.edge_weight + 1, data.edge_attr + 1
+    torch.testing.assert_close(losses, peer_losses(model, tasks.NodeObjective(data, CPU).whole))
 
 
 def test_models_without_a_peer_are_refused(graph):
