@@ -128,14 +128,15 @@ def _print_tables(tables: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from plait.report.render import column_title
+
     console = Console()
     for table in tables:
         shown = Table(title=Text(table.title), title_justify="left", box=None, padding=(0, 2, 0, 0))
         for name in table.index:
             shown.add_column(Text(name), no_wrap=True)
         for metric in table.metrics:
-            arrow = {"higher": " ↑", "lower": " ↓"}.get(table.better.get(metric, ""), "")
-            shown.add_column(Text(metric + arrow), justify="right", no_wrap=True)
+            shown.add_column(Text(column_title(table, metric)), justify="right", no_wrap=True)
         for texts, numbers in table.rows:
             cells = [Text("–") if n is None else Text(n.text, style="bold green" if n.best else "") for n in numbers]
             shown.add_row(*map(Text, texts), *cells)

@@ -213,7 +213,9 @@ def _local_files(value: Any) -> list[str]:
         return [line for item in value.values() for line in _local_files(item)]
     if isinstance(value, (list, tuple)):
         return [line for item in value for line in _local_files(item)]
-    if isinstance(value, str) and os.sep not in value:
+    if isinstance(value, str) and ".py:" in value:
+        value = value.rpartition(":")[0]  # a class in a file
+    elif isinstance(value, str) and os.sep not in value:
         return []  # a name, not a path
     if not isinstance(value, (str, Path)):
         return []

@@ -281,6 +281,25 @@ class Read:
     assert plait.run("p.yaml")["a"] == "three"
 
 
+def test_a_class_that_a_field_names_in_a_file_is_an_input(workplace):
+    Path("m.py").write_text("""
+import attrs, runpy
+from plait import hookimpl
+@attrs.frozen
+class Ask:
+    whom: str
+    @hookimpl
+    def load_data(self, run):
+        path, name = self.whom.split(":")
+        return runpy.run_path(path)[name]()
+""")
+    Path("p.yaml").write_text("plait: 1\nsteps: {a: {load-data: './m.py:Ask', with: {whom: 'own.py:answer'}}}")
+    Path("own.py").write_text("def answer(): return 'one'")
+    assert plait.run("p.yaml")["a"] == "one"
+    Path("own.py").write_text("def answer(): return 'three'")
+    assert plait.run("p.yaml")["a"] == "three"
+
+
 def test_what_a_step_writes_beside_its_result_is_no_input(workplace):
     Path("m.py").write_text("""
 import attrs

@@ -226,7 +226,8 @@ def to_csv(table: Table) -> str:
     return buffer.getvalue()
 
 
-def _column_title(table: Table, metric: str) -> str:
+def column_title(table: Table, metric: str) -> str:
+    """The metric's name, what stands behind ± where that is not the standard deviation, and which way is better."""
     direction = {"higher": " ↑", "lower": " ↓"}.get(table.better.get(metric, ""), "")
     kind = table.spread.get(metric, "std")
     column = table.metrics.index(metric)
@@ -240,7 +241,7 @@ def markdown(document: Document) -> str:
     if document.description:
         lines += [_md(document.description), ""]
     for table in document.tables:
-        head = [*table.index, *(_column_title(table, metric) for metric in table.metrics)]
+        head = [*table.index, *(column_title(table, metric) for metric in table.metrics)]
         lines += [
             f"## {_md(table.title)}",
             "",
@@ -294,7 +295,7 @@ def to_html(document: Document) -> str:
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(column_title=_column_title)
+    environment.globals.update(column_title=column_title)
     return environment.from_string(TEMPLATE).render(
         document=document,
         style=STYLE,

@@ -81,6 +81,14 @@ def test_every_kind_of_source_gives_the_same_pairs(name, fields, folder, run):
     column = "captions" if "captions" in data.column_names else "caption"
     first = [cell if isinstance(cell, str) else cell[0] for cell in data[column]]
     assert first == ["a red one", "one, with a comma", "ünï"]
+    named = data.cast_column("image", datasets.Image(decode=False))["image"]
+    names = (
+        ["000.jpg", "001.png", "002.jpg"] if name == "shard.tar" else ["images/a.jpg", "images/b.png", "images/c.jpg"]
+    )
+    if name == "list.parquet":  # holds absolute paths
+        names = ["a.jpg", "b.png", "c.jpg"]
+    assert all(cell["path"].endswith(wanted) for cell, wanted in zip(named, names, strict=True))
+    assert name == "saved" or [cell["path"] for cell in named] == names
     colours = [np.asarray(image.convert("RGB")).reshape(-1, 3).mean(axis=0) for image in data["image"]]
     np.testing.assert_allclose(colours[0], [200, 30, 30], atol=3)
     np.testing.assert_allclose(colours[1], [200, 30, 30], atol=40)  # a palette
@@ -156,6 +164,21 @@ def test_bad_rows_are_named(folder, run):
     (folder / "broken.json").write_text("{")
     with pytest.raises(PlaitError, match="not JSON"):
         ImageText(source=str(folder / "broken.json")).load_data(run=run[0])
+
+
+@pytest.mark.parametrize("levels", [np.uint16([[0, 65535]]), np.int32([[0, 70000]]), np.float32([[0, 0.5]])])
+def test_images_of_more_than_eight_bits_are_refused(levels, tmp_path, run):
+    Image.fromarray(levels).save(tmp_path / "deep.tif")
+    source = csv_of(tmp_path, "image,caption", "deep.tif,x")
+    with pytest.raises(PlaitError, match=r"row 0: the image .*deep\.tif has values of more than 8 bits"):
+        ImageText(source=source).load_data(run=run[0])
+
+
+def test_captions_that_are_numbers_are_refused(folder, run):
+    table = datasets.Dataset.from_dict({"image": [str(folder / "images/a.jpg")], "captions": [[1, 2]]})
+    table.save_to_disk(folder / "numbers")
+    with pytest.raises(PlaitError, match="row 0: a caption is 1; captions are text"):
+        ImageText(source=str(folder / "numbers")).load_data(run=run[0])
 
 
 def test_bad_images_can_be_left_out(folder, run):

@@ -94,7 +94,7 @@ def test_accuracy_and_macro_f1_by_hand():
     report = NodeAccuracy().evaluate(Fixed(), data, None, Run())
     assert report.value("accuracy") == pytest.approx(200 / 3)
     assert report.value("macro-F1") == pytest.approx(100 * 2 / 3)
-    assert report.value("± 95 %") == pytest.approx(196 * (2 / 9 / 3) ** 0.5)
+    assert report.value("± 95 % of one seed") == pytest.approx(196 * (2 / 9 / 3) ** 0.5)
 
 
 class KilledError(Exception):
@@ -377,7 +377,7 @@ def test_few_shot_training_and_accuracy(make, sparse, graph, tmp_path):
     report = EpisodeAccuracy(num_tasks=20, **episodes).evaluate(trained, data, model, Run())
     assert report.value("accuracy") > 55
     assert loss_on_episodes(trained, data) < 0.6 * loss_on_episodes(model, data)
-    assert 0 < report.value("± 95 %") < 20
+    assert 0 < report.value("± 95 % of one seed") < 20
     trained.save_pretrained(tmp_path)
     again = type(trained).from_pretrained(tmp_path)
     assert EpisodeAccuracy(num_tasks=20, **episodes).evaluate(again, data, model, Run()).rows == report.rows

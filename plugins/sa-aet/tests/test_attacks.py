@@ -2,7 +2,9 @@
 
 import copy
 import json
+from pathlib import Path
 
+import attrs
 import datasets
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from plait_clip import beds
 from plait_clip.examples import digit_pairs, tiny_model
 from plait_sa_aet.plugin.attacks import BertAttack, CoAttack, Dra, Pgd, PgdCos, SaAet, SepAttack, Sga
 from plait_sa_aet.plugin.transfer import Transfer
+from plait_sa_aet.projection import SemanticProjection
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 WORDS = {"generator": "synonyms", "synonyms": {word: tuple(others) for word, others in beds.SYNONYMS.items()}}
@@ -113,11 +117,39 @@ def test_captions_change_by_one_word_of_the_table(model):
     assert all(new in WORDS["synonyms"][old] for words in differing for old, new in words)
 
 
-def test_without_text_captions_are_only_cleaned(model):
+@pytest.mark.parametrize("attack", [SaAet(**QUICK, text=False), Pgd(**QUICK), PgdCos(**QUICK)])
+def test_without_text_captions_stay_as_they_were_written(attack, model):
+    written = [["A photo, of: a Digit!"], ["the number-two."]]
+    data = digit_pairs(2).remove_columns("captions").add_column("captions", written)
     run = Run()
-    changed = SaAet(**QUICK, text=False).attack(model, digit_pairs(12), run)
-    assert changed["captions"] == digit_pairs(12)["captions"]
-    assert "images alone" in run.reports[0].notes[0]
+    if isinstance(attack, SaAet):
+        attack = attrs.evolve(attack, corpus_fraction=1.0)
+    assert attack.attack(model, data, run)["captions"] == written
+    if isinstance(attack, SaAet):
+        assert "images alone" in run.reports[0].notes[0]
+
+
+def test_equal_captions_of_an_image_are_counted_each(model):
+    data = digit_pairs(3).remove_columns("captions").add_column("captions", [["a photo of a two"] * 3] * 3)
+    run = Run()
+    changed = BertAttack(generator="synonyms", synonyms={"photo": ("picture",), "two": ("three",)}).attack(
+        model, data, run
+    )
+    different = sum(text != "a photo of a two" for texts in changed["captions"] for text in texts)
+    assert different == 9
+    assert run.reports[0].value("changed") == 9
+
+
+def test_the_report_names_the_corpus(model, tmp_path):
+    (tmp_path / "texts.txt").write_text("a dog\na cat\na green bird\n")
+    for corpus, named in (
+        (None, "12 captions, drawn from the captions under attack"),
+        ("texts.txt", "3 captions, drawn from texts.txt"),
+    ):
+        run = Run()
+        path = None if corpus is None else tmp_path / corpus
+        SaAet(**QUICK, text=False, corpus=path, corpus_fraction=1.0).attack(model, digit_pairs(12), run)
+        assert any(f"The projection was made of {named}" in note for note in run.reports[0].notes)
 
 
 def test_bert_attack_leaves_the_images(model):
@@ -219,7 +251,19 @@ def test_files_for_other_programs(model, tmp_path):
     assert all(len(batch["steps"]) == 3 for batch in steps)
     changes = [json.loads(line) for line in (tmp_path / "out" / "changes.jsonl").read_text().splitlines()]
     assert all(change["score_after"] > change["score_before"] for change in changes)
-    assert load_file(tmp_path / "out" / "projection.safetensors")
+    assert [(change["row"], change["caption"]) for change in changes] == sorted(
+        (change["row"], change["caption"]) for change in changes
+    )
+    saved = SemanticProjection.from_state_dict(load_file(tmp_path / "out" / "projection.safetensors"))
+    assert saved.num_texts == 2  # 0.4 of 5 captions
+    with safe_open(tmp_path / "out" / "projection.safetensors", "pt") as file:
+        first = file.metadata()
+    assert set(first) == {"corpus_sha256", "model_sha256"}
+    SaAet(**QUICK, **WORDS, corpus_fraction=0.8, save_to=tmp_path / "other").attack(model, data, Run())
+    with safe_open(tmp_path / "other" / "projection.safetensors", "pt") as file:
+        other = file.metadata()
+    assert first["model_sha256"] == other["model_sha256"]
+    assert first["corpus_sha256"] != other["corpus_sha256"]
 
 
 def test_the_report_explains_rho_1_and_warns_where_texts_share_no_direction(model):
@@ -256,6 +300,7 @@ def test_captions_without_a_word_to_attack_are_counted_and_passed_through(model)
         (lambda: SaAet(text=False, step_size=0), "step_size"),
         (lambda: SaAet(text=False, scales=(0.5, 0)), "scales"),
         (lambda: BertAttack(text=False), "attacks nothing but captions"),
+        (lambda: Pgd(save_to=Path(__file__)), "save_to is .*, which is a file; name a folder"),
     ],
 )
 def test_wrong_fields(make, sentence):
@@ -287,17 +332,68 @@ def test_a_budget_below_one_level_is_allowed_without_rounding(model):
     clean = torch.from_numpy(pixels(data)).permute(0, 3, 1, 2) / 255
     assert 0 < (changed.with_format("torch")["pixels"][:] - clean).abs().max() <= 0.003 + 1e-6
 
+
+@pytest.fixture
+def own_words(tmp_path, monkeypatch):
+    """The current folder, with classes that propose words, or fail to."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_words.py").write_text("""
+class Fillers:
     def propose(self, words, index, k):
-        return [("thing", 1.0)][:k]
+        return [("thing", 1.0), ("other thing", 2.0)][:k]
+
+class Pairs(Fillers):
+    allow_multiword = True
+    def propose(self, words, index, k):
+        return [("some thing", 1.0)]
+
+class Bare:
+    def propose(self, words, index, k):
+        return ["thing"]
+
+class Mute:
+    pass
+
+class Needy:
+    def __init__(self, table):
+        self.table = table
+""")
+    return tmp_path
 
 
-def test_any_generator_by_name(model, monkeypatch, tmp_path):
-    (tmp_path / "my_words.py").write_text(
-        "class Fillers:\n    def propose(self, words, index, k):\n        return [('thing', 1.0)][:k]\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    changed = BertAttack(generator="my_words:Fillers").attack(model, digit_pairs(6), Run())
-    assert any("thing" in texts[0].split() for texts in changed["captions"])
+@pytest.mark.parametrize("place", ["own_words", "own_words.py", "./own_words.py"])
+def test_any_generator_by_name(place, model, own_words):
+    run = Run()
+    changed = BertAttack(generator=f"{place}:Fillers").attack(model, digit_pairs(6), run)
+    words = [text.split() for texts in changed["captions"] for text in texts]
+    assert any("thing" in text for text in words)
+    assert not any("other" in text for text in words)
+    assert any("several words were dropped" in note for note in run.reports[0].notes)
+
+
+def test_a_generator_of_ones_own_may_propose_several_words(model, own_words):
+    def changed(**options):
+        data = BertAttack(generator="own_words.py:Pairs", **options).attack(model, digit_pairs(6), Run())
+        return any("some thing" in text for texts in data["captions"] for text in texts)
+
+    assert changed()
+    assert changed(allow_multiword=True)
+    assert not changed(allow_multiword=False)
+
+
+@pytest.mark.parametrize(
+    ("generator", "sentence"),
+    [
+        ("nowhere.py:Words", "'nowhere.py:Words' cannot be imported: FileNotFoundError"),
+        ("own_words.py:Words", "own_words.py has no Words"),
+        ("own_words.py:Mute", r"has no method propose\(words, index, k\)"),
+        ("own_words.py:Needy", "cannot be imported: TypeError"),
+        ("own_words.py:Bare", r"Bare.propose returned \['thing'\] for '\w+'; it has to return a list of pairs"),
+    ],
+)
+def test_generators_that_cannot_be_used_are_refused(generator, sentence, model, own_words):
+    with pytest.raises(PlaitError, match=sentence):
+        BertAttack(generator=generator).attack(model, digit_pairs(6), Run())
 
 
 @pytest.mark.parametrize("generator", ["token-embedding", "context-counts"])

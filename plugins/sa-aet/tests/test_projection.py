@@ -124,6 +124,15 @@ def test_survives_a_safetensors_file(mode, N, tmp_path):
     assert torch.equal(again.apply(g), P.apply(g))
 
 
+def test_texts_that_repeat_add_no_arbitrary_direction():
+    texts = features(5, 16, 0, common=2.0)
+    with pytest.warns(UserWarning, match="5 texts span no 16"):
+        once = semantic_projection(texts)
+    with pytest.warns(UserWarning, match="10 texts span no 16 dimensions; drop_top keeps 4 directions"):
+        twice = semantic_projection(texts.repeat(2, 1))
+    torch.testing.assert_close(once.matrix(), twice.matrix())
+
+
 def test_warns_where_texts_share_no_direction_or_are_few():
     with pytest.warns(UserWarning, match="share no direction"):
         semantic_projection(features(200, 16, 0))
@@ -147,6 +156,7 @@ def test_warns_where_texts_share_no_direction_or_are_few():
         (torch.eye(4), {"mode": "top_k", "rank": 5}, "1 to 4"),
         (torch.eye(4), {"mode": "top_k", "rank": 0}, "1 to 4"),
         (torch.eye(4), {"mode": "span", "rank_tol": 1.0}, "rank_tol"),
+        (torch.eye(4)[[0, 0, 0]], {}, "the 3 texts of the corpus are all alike"),
     ],
 )
 def test_says_what_is_wrong(corpus, options, message):

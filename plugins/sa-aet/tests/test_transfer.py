@@ -105,6 +105,11 @@ def _with(data, **columns):
     return datasets.Dataset.from_dict({**undecoded(data).to_dict(), **columns}, features=features)
 
 
+def _named(pairs, names):
+    cells = undecoded(pairs)["image"][:]
+    return [{"bytes": cell["bytes"], "path": name} for cell, name in zip(cells, names, strict=True)]
+
+
 def shifted(pairs, step):
     """The images of other rows under the captions of these."""
     images = undecoded(pairs)["image"][:]
@@ -254,6 +259,14 @@ def test_kinds_of_models_do_not_share_a_table(pairs, knowing, blip):
     assert [row["target"] for row in report.rows] == ["a", "blip"]
 
 
+def test_resizing_is_told_of(pairs, knowing):
+    notes = Transfer(top=(1,)).evaluate(knowing, {"a": pairs}, pairs, Run()).notes
+    assert len(notes) == 1
+    larger = [image.resize((16, 16)) for image in pairs["image"]]
+    (_, told) = Transfer(top=(1,)).evaluate(knowing, {"a": _with(pairs, image=larger)}, pairs, Run()).notes
+    assert told.startswith("The images of a have 16 pixels, and a, b resize them")
+
+
 def test_what_does_not_fit_is_refused(pairs, knowing):
     model = knowing["a"]
 
@@ -273,5 +286,9 @@ def test_what_does_not_fit_is_refused(pairs, knowing):
     refused("source is 'a', but data names", data={"a": pairs}, source="a")
     wrong = shifted(pairs, 1)
     refused("model a: no query is right without the attack at k = 1", model=knowing, data=wrong, reference=wrong)
+    named = _with(pairs, image=_named(pairs, [f"folder/{i}.jpg" for i in range(10)]))
+    turned = _with(pairs, image=_named(pairs, [f"{9 - i}.png" for i in range(10)]))
+    refused("data: row 0 is image 9, and 0 in the reference; give both in one order", data=turned, reference=named)
+    assert Transfer(top=(1,)).evaluate(model, _with(named), named, Run()).value("ASR") == 0
     refused("top is empty", top=())
     refused("candidates is 5, which is less than the rank 10", candidates=5)

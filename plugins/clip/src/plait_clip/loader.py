@@ -68,8 +68,18 @@ def open_image(cell: Any, row: int) -> Image.Image:
     """Decode one cell of an undecoded ``image`` column.
 
     Raises:
-        ValueError: it is missing, damaged or cut short; names the row.
+        ValueError: it is missing, damaged, cut short, or of more than 8 bits; names the row.
     """
+    image = _decoded(cell, row)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        raise ValueError(
+            f"row {row}: the image{_name_of(cell)} has values of more than 8 bits (mode {image.mode}), which would be "
+            "cut off; convert it to 8 bits first"
+        )
+    return image
+
+
+def _decoded(cell: Any, row: int) -> Image.Image:
     try:
         if isinstance(cell, Image.Image):
             cell.load()
@@ -80,8 +90,11 @@ def open_image(cell: Any, row: int) -> Image.Image:
         image.load()
         return image
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        name = f" {cell['path']}" if isinstance(cell, dict) and cell.get("path") else ""
-        raise ValueError(f"row {row}: the image{name} cannot be read ({error})") from error
+        raise ValueError(f"row {row}: the image{_name_of(cell)} cannot be read ({error})") from error
+
+
+def _name_of(cell: Any) -> str:
+    return f" {cell['path']}" if isinstance(cell, dict) and cell.get("path") else ""
 
 
 def undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
@@ -152,8 +165,13 @@ def check_captions(dataset: datasets.Dataset) -> None:
     for start in range(0, len(texts), 10_000):
         for row, cell in enumerate(texts[start : start + 10_000][column], start=start):
             captions = [cell] if isinstance(cell, str) or cell is None else cell
-            if not captions or any(text is None or not text.strip() for text in captions):
+            if not captions or any(text is None for text in captions):
                 raise ValueError(f"row {row}: the caption is empty; give every image a caption")
+            for text in captions:
+                if not isinstance(text, str):
+                    raise ValueError(f"row {row}: a caption is {text!r}; captions are text")
+                if not text.strip():
+                    raise ValueError(f"row {row}: the caption is empty; give every image a caption")
 
 
 class Pairs:

@@ -173,7 +173,7 @@ class _Part:
         self.writer = ArrowWriter(path=str(path), features=datasets.Features(columns), writer_batch_size=256)
 
     def write(self, row: Row, content: bytes) -> None:
-        record: dict[str, Any] = {"image": {"bytes": content, "path": None}, "captions": list(row.captions)}
+        record: dict[str, Any] = {"image": {"bytes": content, "path": row.name}, "captions": list(row.captions)}
         if (row.label is not None) != self.labelled or (row.is_backdoor is not None) != self.flagged:
             raise ValueError(
                 f"row {row.number}: the label or is_backdoor is missing here or in the first row; give all or none"

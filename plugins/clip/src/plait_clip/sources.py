@@ -25,6 +25,7 @@ class Row:
         number: of the row in its source, from 0; named in errors.
         image: a file, or the file's bytes; None where it is missing.
         captions: at least one in a sound row.
+        name: of the image, as its source has it (relative), or None.
         split: the source's own name for the part the row belongs to, or empty.
         label: class number or name, or None.
         is_backdoor: for measuring only, or None.
@@ -33,6 +34,7 @@ class Row:
     number: int
     image: Path | bytes | None
     captions: tuple[str, ...]
+    name: str | None = None
     split: str = ""
     label: int | str | None = None
     is_backdoor: bool | None = None
@@ -160,6 +162,7 @@ def _rows(records: Iterator[Mapping[str, Any]], columns: Columns, root: Path, pa
             number=number,
             image=_image(record.get(image_name), root),
             captions=_captions(record.get(caption_name)),
+            name=_name(record.get(image_name)),
             split=str(record.get("split") or ""),
             label=_label(record.get(columns.label)),
             is_backdoor=None if flag in (None, "") else str(flag).lower() in ("1", "1.0", "true"),
@@ -183,6 +186,14 @@ def _image(cell: Any, root: Path) -> Path | bytes | None:
     return cell if isinstance(cell, bytes) else root / cell
 
 
+def _name(cell: Any) -> str | None:
+    """The image's name; of an absolute path its last part."""
+    path = cell.get("path") if isinstance(cell, Mapping) else cell
+    if not isinstance(path, str) or not path:
+        return None
+    return Path(path).name if Path(path).is_absolute() else path
+
+
 def _captions(cell: Any) -> tuple[str, ...]:
     if cell is None:
         return ()
@@ -198,7 +209,8 @@ def _label(cell: Any) -> int | str | None:
 
 def _tar(path: Path, number: int) -> Iterator[Row]:
     """WebDataset: files of one key (the name up to its first dot) lie next to one another."""
-    key, parts = None, {}
+    key: tuple[str, str] = ("", "")
+    parts: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r|*") as tar:
             for member in tar:
@@ -207,22 +219,24 @@ def _tar(path: Path, number: int) -> Iterator[Row]:
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 if (folder, stem) != key and parts:
-                    yield _sample(parts, number)
+                    yield _sample(key, parts, number)
                     number, parts = number + 1, {}
                 key = (folder, stem)
                 parts[extension.lower()] = tar.extractfile(member).read()  # type: ignore[union-attr]
     except tarfile.TarError as error:
         raise ValueError(f"source {path}: the tar cannot be read ({error})") from error
     if parts:
-        yield _sample(parts, number)
+        yield _sample(key, parts, number)
 
 
-def _sample(parts: Mapping[str, bytes], number: int) -> Row:
-    image = next((content for extension, content in parts.items() if f".{extension}" in IMAGE_SUFFIXES), None)
+def _sample(key: tuple[str, str], parts: Mapping[str, bytes], number: int) -> Row:
+    kind = next((extension for extension in parts if f".{extension}" in IMAGE_SUFFIXES), None)
+    image = None if kind is None else parts[kind]
+    name = None if kind is None else "/".join(filter(None, (key[0], f"{key[1]}.{kind}")))
     extra = _json(parts["json"].decode(), f"row {number}") if "json" in parts else {}
     caption = parts["txt"].decode("utf-8") if "txt" in parts else extra.get("caption")
     label = parts["cls"].decode().strip() if "cls" in parts else extra.get("label")
-    return Row(number=number, image=image, captions=_captions(caption), label=_label(label))
+    return Row(number=number, image=image, captions=_captions(caption), name=name, label=_label(label))
 
 
 def class_folders(folder: Path) -> dict[str, list[str]]:
@@ -264,7 +278,7 @@ def class_rows(
         captions = tuple(prompts.fill(template, name) for template in templates)
         for path in sorted((folder / child).iterdir()):
             if path.suffix.lower() in IMAGE_SUFFIXES:
-                yield Row(number=number, image=path, captions=captions, label=label)
+                yield Row(number=number, image=path, captions=captions, name=f"{child}/{path.name}", label=label)
                 number += 1
 
 

@@ -372,7 +372,9 @@ class SGDTraining(GraphTraining):
 # -- evaluate -----------------------------------------------------------------------------------------------------
 
 BETTER = {"accuracy": "higher", "macro-F1": "higher", "gain": "higher", "time": "lower", "GNN passes": "lower"}
-FORMATS = dict.fromkeys(("accuracy", "± 95 %", "macro-F1", "gain", "ms/update", "time", "GNN passes"), ".2f")
+FORMATS = dict.fromkeys(
+    ("accuracy", "± 95 % of one seed", "macro-F1", "gain", "ms/update", "time", "GNN passes"), ".2f"
+)
 
 SPREAD = {"accuracy": "95 %", "gain": "standard error"}
 
@@ -413,7 +415,7 @@ def _node_scores(model: nn.Module, data: Data, mask: torch.Tensor, device: torch
     accuracy = float((predicted == truth).float().mean())
     return {
         "accuracy": 100 * accuracy,
-        "± 95 %": 196 * math.sqrt(accuracy * (1 - accuracy) / len(truth)),
+        "± 95 % of one seed": 196 * math.sqrt(accuracy * (1 - accuracy) / len(truth)),
         "macro-F1": 100 * f1_score(truth.numpy(), predicted.numpy(), average="macro"),
     }
 
@@ -439,7 +441,7 @@ class EpisodeAccuracy:
             with told_as_plait_error():
                 shares = tasks.episode_accuracies(candidate.to(run.device).eval(), graph, episodes)
             mean, half = interval95(100 * np.asarray(shares))
-            return {"accuracy": mean, "± 95 %": half}
+            return {"accuracy": mean, "± 95 % of one seed": half}
 
         return _compared(model, reference, measured)
 
@@ -498,7 +500,9 @@ def _figure(rows: list[dict[str, Any]]) -> Any:
     figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
     for row in rows:
-        axes.errorbar(100 * row["time"], row["accuracy"], row["± 95 %"], fmt="o", capsize=3, label=row["model"])
+        axes.errorbar(
+            100 * row["time"], row["accuracy"], row["± 95 % of one seed"], fmt="o", capsize=3, label=row["model"]
+        )
     axes.set(xlabel="time of an update, % of the reference", ylabel="accuracy, %")
     axes.set_xlim(left=0)
     axes.legend()

@@ -90,7 +90,8 @@ def semantic_projection(
 
     ==========  =======================================================================================
     drop_top    P = U[:, 1:] U[:, 1:]ᵀ. With N ≥ D that is I − u₁u₁ᵀ, so directions that no text uses
-                stay; with N < D it keeps N − 1 directions
+                stay; with N < D it keeps N − 1 directions (fewer where texts repeat: what no text
+                uses is arbitrary there)
     span        P = U_k U_kᵀ over the singular values above ``rank_tol`` · S₀: the corpus's span
     top_k       P = U_k U_kᵀ over the first ``rank`` (30) singular values
     none        P = I
@@ -133,14 +134,17 @@ def semantic_projection(
     elif mode == "drop_top" and N >= D:
         basis, kept = U[:, 0], D - 1
     elif mode == "drop_top":
-        basis, kept = U[:, 1:], N - 1
+        used = int((S[0] * D * torch.finfo(S.dtype).eps < S).sum())
+        if used < 2:
+            raise ValueError(f"the {N} texts of the corpus are all alike, so drop_top leaves nothing; give other texts")
+        basis, kept = U[:, 1:used], used - 1
     elif mode == "span":
         kept = int((S / S[0] > rank_tol).sum())
         basis = U[:, :kept]
     else:
         kept = DEFAULT_TOP_K if rank is None else rank
         if not 1 <= kept <= len(S):
-            raise ValueError(f"rank {kept} of top_k; {N} texts of {D} dimensions allow 1 to {len(S)}")
+            raise ValueError(f"the rank of top_k is {kept}; {N} texts of {D} dimensions allow 1 to {len(S)}")
         basis = U[:, :kept]
     projection = SemanticProjection(mode, kept, S, basis.contiguous(), N)
 

@@ -62,7 +62,7 @@ def read_stop_words(path: str | Path) -> frozenset[str]:
         ValueError: the file is not there or is not UTF-8 text.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"cannot read the stop words in {path}; give a UTF-8 text file with one word per line"

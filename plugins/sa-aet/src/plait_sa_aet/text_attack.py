@@ -265,7 +265,7 @@ def _usable(
     multiword = getattr(candidates, "allow_multiword", False)
     usable: dict[str, None] = {}
     rejected = 0
-    for word, _ in candidates.propose(words, index, top_k):
+    for word in _proposed(candidates, words, index, top_k):
         if word in (words[index], "") or "##" in word or word.lower() in stop_words:
             continue
         if " " in word and not multiword:
@@ -273,6 +273,20 @@ def _usable(
         else:
             usable[word] = None
     return list(usable), rejected
+
+
+def _proposed(candidates: WordCandidates, words: Sequence[str], index: int, top_k: int) -> list[str]:
+    found = candidates.propose(words, index, top_k)
+    try:
+        proposals = [word for word, _ in found]
+    except (TypeError, ValueError):
+        proposals = [None]
+    if not all(isinstance(word, str) for word in proposals):
+        raise ValueError(
+            f"{type(candidates).__name__}.propose returned {str(found)[:80]} for {words[index]!r}; it has to return a "
+            "list of pairs (word, score)"
+        )
+    return proposals
 
 
 def _round(

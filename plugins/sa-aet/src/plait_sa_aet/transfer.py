@@ -92,17 +92,28 @@ class Pairs:
 
 
 def check_same_pairs(clean: Pairs, attacked: Pairs) -> None:
-    """Both have as many images, and each image has as many captions.
+    """Both have as many images, in one order as far as they have names, and each image has as many captions.
 
     Raises:
         ValueError: says what differs.
     """
     if len(clean.rows) != len(attacked.rows):
         raise ValueError(f"it has {len(attacked.rows)} rows, the reference {len(clean.rows)}; give the attacked rows")
+    for row, (name, other) in enumerate(zip(_stems(clean.rows), _stems(attacked.rows), strict=True)):
+        if name and other and other != name:
+            raise ValueError(f"row {row} is image {other}, and {name} in the reference; give both in one order")
     before, after = clean.owner.bincount(), attacked.owner.bincount()
     if not torch.equal(before, after):
         row = int((before != after).int().argmax())
         raise ValueError(f"row {row} has {int(after[row])} captions, and {int(before[row])} in the reference")
+
+
+def _stems(rows: datasets.Dataset) -> Iterator[str]:
+    """The names of the images without folder and ending; empty where they have none."""
+    cells = undecoded(rows).select_columns("image")
+    for batch in cells.iter(batch_size=256):
+        for cell in batch["image"]:
+            yield Path(cell["path"]).stem if cell.get("path") else ""
 
 
 def check_one_kind(models: Mapping[str, ImageTextModel]) -> None:

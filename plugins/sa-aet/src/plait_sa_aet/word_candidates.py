@@ -463,7 +463,7 @@ class Synonyms:
         Raises:
             ValueError: the file is not there, is of another kind or holds no such table.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         readers: dict[str, Callable[[str], Any]] = dict.fromkeys((".yaml", ".yml"), yaml.safe_load)
         readers[".json"] = json.loads
         if path.suffix.lower() not in readers:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import os
+import runpy
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +16,7 @@ from typing import Any, Literal
 import attrs
 import datasets
 from plait import PlaitError, hookimpl
-from plait.fields import doc, in_range, one_of
+from plait.fields import doc, in_range, one_of, output_path
 from plait_clip.loader import check_captions, image_batches, undecoded
 from plait_clip.model import ImageTextModel
 from plait_clip.plugin.errors import as_plait_errors
@@ -28,6 +32,7 @@ from plait_sa_aet.plugin.shards import (
     Shards,
     changed_features,
     digest,
+    digest_of,
     export,
     image_names,
     rows_of,
@@ -80,7 +85,7 @@ class Attack:
     compile: bool = attrs.field(default=False, metadata=doc("torch.compile the image tower"))
     save_to: Path | None = attrs.field(
         default=None,
-        metadata=doc(
+        metadata=output_path(
             "also write PNG files under the images' own names, captions.jsonl, changes.jsonl, trace.jsonl and "
             "projection.safetensors to this folder"
         ),
@@ -96,6 +101,11 @@ class Attack:
         return 0.0
 
     @property
+    def attacks_captions(self) -> bool:
+        """Whether captions are cleaned and attacked; else they stay as they were written."""
+        return False
+
+    @property
     def keeps_floats(self) -> bool:
         return self.rounding == "none" and self.reach > 0
 
@@ -108,6 +118,8 @@ class Attack:
             raise PlaitError(
                 f"epsilon is {self.reach:.5f}, below one 8-bit level (1/255); give more, or quantize: none"
             )
+        if self.save_to is not None and self.save_to.exists() and not self.save_to.is_dir():
+            raise PlaitError(f"save_to is {str(self.save_to)!r}, which is a file; name a folder")
 
     def check(self, model: ImageTextModel) -> None:
         """Refuse a model that the fields do not suit, before the work starts."""
@@ -156,7 +168,8 @@ class Attack:
             findings.add(record)
         run.add(findings.report())
         if self.save_to is not None:
-            export(self.save_to, shards, len(starts), findings.projection)
+            made_of = {"model_sha256": digest_of(source.model), "corpus_sha256": findings.corpus_sha256}
+            export(self.save_to, shards, len(starts), findings.projection, made_of)
         return with_other_columns(data, shards.dataset(len(starts)), folder)
 
     def _shard(
@@ -189,7 +202,8 @@ class Attack:
             found = one_batch(source, batch, rng)
             images = quantize(found.images, batch.images, self.reach, self.rounding) if self.reach else batch.images
             note(record, found, batch, ids, float((images - batch.images).abs().max()))
-            texts = [text or before for text, before in zip(found.captions, plain, strict=True)]
+            attacked = found.captions if self.attacks_captions else plain
+            texts = [text or before for text, before in zip(attacked, plain, strict=True)]
             floats = images if self.keeps_floats else None
             if floats is not None and self.reach >= 1 / 255:  # 8-bit copies keep the budget, too
                 images = quantize(found.images, batch.images, self.reach, "round")
@@ -266,7 +280,7 @@ class SwapsWords:
         default=None,
         metadata=doc(
             "where candidate words come from; must be set if text: mlm, token-embedding, context-counts, synonyms, or "
-            "package.module:Class with propose(words, index, k)"
+            "package.module:Class or folder/file.py:Class with propose(words, index, k)"
         ),
     )
     generator_source: str | None = attrs.field(
@@ -312,12 +326,18 @@ class SwapsWords:
         if self.text:
             self._check_words()
 
+    @property
+    def attacks_captions(self) -> bool:
+        return self.text
+
     def _check_words(self) -> None:
         allowed = ", ".join(GENERATORS)
         if self.generator is None:
             raise PlaitError(f"generator is not set; give one of {allowed}, or text: false to attack the images alone")
         if self.generator not in GENERATORS and ":" not in self.generator:
-            raise PlaitError(f"generator is {self.generator!r}; allowed is {allowed}, or package.module:Class")
+            raise PlaitError(
+                f"generator is {self.generator!r}; allowed is {allowed}, package.module:Class or folder/file.py:Class"
+            )
         if self.generator == "mlm" and self.generator_source is None:
             raise PlaitError("generator mlm needs generator_source: a folder or hub name of a masked language model")
         if self.generator == "synonyms" and (self.synonyms is None) == (self.generator_source is None):
@@ -373,7 +393,10 @@ class SwapsWords:
             if self.synonyms is not None:
                 return candidates.Synonyms(self.synonyms, allow_multiword=allow_multiword)
             return candidates.Synonyms.from_file(self.generator_source, allow_multiword=allow_multiword)
-        return _imported(str(self.generator))()
+        own = _own_generator(str(self.generator))
+        if self.allow_multiword is not None or official or not hasattr(own, "allow_multiword"):
+            own.allow_multiword = allow_multiword
+        return own
 
 
 # ------------------------------------------------------------------------------------------------- the attacks
@@ -436,8 +459,7 @@ class SaAet(SwapsWords, SeesScaledViews, Attack):
 
     def prepare(self, source: Source, captions: Sequence[str], run: Any, findings: Findings) -> OneBatch:
         words = self.words(source, captions, self.official, findings)
-        projection = self._projection(source, captions, run)
-        findings.projection = projection
+        projection = self._projection(source, captions, run, findings)
         image_options = {
             **self.view_options(),
             "triangle": self.triangle,
@@ -454,7 +476,9 @@ class SaAet(SwapsWords, SeesScaledViews, Attack):
             image_options=image_options,
         )
 
-    def _projection(self, source: Source, captions: Sequence[str], run: Any) -> SemanticProjection | None:
+    def _projection(
+        self, source: Source, captions: Sequence[str], run: Any, findings: Findings
+    ) -> SemanticProjection | None:
         if self.projection == "none":
             return None
         corpus = captions if self.corpus is None else _lines(self.corpus)
@@ -465,6 +489,9 @@ class SaAet(SwapsWords, SeesScaledViews, Attack):
             found = semantic_projection(features, self.projection, rank=self.projection_rank, rank_tol=self.rank_tol)
         for warning in caught:
             run.warn(str(warning.message))
+        findings.projection = found
+        findings.corpus = "the captions under attack" if self.corpus is None else self.corpus.name
+        findings.corpus_sha256 = hashlib.sha256("\n".join(drawn).encode()).hexdigest()
         return found
 
 
@@ -568,9 +595,23 @@ def _lines(path: str | Path) -> list[str]:
     return captions
 
 
-def _imported(target: str) -> Any:
-    module, _, name = target.partition(":")
+def _own_generator(target: str) -> Any:
+    """An object of the user's class ``package.module:Class`` or ``folder/file.py:Class``; both from the current folder.
+
+    Raises:
+        ValueError: it cannot be imported or made, or has no method ``propose``.
+    """
+    place, _, name = target.rpartition(":")
+    sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"generator {target!r} cannot be imported ({error})") from error
+        module = runpy.run_path(place) if place.endswith(".py") else vars(importlib.import_module(place))
+        found = module[name]()
+    except KeyError as error:
+        raise ValueError(f"generator {target!r} cannot be imported: {place} has no {name}") from error
+    except Exception as error:  # whatever the user's module raises
+        raise ValueError(f"generator {target!r} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(getattr(found, "propose", None)):
+        raise ValueError(f"generator {target!r} has no method propose(words, index, k)")
+    return found

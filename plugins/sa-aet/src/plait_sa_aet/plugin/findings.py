@@ -29,10 +29,12 @@ def note(record: dict[str, Any], found: Adversarial, batch: Batch, rows: Sequenc
         moved: largest change of a pixel, in [0, 1] units.
     """
     owner = batch.txt2img.tolist()
+    of_its_image = [owner[:i].count(image) for i, image in enumerate(owner)]
     for change in found.changes:
         texts = {"clean": batch.captions[change.caption], "adversarial": found.captions[change.caption]}
         fields = {name: value for name, value in asdict(change).items() if name != "caption"}
-        record["changes"].append({"row": rows[owner[change.caption]], **texts, **fields})
+        place = {"row": rows[owner[change.caption]], "caption": of_its_image[change.caption]}
+        record["changes"].append({**place, **texts, **fields})
     record["captions"] += len(batch.captions)
     record["unattackable"] += len(found.unattackable)
     record["rejected"] += found.num_rejected
@@ -45,6 +47,7 @@ class Findings:
 
     def __init__(self) -> None:
         self.projection: SemanticProjection | None = None
+        self.corpus = self.corpus_sha256 = ""
         self.notes: list[str] = []
         self.counts: Counter[str] = Counter()
         self.moved = 0.0
@@ -54,7 +57,7 @@ class Findings:
     def add(self, record: Mapping[str, Any]) -> None:
         """Take in the record of a shard."""
         self.counts["captions"] += record["captions"]
-        self.counts["changed"] += len({(c["row"], c["clean"]) for c in record["changes"]})
+        self.counts["changed"] += len({(c["row"], c["caption"]) for c in record["changes"]})
         self.counts["unattackable"] += record["unattackable"]
         self.counts["rejected"] += record["rejected"]
         self.moved = max(self.moved, record["moved"])
@@ -83,9 +86,16 @@ class Findings:
             rho_1 = float(self.projection.rho_1)
             row["rho_1"] = rho_1
             notes.append(
+                f"The projection was made of {self.projection.num_texts} captions, drawn from {self.corpus}, and keeps "
+                f"{self.projection.rank} directions."
+            )
+            meaning = (
+                f" drop_top removes that direction; it helps where all texts share it (rho_1 above {COMMON_DIRECTION}), "
+                "and hurts where it carries meaning."
+            )
+            notes.append(
                 f"rho_1 = {rho_1:.2f}: the first direction of the corpus' text features holds {rho_1:.0%} of their "
-                f"energy. drop_top removes that direction; it helps where all texts share it (rho_1 above "
-                f"{COMMON_DIRECTION}), and hurts where it carries meaning."
+                f"energy.{meaning if self.projection.mode == 'drop_top' else ''}"
             )
             panels.append(Panel(title="Singular values of the corpus", images=[[self._spectrum()]]))
         if self.triples:

@@ -69,16 +69,22 @@ class Shards:
 
 def digest(settings: str, model: nn.Module, data: datasets.Dataset) -> str:
     """What shards are made of, so that those of another attack, model or data are never taken for one's own."""
-    found = hashlib.sha256(settings.encode())
-    for name, value in model.state_dict().items():
-        found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    found = hashlib.sha256((settings + digest_of(model)).encode())
     cells = undecoded(data).select_columns(["image", caption_column(data)])
     for batch in cells.iter(batch_size=256):
         for cell in batch["image"]:
             found.update(cell["bytes"] or str(cell["path"]).encode())
         found.update(json.dumps(batch[caption_column(data)]).encode())
     return found.hexdigest()[:16]
+
+
+def digest_of(model: nn.Module) -> str:
+    """SHA-256 of a model's weights and buffers with their names."""
+    found = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def changed_features(data: datasets.Dataset, side: int, floats: bool) -> datasets.Features:
@@ -144,15 +150,20 @@ def image_names(cells: Sequence[Mapping[str, Any]], start: int) -> list[str]:
     return names
 
 
-def export(folder: Path, shards: Shards, count: int, projection: SemanticProjection | None) -> None:
+def export(
+    folder: Path, shards: Shards, count: int, projection: SemanticProjection | None, made_of: Mapping[str, str]
+) -> None:
     """The pairs as files for other programs: PNG images under their own names, and JSON lines beside them.
 
     Where two images have one name, the later one's gets its row number.
+
+    Args:
+        made_of: digests of what the projection was made of, for its file's metadata.
     """
     folder.mkdir(parents=True, exist_ok=True)
     column = next(name for name in ("captions", "caption") if name in shards.features)
     if projection is not None:
-        save_file(projection.state_dict(), str(folder / "projection.safetensors"))
+        save_file(projection.state_dict(), str(folder / "projection.safetensors"), metadata=dict(made_of))
     with contextlib.ExitStack() as stack:
         files = {
             name: stack.enter_context((folder / f"{name}.jsonl").open("w", encoding="utf-8"))

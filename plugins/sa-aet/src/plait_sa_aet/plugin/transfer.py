@@ -121,7 +121,8 @@ class Transfer:
                 table.append(_identity(source, target) | self._rates(before, after))
                 if (source, target) == shown:
                     title = " → ".join(filter(None, shown)) or "attack"
-                    pictures = self._pictures(model, clean, attacked[source], before, after)
+                    cut_by = models.get(source, model).image_input.resize  # the attacked model's
+                    pictures = self._pictures(model, clean, attacked[source], before, after, cut_by)
                     panels.append(Panel(title=title, images=pictures))
         place = {source: i for i, source in enumerate(attacked)}
         table.sort(key=lambda row: place[row.get("source", "")])  # targets keep their order
@@ -135,7 +136,8 @@ class Transfer:
             notes=[
                 "ASR@k: of the queries answered within the first k without the attack, the share (%) that is not with it; "
                 "all images and all captions of the gallery are adversarial. TR: image → caption, IR: caption → image. "
-                "ASR is the mean of TR and IR ASR@1. White-box: the target is the model that was attacked."
+                "ASR is the mean of TR and IR ASR@1. White-box: the target is the model that was attacked.",
+                *_resampled(models, attacked),
             ],
         )
 
@@ -159,7 +161,13 @@ class Transfer:
         return {"ASR": fmean(rates[f"{task} ASR@{min(self.top)}"] for task in tasks)} | rates
 
     def _pictures(
-        self, model: ImageTextModel, clean: Pairs, attacked: Pairs, before: Retrieval, after: Retrieval
+        self,
+        model: ImageTextModel,
+        clean: Pairs,
+        attacked: Pairs,
+        before: Retrieval,
+        after: Retrieval,
+        resize: str,
     ) -> list[list[Image]]:
         """Images whose captions are not found any more come first: clean, adversarial, difference."""
         fooled = (before.text_ranks == 0) & (after.text_ranks > 0)
@@ -168,7 +176,7 @@ class Transfer:
         pictures = []
         for row, first, now in zip(rows, find(clean, before), find(attacked, after), strict=True):
             changed = _image(attacked, row)
-            unchanged = _image_like(clean, row, changed, model.image_input.resize)
+            unchanged = _image_like(clean, row, changed, resize)
             amplified = (0.5 + GAIN * (changed - unchanged)).clamp(0, 1)
             pictures.append(
                 [
@@ -201,6 +209,20 @@ def _identity(source: str, target: str) -> Row:
     if len(named) == 2:
         named["setting"] = "white-box" if source == target else "transfer"
     return named
+
+
+def _resampled(models: Mapping[str, ImageTextModel], attacked: Mapping[str, Pairs]) -> list[str]:
+    """A note for every source whose images a target has to resize."""
+    notes = []
+    for source, pairs in attacked.items():
+        side = _image(pairs, 0).shape[-1]
+        others = [name or "the model" for name, model in models.items() if model.image_size != side]
+        if others:
+            notes.append(
+                f"The images of {source or 'the attack'} have {side} pixels, and {', '.join(others)} resize them: what "
+                "resizing alone does to retrieval counts as success. An attack with epsilon: 0 and text: false tells."
+            )
+    return notes
 
 
 def _means(table: Sequence[Row], rates: Sequence[str]) -> list[Row]:
