@@ -8,6 +8,9 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plait import Run
+from plait_clip.examples import digit_pairs, tiny_model
+from plait_sa_aet.plugin.attacks import BertAttack
 from plait_sa_aet.word_candidates import ContextCounts, MaskedLanguageModel, Synonyms, TokenEmbedding
 
 PIECES = [
@@ -406,3 +409,26 @@ def test_wrong_tables_of_synonyms(tmp_path, name, text, message):
 def test_missing_file_of_synonyms(tmp_path):
     with pytest.raises(ValueError, match=r"no\.json cannot be read"):
         Synonyms.from_file(tmp_path / "no.json")
+
+
+def test_captions_respelled_by_the_tokenizer(load):
+    lm = load(max_length=7)
+    assert lm.respelled("a dog skateboards on the bench") == "a dog skateboards"  # 5 pieces of 7 are the caption's
+    assert lm.respelled("a [UNK] xyz") == "a [UNK] [UNK]"
+
+
+@pytest.mark.parametrize(("official", "generator"), [(True, "mlm"), (False, "mlm"), (True, "context-counts")])
+def test_only_the_released_code_lets_clip_read_respelled_captions(official, generator, folder):
+    model = tiny_model()
+    read = []
+
+    class Listening(type(model)):
+        def encode_text(self, texts):
+            read.extend(texts)
+            return super().encode_text(texts)
+
+    model.__class__ = Listening
+    source = str(folder) if generator == "mlm" else None
+    attack = BertAttack(generator=generator, generator_source=source, official=official, max_length=30)
+    attack.attack(model, digit_pairs(4), Run())
+    assert any("[UNK] [UNK]" in text for text in read) == (official and generator == "mlm")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any, Literal
@@ -76,6 +76,7 @@ class Source:
         if text_batch_size < 1 or memory < 1:
             raise ValueError(f"text_batch_size {text_batch_size} and memory {memory} have to be at least 1")
         self.model = model
+        self.rewrite: Callable[[str], str] = str  # what a sentence goes through before the encoder reads it
         self.precision = precision
         self.channels_last = channels_last
         self.text_batch_size = text_batch_size
@@ -158,7 +159,7 @@ class Source:
         for start in range(0, len(missing), self.text_batch_size):
             chunk = missing[start : start + self.text_batch_size]
             with torch.no_grad(), self._evaluating(), self._autocast():
-                features = self.model.encode_text(chunk)
+                features = self.model.encode_text([self.rewrite(text) for text in chunk])
             features = features.detach().float()
             self._text_width = self._checked_width(features, len(chunk), "text")
             rows.update(zip(chunk, features, strict=True))

@@ -122,6 +122,11 @@ class MaskedLanguageModel:
         self._special = set(tokenizer.all_special_ids)
         self._memo: _Memo = _Memo()
 
+    def respelled(self, caption: str) -> str:
+        """The caption as the tokenizer writes its own pieces: what CLIP reads in the released code, ``[UNK]`` included."""
+        pieces = self.tokenizer(caption, add_special_tokens=False, truncation=True, max_length=self.max_length - 2)
+        return self.tokenizer.decode(pieces.input_ids)
+
     @classmethod
     def from_pretrained(
         cls, source: str | Path, *, device: torch.device | str = "cpu", **options: Any

@@ -63,7 +63,7 @@ class Attack:
         default=False,
         metadata=doc(
             "the released code's choices where null is the default: position_offset 0, allow_multiword, quantize none, "
-            "rng official"
+            "rng official; with mlm, models without fusion read captions as its tokenizer respells them"
         ),
     )
     quantize: Literal["round", "floor", "none"] | None = attrs.field(
@@ -364,7 +364,10 @@ class SwapsWords:
             "mask_token": self.mask_token,
             "max_length": max_length,
         }
-        return Words(self._candidates(source, captions, official, max_length), options)
+        candidates = self._candidates(source, captions, official, max_length)
+        if official and self.generator == "mlm" and source.model.kind != "fusion":
+            source.rewrite = candidates.respelled
+        return Words(candidates, options)
 
     def _candidates(self, source: Source, captions: Sequence[str], official: bool, max_length: int) -> Any:
         from plait_sa_aet import word_candidates as candidates
