@@ -47,6 +47,14 @@ def test_the_truth_is_not_read(make_model, pairs):
     assert same(method.defend(make_model(), pairs, None, Run()), method.defend(make_model(), garbage, None, Run()))
 
 
+def test_one_run_serves_several_defences(make_model, pairs):
+    run, other = Run(), TaCleaner(**TRAINING, **RULES, ta_weight=0.5)
+    first = TaCleaner(**TRAINING, **RULES).defend(make_model(), pairs, None, run)
+    second = other.defend(make_model(), pairs, None, run)
+    assert not same(first, second)
+    assert same(second, other.defend(make_model(), pairs, None, Run()))
+
+
 def test_an_interrupted_run_goes_on_to_the_same_weights(make_model, pairs, tmp_path):
     method = TaCleaner(**TRAINING, **RULES)
     whole = method.defend(make_model(), pairs, None, Run(step="ta"))

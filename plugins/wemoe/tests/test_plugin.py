@@ -104,12 +104,33 @@ def test_experts_are_better_than_the_base_and_kept_as_they_are(bed):
 
 def test_training_needs_no_more_than_its_checkpoint_to_go_on(bed, tmp_path):
     base, experts, _, test = bed
-    whole = plugin.EWEMoE(max_steps=4).merge(base=base, experts=experts, data=test, run=plait.Run())
-    first = plugin.EWEMoE(max_steps=2, checkpoint_every=2)
-    first.merge(base=base, experts=experts, data=test, run=plait.Run(folder=tmp_path))
-    assert (tmp_path / "training.pt").exists()
-    rest = plugin.EWEMoE(max_steps=4).merge(base=base, experts=experts, data=test, run=plait.Run(folder=tmp_path))
+    method, seen = plugin.EWEMoE(max_steps=4, checkpoint_every=2), []
+    whole = method.merge(base=base, experts=experts, data=test, run=plait.Run())
+
+    def stop(values, step):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        method.merge(base=base, experts=experts, data=test, run=plait.Run(folder=tmp_path, on_log=stop))
+    assert len(list(tmp_path.rglob("training.pt"))) == 1
+    run = plait.Run(folder=tmp_path, on_log=lambda values, step: seen.append(step))
+    rest = method.merge(base=base, experts=experts, data=test, run=run)
     assert same(rest.state_dict(), whole.state_dict())
+    assert seen[0] == 2
+
+
+@pytest.mark.parametrize("method", [plugin.AdaMerging, plugin.WEMoE, plugin.EWEMoE])
+def test_one_run_serves_several_trainings(method, bed):
+    base, experts, _, test = bed
+    run = plait.Run()
+    options = {"max_steps": 2, "checkpoint_every": 1}
+    slow, fast = (method(lr=lr, **options) for lr in (1e-4, 1e-1))
+    first = slow.merge(base=base, experts=experts, data=test, run=run)
+    second = fast.merge(base=base, experts=experts, data=test, run=run)
+    assert not same(first.state_dict(), second.state_dict())
+    alone = fast.merge(base=base, experts=experts, data=test, run=plait.Run())
+    assert same(second.state_dict(), alone.state_dict())
 
 
 def test_evaluation_reports_tasks_mean_routing_sizes_and_pictures(bed):

@@ -22,6 +22,7 @@ from plait_clip.backdoor.plugin.defences import (
     copy_of,
     logger,
     part_of,
+    scratch,
     synonyms_of,
 )
 from plait_clip.loader import caption_column, check_captions, undecoded
@@ -216,7 +217,7 @@ class TaCleaner(SubcaptionRules, CleanClip):
                 self.options(official=self.compat == "cleanclip", optimizer_state=self._optimizer_state()),
                 seed=run.derived_seed(),
                 num_workers=self.workers,
-                checkpoint=run.folder / "training.pt",
+                checkpoint=scratch(run, self, model, pairs) / "training.pt",
                 on_step=logger(run, self.num_steps(len(pairs)), "TA-Cleaner"),
             )
         self._count_subcaptions(captions, draw, n_subtext, notes, run)
@@ -299,7 +300,7 @@ class FtHardNegatives(SubcaptionRules, Training):
                 self.options(),
                 seed=run.derived_seed(),
                 num_workers=self.workers,
-                checkpoint=run.folder / "training.pt",
+                checkpoint=scratch(run, self, model, pairs) / "training.pt",
                 on_step=logger(run, self.num_steps(len(pairs)), "fine-tuning"),
             )
         return model.eval()

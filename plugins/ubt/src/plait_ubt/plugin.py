@@ -12,8 +12,8 @@ import datasets
 import numpy as np
 import torch
 from plait import PlaitError, hookimpl
-from plait.fields import doc, in_range, one_of
-from plait_clip.backdoor.plugin.defences import SUSPICIOUS, copy_of, part_of
+from plait.fields import doc, in_range, one_of, output_path
+from plait_clip.backdoor.plugin.defences import SUSPICIOUS, copy_of, part_of, scratch
 from plait_clip.loader import Pairs as LoadedPairs
 from plait_clip.loader import caption_column
 from plait_clip.plugin.errors import as_plait_errors
@@ -123,7 +123,8 @@ class Ubt:
         default=False, metadata=doc("declare that poison may carry true captions: the report then warns about recall")
     )
     keep_overfit: Path | None = attrs.field(
-        default=None, metadata=doc("folder for the overfitted model, whose backdoor is stronger; not kept by default")
+        default=None,
+        metadata=output_path("folder for the overfitted model, whose backdoor is stronger; not kept by default"),
     )
 
     def __attrs_post_init__(self) -> None:
@@ -230,11 +231,12 @@ class Ubt:
         if not ranks_low:
             run.warn("pairs are ranked by the suspected model itself, which finds fewer of the poisoned ones")
         ranker = copy_of(reference, run) if ranks_low else model
+        folder = scratch(run, self, torch.nn.ModuleList([model, ranker]), data)
         similarity = ubt.similarities(
             ranker,
             _pairs(data, ranker) if ranks_low else pairs,
             range(len(pairs)),
-            store=run.folder / "similarity.npy",
+            store=folder / "similarity.npy",
             track=run.track,
             description="similarity of all pairs",
         )
@@ -262,7 +264,7 @@ class Ubt:
                 n_top=self.n_top,
                 min_gap_change=self.min_gap_change,
                 seed=run.derived_seed("overfit"),
-                checkpoint=run.folder / "overfit.pt",
+                checkpoint=folder / "overfit.pt",
                 track=run.track,
                 log=run.log,
             )

@@ -38,6 +38,11 @@ class ImageColumn:
     def __len__(self) -> int:
         return len(self._images)
 
+    @property
+    def fingerprint(self) -> str:
+        """Which images these are, and in which size."""
+        return f"{self._images._fingerprint} {self.size}"
+
     def read(self, rows: Sequence[int]) -> Tensor:
         """(N, 3, H, W) in [0, 1]."""
         rows = list(rows)

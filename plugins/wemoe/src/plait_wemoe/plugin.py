@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import attrs
 import torch
 from plait import PlaitError, Report, hookimpl
+from plait.configuration import plain
 from plait.fields import doc, in_range, one_of
 from plait.report import Image, Panel, png
 
@@ -231,11 +233,23 @@ class Adaptive(Merging):
             "lr_schedule": self.lr_schedule,
             "entropy_eps": self.entropy_eps,
             "grad_accumulate": self.grad_accumulate,
-            "checkpoint": run.folder / "training.pt",
+            "checkpoint": self._scratch(pool, columns, run) / "training.pt",
             "checkpoint_every": self.checkpoint_every,
             "track": lambda steps: run.track(steps, "adapt"),
             "on_step": lambda step, losses: run.log(step=step, **{f"entropy {t}": loss for t, loss in losses.items()}),
         }
+
+    def _scratch(self, pool: Pool, columns: Mapping[str, ImageColumn], run: Any) -> Path:
+        """A folder for the state of this training: of this method, these models and images, and of no other."""
+        images = {task: column.fingerprint for task, column in columns.items()}
+        digest = hashlib.sha256(f"{plain(self)} {run.seed} {run.step} {images}".encode())
+        for model in (pool.base, *pool.encoders.values(), *pool.task_heads.values()):
+            for name, tensor in model.state_dict().items():
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        folder = run.folder / digest.hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
 
 @attrs.frozen(kw_only=True)

@@ -80,7 +80,7 @@ def synonyms_of(source: str) -> Synonyms:
         return open_synonyms(None if source == WORDNET else Path(source))
 
 
-def scratch(run: Any, method: Any, model: ImageTextModel, data: datasets.Dataset) -> Path:
+def scratch(run: Any, method: Any, model: torch.nn.Module, data: datasets.Dataset) -> Path:
     """A folder for the state of this training: of this method, model, data and seed, and of no other."""
     digest = hashlib.sha256(f"{plain(method)} {run.seed} {run.step} {data._fingerprint}".encode())
     for name, tensor in model.state_dict().items():
