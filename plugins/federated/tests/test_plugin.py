@@ -313,9 +313,21 @@ def test_a_failed_step_goes_on_from_its_checkpoint(model, clients, tmp_path):
     folder = tmp_path / "work"
     with pytest.raises(KeyboardInterrupt):
         method.aggregate(model=model, clients=clients, run=plait.Run(folder=folder, on_log=stop))
-    assert (folder / "checkpoints" / "round-000003").exists()
+    kept = {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("checkpoints/*/round-*/*")}
+    assert "round-000003" in kept
     resumed = method.aggregate(model=model, clients=clients, run=plait.Run(folder=folder))
+    now = {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("checkpoints/*/round-*/*")}
+    assert now["round-000003"] == kept["round-000003"]
     assert torch.equal(resumed["model"].head.weight, whole["model"].head.weight)
+
+
+def test_one_run_serves_several_trainings(model, clients):
+    run = plait.Run()
+    first, second = DFedAvg(topology="ring", **SHORT), DFedAvg(topology="ring", **SHORT | {"learning_rate": 0.01})
+    a, b = (method.aggregate(model=model, clients=clients, run=run) for method in (first, second))
+    assert not torch.equal(a.head.weight, b.head.weight)
+    alone = second.aggregate(model=model, clients=clients, run=plait.Run())
+    assert torch.equal(b.head.weight, alone.head.weight)
 
 
 def png_bytes(size):

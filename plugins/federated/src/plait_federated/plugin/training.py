@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import attrs
 import numpy as np
 import torch
 from plait import PlaitError, hookimpl
+from plait.configuration import plain
 from plait.fields import doc, in_range
 from torch import nn
 
@@ -200,7 +202,7 @@ def train(config: Federated, method: Gossip | Server, model: nn.Module, clients:
             graph=graph,
             test=None if test is None else (inputs_of(test, config.column), torch.from_numpy(labels_of(test))),
             engine=config.engine,
-            folder=run.folder / "checkpoints",
+            folder=_checkpoints(config, split, run),
             device=run.device,
             precision=config.precision,
             chunk_size=config.chunk_size,
@@ -216,6 +218,12 @@ def train(config: Federated, method: Gossip | Server, model: nn.Module, clients:
 
         outcome = training.run(on_round)
     return _result(config, training, outcome, model)
+
+
+def _checkpoints(config: Federated, split: Any, run: Any) -> Path:
+    """A folder for the rounds of this training: of this method, data and seed, and of no other."""
+    made_of = f"{plain(config)} {run.seed} {run.step} {split._fingerprint}"
+    return run.folder / "checkpoints" / hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
 
 def _result(config: Federated, training: Training, outcome: Outcome, model: nn.Module) -> Any:
