@@ -141,7 +141,7 @@ def test_equal_captions_of_an_image_are_counted_each(model):
 
 
 def test_the_report_names_the_corpus(model, tmp_path):
-    (tmp_path / "texts.txt").write_text("a dog\na cat\na green bird\n")
+    (tmp_path / "texts.txt").write_text("a photo of a two\nthe number three\na digit\n")
     for corpus, named in (
         (None, "12 captions, drawn from the captions under attack"),
         ("texts.txt", "3 captions, drawn from texts.txt"),
@@ -161,9 +161,9 @@ def test_bert_attack_leaves_the_images(model):
 
 def test_several_captions_for_an_image_and_other_columns_are_kept(model):
     data = digit_pairs(12).remove_columns("captions").add_column("number", list(range(12)))
-    data = data.add_column("captions", [["a photo of a digit"] * (1 + i % 3) for i in range(12)]).select(
-        range(11, 0, -1)
-    )
+    data = data.add_column(
+        "captions", [[f"a photo of a {beds.DIGIT_NAMES[i % 10]}"] * (1 + i % 3) for i in range(12)]
+    ).select(range(11, 0, -1))
     changed = SaAet(**QUICK, **WORDS).attack(model, data, Run())
     assert changed.column_names == data.column_names
     assert changed["number"] == data["number"]
