@@ -221,7 +221,8 @@ def _range_problem(cls: type[Any], field: attrs.Attribute[Any], value: Any) -> s
 
 def _allowed(field: attrs.Attribute[Any]) -> str:
     allowed = getattr(field.validator, "allowed", None)
-    return f", {allowed}" if allowed else ""
+    listed = "one of " in type_name(field.type)  # the type names the choices already
+    return f", {allowed}" if allowed and not listed else ""
 
 
 def _structure_field(field: attrs.Attribute[Any], value: Any, folder: Path | None) -> Any:

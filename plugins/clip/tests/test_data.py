@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from plait import PlaitError
-from plait_clip import beds, prompts
+from plait_clip import beds, prompts, records
+from plait_clip.loader import undecoded
 from plait_clip.plugin.data import ClassFolder, Digits, FashionMnist, ImageText
 
 
@@ -89,6 +90,9 @@ def test_every_kind_of_source_gives_the_same_pairs(name, fields, folder, run):
         names = ["a.jpg", "b.png", "c.jpg"]
     assert all(cell["path"].endswith(wanted) for cell, wanted in zip(named, names, strict=True))
     assert name == "saved" or [cell["path"] for cell in named] == names
+    # The store saves data sets, and datasets cuts an image's path to its last part then.
+    data.save_to_disk(folder / "stored")
+    assert name == "saved" or datasets.load_from_disk(folder / "stored")["file_name"][:] == names
     colours = [np.asarray(image.convert("RGB")).reshape(-1, 3).mean(axis=0) for image in data["image"]]
     np.testing.assert_allclose(colours[0], [200, 30, 30], atol=3)
     np.testing.assert_allclose(colours[1], [200, 30, 30], atol=40)  # a palette
@@ -325,3 +329,52 @@ def test_saved_datasets_are_checked_too(folder, run):
     assert set(ImageText(source=str(folder / "parts")).load_data(run=run[0])) == {"train", "test"}
     with pytest.raises(PlaitError, match="split is 'val'; the source has 'train', 'test'"):
         ImageText(source=str(folder / "parts"), split="val").load_data(run=run[0])
+
+
+def test_a_row_without_a_name_among_others(folder, run):
+    """Parquet may hold bytes with and without a path."""
+    content = picture()
+    cells = [{"bytes": content, "path": path} for path in ("x/a.jpg", None)]
+    datasets.Dataset.from_dict({"image": cells, "text": ["one", "two"]}).to_parquet(folder / "bytes.parquet")
+    data = ImageText(source=str(folder / "bytes.parquet")).load_data(run=run[0])
+    assert data["file_name"][:] == ["x/a.jpg", None]
+    assert [image.size for image in data["image"]] == [(12, 9), (12, 9)]
+
+
+@pytest.mark.parametrize("caption", ["5", "[1, 2]", '["fine", 3.5]'])
+def test_a_list_with_numbers_for_captions_is_refused(caption, folder, run):
+    (folder / "numbers.json").write_text(f'[{{"image": "images/a.jpg", "caption": {caption}}}]')
+    with pytest.raises(PlaitError, match=r"row 0: a caption is (5|1|3\.5); captions are text"):
+        ImageText(source=str(folder / "numbers.json")).load_data(run=run[0])
+
+
+def test_class_folders_keep_the_names_of_their_images(tmp_path, run):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(picture())
+    data = ClassFolder(folder=tmp_path).load_data(run=run[0])
+    assert data["file_name"][:] == ["cat/1.jpg", "dog/1.jpg"]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        datasets.Array3D((3, 8, 8), "float32"),
+        datasets.Array3D((8, 8, 3), "uint8"),
+        datasets.List(datasets.Value("float32")),
+    ],
+)
+def test_a_column_of_other_things_than_images_is_refused(column):
+    shape = column.shape if isinstance(column, datasets.Array3D) else (4,)
+    features = datasets.Features({"image": column, "captions": datasets.List(datasets.Value("string"))})
+    table = datasets.Dataset.from_dict({"image": [np.zeros(shape).tolist()], "captions": [["x"]]}, features=features)
+    with pytest.raises(ValueError, match=r"the column 'image' holds .*; images are needed"):
+        undecoded(table)
+
+
+@pytest.mark.parametrize(
+    "pixels", [np.zeros((4, 4), np.float32), np.zeros((3, 4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8)]
+)
+def test_pixels_of_another_type_or_shape_are_refused(pixels):
+    with pytest.raises(ValueError, match=r"give uint8 of shape \[H, W\] or \[H, W, 3\]"):
+        records.png_bytes(pixels)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import zlib
 from pathlib import Path
 
 import attrs
@@ -16,6 +17,7 @@ from plait_clip.examples import digit_pairs, tiny_model
 from plait_sa_aet.plugin.attacks import BertAttack, CoAttack, Dra, Pgd, PgdCos, SaAet, SepAttack, Sga
 from plait_sa_aet.plugin.transfer import Transfer
 from plait_sa_aet.projection import SemanticProjection
+from plait_sa_aet.stop_words import STOP_WORDS
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -74,8 +76,14 @@ def test_one_run_serves_several_attacks(model):
     weaker = PgdCos(**QUICK, epsilon=2 / 255).attack(model, data, run)
     assert np.abs(pixels(first) - pixels(data)).max() > 2
     assert np.abs(pixels(weaker) - pixels(data)).max() == 2
+    # Neither other rows nor another model get what was made before.
     others = data.select(range(11, -1, -1))
-    assert np.abs(pixels(PgdCos(**QUICK).attack(model, others, run)) - pixels(others)).max() <= 8
+    assert 2 < np.abs(pixels(PgdCos(**QUICK).attack(model, others, run)) - pixels(others)).max() <= 8
+    another = copy.deepcopy(model)
+    for parameter in another.parameters():
+        parameter.data *= -1
+    assert (pixels(PgdCos(**QUICK).attack(another, data, run)) != pixels(first)).any()
+    assert (pixels(PgdCos(**QUICK).attack(model, data, run)) == pixels(first)).all()
 
 
 def test_floats_of_an_earlier_attack_do_not_stay(model):
@@ -84,6 +92,16 @@ def test_floats_of_an_earlier_attack_do_not_stay(model):
     assert "pixels" in before.column_names
     after = PgdCos(**QUICK).attack(model, before, Run())
     assert after.column_names == data.column_names
+
+
+def test_images_are_written_under_their_names_with_folders(model, tmp_path):
+    data = digit_pairs(3).add_column("file_name", ["train/a.jpg", "test/a.jpg", "../b.png"])
+    attack = PgdCos(**QUICK, save_to=tmp_path / "out")
+    changed = attack.attack(model, data, Run())
+    assert changed["file_name"] == data["file_name"]
+    for name, image in zip(["train/a.png", "test/a.png", "b.png"], changed["image"], strict=True):
+        assert (np.asarray(Image.open(tmp_path / "out" / name)) == np.asarray(image)).all()
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 3
 
 
 def test_images_of_one_name_are_written_side_by_side(model, tmp_path):
@@ -109,6 +127,8 @@ def test_ratios_are_three(model):
 
 def test_captions_change_by_one_word_of_the_table(model):
     data = digit_pairs(12)
+    plain = [[word for word in texts[0].split() if word in WORDS["synonyms"]] for texts in data["captions"]]
+    assert any(len(words) > 1 for words in plain)  # so that one word is fewer than could change
     changed = SaAet(**QUICK, **WORDS).attack(model, data, Run())
     pairs = [(a[0].split(), b[0].split()) for a, b in zip(data["captions"], changed["captions"], strict=True)]
     differing = [[(old, new) for old, new in zip(a, b, strict=True) if old != new] for a, b in pairs]
@@ -153,29 +173,44 @@ def test_the_report_names_the_corpus(model, tmp_path):
 
 
 def test_bert_attack_leaves_the_images(model):
-    data = digit_pairs(12)
-    changed = BertAttack(**WORDS).attack(model, data, Run())
+    data, run = digit_pairs(12), Run()
+    changed = BertAttack(**WORDS).attack(model, data, run)
     assert (pixels(changed) == pixels(data)).all()
-    assert changed["captions"] != data["captions"]
+    assert run.reports[0].value("largest change of a pixel") == 0
+    pairs = [(a[0].split(), b[0].split()) for a, b in zip(data["captions"], changed["captions"], strict=True)]
+    swaps = [[(old, new) for old, new in zip(a, b, strict=True) if old != new] for a, b in pairs]
+    assert max(map(len, swaps)) == 1
+    assert all(new in WORDS["synonyms"][old] for words in swaps for old, new in words)
 
 
 def test_several_captions_for_an_image_and_other_columns_are_kept(model):
     data = digit_pairs(12).remove_columns("captions").add_column("number", list(range(12)))
-    data = data.add_column(
-        "captions", [[f"a photo of a {beds.DIGIT_NAMES[i % 10]}"] * (1 + i % 3) for i in range(12)]
-    ).select(range(11, 0, -1))
-    changed = SaAet(**QUICK, **WORDS).attack(model, data, Run())
+    captions = [[f"photo {beds.DIGIT_NAMES[(i + j) % 10]}" for j in range(1 + i % 3)] for i in range(12)]
+    data = data.add_column("captions", captions).select(range(11, 0, -1))
+    words = {"generator": "synonyms", "synonyms": {"photo": ("picture",)}}
+    changed = SaAet(**QUICK, **words, corpus_fraction=1.0).attack(model, data, Run())
     assert changed.column_names == data.column_names
-    assert changed["number"] == data["number"]
+    assert changed["number"] == list(range(11, 0, -1))
     assert changed["label"] == data["label"]
-    assert [len(texts) for texts in changed["captions"]] == [len(texts) for texts in data["captions"]]
+    # Every caption is still at its image, in its place.
+    assert [[text.split()[1] for text in texts] for texts in changed["captions"]] == [
+        [text.split()[1] for text in texts] for texts in data["captions"]
+    ]
+    assert {text.split()[0] for texts in changed["captions"] for text in texts} == {"photo", "picture"}
+    moved = np.abs(pixels(changed) - pixels(data)).max(axis=(1, 2, 3))
+    assert (moved > 0).all()
+    assert moved.max() <= 8
 
 
 def test_a_column_of_single_captions(model):
     data = digit_pairs(8)
     single = data.remove_columns("captions").add_column("caption", [texts[0] for texts in data["captions"]])
     changed = SaAet(**QUICK, **WORDS).attack(model, single, Run())
-    assert changed["caption"] == [texts[0] for texts in SaAet(**QUICK, **WORDS).attack(model, data, Run())["captions"]]
+    assert "captions" not in changed.column_names
+    assert changed["caption"] != single["caption"]
+    several = SaAet(**QUICK, **WORDS).attack(model, data, Run())
+    assert changed["caption"] == [texts[0] for texts in several["captions"]]
+    assert (pixels(changed) == pixels(several)).all()
 
 
 class KilledError(Exception):
@@ -250,7 +285,12 @@ def test_files_for_other_programs(model, tmp_path):
     assert [batch["first_row"] for batch in steps] == [0, 4]
     assert all(len(batch["steps"]) == 3 for batch in steps)
     changes = [json.loads(line) for line in (tmp_path / "out" / "changes.jsonl").read_text().splitlines()]
+    assert changes
     assert all(change["score_after"] > change["score_before"] for change in changes)
+    for change in changes:
+        assert change["adversarial"] == changed["captions"][change["row"]][change["caption"]]
+        assert change["clean"].split()[change["index"]] == change["old"] != change["new"]
+        assert change["adversarial"].split()[change["index"]] == change["new"]
     assert [(change["row"], change["caption"]) for change in changes] == sorted(
         (change["row"], change["caption"]) for change in changes
     )
@@ -267,14 +307,28 @@ def test_files_for_other_programs(model, tmp_path):
 
 
 def test_the_report_explains_rho_1_and_warns_where_texts_share_no_direction(model):
-    warnings = []
-    run = Run(on_warning=warnings.append)
-    SaAet(**QUICK, text=False, corpus_fraction=1.0).attack(model, digit_pairs(12), run)
-    (report,) = run.reports
-    rho_1 = report.value("rho_1")
-    assert 0 < rho_1 <= 1
-    assert any("rho_1" in note for note in report.notes)
-    assert bool(warnings and any("rho_1" in text for text in warnings)) == (rho_1 < 0.3)
+    class Unrelated(type(model)):
+        """Every text has a direction of its own."""
+
+        def encode_text(self, texts):
+            draws = [torch.Generator().manual_seed(zlib.crc32(text.encode())) for text in texts]
+            return torch.stack([torch.randn(48, generator=draw) for draw in draws])
+
+    unrelated = copy.deepcopy(model)
+    unrelated.__class__ = Unrelated
+    for encoder, low in ((model, False), (unrelated, True)):
+        warned = []
+        run = Run(on_warning=warned.append)
+        data = digit_pairs(12)
+        SaAet(**QUICK, text=False, corpus_fraction=1.0).attack(encoder, data, run)
+        (report,) = run.reports
+        corpus = torch.stack([encoder.encode_text(texts)[0] for texts in data["captions"]]).double()
+        values = torch.linalg.svdvals(torch.nn.functional.normalize(corpus, dim=1))
+        rho_1 = float(values[0] ** 2 / (values**2).sum())
+        assert (rho_1 < 0.3) == low
+        assert report.value("rho_1") == pytest.approx(rho_1, abs=1e-4)
+        assert any(f"rho_1 = {rho_1:.2f}" in note for note in report.notes)
+        assert any("the texts share no direction" in text for text in warned) == low
 
 
 def test_captions_without_a_word_to_attack_are_counted_and_passed_through(model):
@@ -301,6 +355,7 @@ def test_captions_without_a_word_to_attack_are_counted_and_passed_through(model)
         (lambda: SaAet(text=False, scales=(0.5, 0)), "scales"),
         (lambda: BertAttack(text=False), "attacks nothing but captions"),
         (lambda: Pgd(save_to=Path(__file__)), "save_to is .*, which is a file; name a folder"),
+        (lambda: Pgd(save_to=Path(__file__) / "out"), "save_to is .*/out', but .*test_attacks.py is a file"),
     ],
 )
 def test_wrong_fields(make, sentence):
@@ -357,7 +412,10 @@ class Mute:
 class Needy:
     def __init__(self, table):
         self.table = table
+
+TABLE = {}
 """)
+    (tmp_path / "broken.py").write_text("class Words\n")
     return tmp_path
 
 
@@ -384,10 +442,13 @@ def test_a_generator_of_ones_own_may_propose_several_words(model, own_words):
 @pytest.mark.parametrize(
     ("generator", "sentence"),
     [
-        ("nowhere.py:Words", "'nowhere.py:Words' cannot be imported: FileNotFoundError"),
-        ("own_words.py:Words", "own_words.py has no Words"),
+        ("nowhere.py:Words", r"generator is 'nowhere.py:Words', but there is no file nowhere.py"),
+        ("nowhere:Words", r"'nowhere:Words' cannot be imported \(No module named 'nowhere'\)"),
+        ("broken.py:Words", r"'broken.py:Words' cannot be imported \(SyntaxError"),
+        ("own_words.py:Words", "'Words' is not there; name a class of own_words.py"),
+        ("own_words.py:TABLE", "'TABLE' is no class"),
         ("own_words.py:Mute", r"has no method propose\(words, index, k\)"),
-        ("own_words.py:Needy", "cannot be imported: TypeError"),
+        ("own_words.py:Needy", r"cannot be made without arguments \(TypeError: .*'table'"),
         ("own_words.py:Bare", r"Bare.propose returned \['thing'\] for '\w+'; it has to return a list of pairs"),
     ],
 )
@@ -399,5 +460,85 @@ def test_generators_that_cannot_be_used_are_refused(generator, sentence, model, 
 @pytest.mark.parametrize("generator", ["token-embedding", "context-counts"])
 def test_generators_without_a_source(generator, model):
     data = digit_pairs(40)
-    changed = BertAttack(generator=generator).attack(model, data, Run())
-    assert changed["captions"] != data["captions"]
+    run = Run()
+    changed = BertAttack(generator=generator).attack(model, data, run)
+    pairs = [(a[0].split(), b[0].split()) for a, b in zip(data["captions"], changed["captions"], strict=True)]
+    swaps = [[(old, new) for old, new in zip(a, b, strict=True) if old != new] for a, b in pairs]
+    assert max(map(len, swaps)) == 1
+    assert sum(map(len, swaps)) == run.reports[0].value("changed") > 20
+    assert not any({old, new} & STOP_WORDS for words in swaps for old, new in words)
+    if generator == "context-counts":  # only words of the captions themselves
+        known = {word for a, _ in pairs for word in a}
+        assert all(new in known for words in swaps for _, new in words)
+
+
+def test_a_changed_generator_makes_another_attack(model, own_words):
+    run, data = Run(), digit_pairs(6)
+
+    def attacked():
+        return str(BertAttack(generator="own_words.py:Fillers").attack(model, data, run)["captions"][:])
+
+    assert "thing" in attacked()
+    file = own_words / "own_words.py"
+    file.write_text(file.read_text().replace("thing", "stuff"))
+    assert "stuff" in attacked()
+    assert "thing" not in attacked()
+
+
+@pytest.mark.parametrize("place", ["own_words", "own_words.py"])
+def test_the_file_of_a_generator_is_an_input(place, own_words):
+    named = BertAttack(generator=f"{place}:Fillers").generator_file
+    assert named is not None
+    assert named.resolve() == own_words / "own_words.py"
+    assert BertAttack(**WORDS).generator_file is None
+
+
+@pytest.mark.parametrize(
+    ("attack", "sentences"),
+    [
+        (SaAet(text=False, projection="none"), []),
+        (SaAet(**WORDS), []),
+        (Dra(**WORDS, corpus_fraction=0.5), ["projection is none, so corpus_fraction has no effect"]),
+        (
+            SaAet(**WORDS, text=False, projection="span", text_budget=2),
+            ["text is false, so generator, synonyms, text_budget have no effect"],
+        ),
+        (
+            SaAet(**WORDS, corpus_fraction=1.0, rank_tol=1e-3, logit_threshold=0.5, bpe_max=3),
+            [
+                "generator is synonyms, so logit_threshold, bpe_max have no effect",
+                "projection is drop_top, so rank_tol has no effect",
+            ],
+        ),
+        (
+            SaAet(text=False, projection="none", triangle="none", num_samples=3),
+            ["triangle is none, so num_samples has no effect"],
+        ),
+        (
+            Sga(generator="token-embedding", allow_multiword=True, scales=(), scale_noise_std=0.1),
+            [
+                "scales is empty, so scale_noise_std has no effect",
+                "generator token-embedding gives single words only, so allow_multiword has no effect",
+            ],
+        ),
+    ],
+)
+def test_fields_that_change_nothing_are_named(attack, sentences, model):
+    warned = []
+    attrs.evolve(attack, num_steps=1).attack(model, digit_pairs(12), Run(on_warning=warned.append))
+    assert [text for text in warned if "no effect" in text] == sentences
+
+
+def test_progress_goes_by_batches_and_logs_the_loss(model):
+    done, losses = [], {}
+    run = Run(
+        on_progress=lambda what, count, total: done.append((what, count, total)),
+        on_log=lambda values, step: losses.update({step: values}),
+    )
+    attack = PgdCos(**QUICK)  # batches of 4
+    attack.attack(model, digit_pairs(10), run)
+    assert done == [("attacking", count, 3) for count in range(4)]
+    assert sorted(losses) == [0, 1, 2]
+    (curve,) = run.reports[0].curves
+    values = [values["loss of the last step, by batch"] for values in losses.values()]
+    assert np.mean(values) == pytest.approx(curve.y[-1], abs=1e-6)

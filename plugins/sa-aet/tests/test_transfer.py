@@ -1,5 +1,7 @@
 """Attack success rates: by hand, as laws, and of whole data sets."""
 
+import io
+
 import datasets
 import numpy as np
 import pytest
@@ -7,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from plait import PlaitError, Run
 from plait_clip.examples import digit_pairs, tiny_model
-from plait_clip.loader import undecoded
+from plait_clip.loader import pixels_from_pil, undecoded
 from plait_clip.retrieval import evaluate_retrieval, recall
 from plait_sa_aet.captions import clean_caption
 from plait_sa_aet.plugin.transfer import Transfer
@@ -259,12 +262,57 @@ def test_kinds_of_models_do_not_share_a_table(pairs, knowing, blip):
     assert [row["target"] for row in report.rows] == ["a", "blip"]
 
 
-def test_resizing_is_told_of(pairs, knowing):
-    notes = Transfer(top=(1,)).evaluate(knowing, {"a": pairs}, pairs, Run()).notes
-    assert len(notes) == 1
-    larger = [image.resize((16, 16)) for image in pairs["image"]]
-    (_, told) = Transfer(top=(1,)).evaluate(knowing, {"a": _with(pairs, image=larger)}, pairs, Run()).notes
-    assert told.startswith("The images of a have 16 pixels, and a, b resize them")
+def test_what_resampling_alone_does_is_a_column(pairs, knowing):
+    """The attack changes nothing, but gives images back at 3 x 3 pixels."""
+    small = [Image.fromarray(pixels_from_pil(image, 3).transpose(1, 2, 0)) for image in pairs["image"]]
+    warned = []
+    report = Transfer(top=(1,)).evaluate(
+        knowing, {"x": _with(pairs, image=small)}, pairs, Run(on_warning=warned.append)
+    )
+    rows = [row for row in report.rows if row["target"] in knowing]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["resampling alone"] == row["ASR"]
+    worst = max(row["ASR"] for row in rows)
+    assert worst > 0
+    assert len(warned) == 1
+    assert f"an ASR of {worst:.2f}" in warned[0]
+    assert any("only brought to the size of the attacked ones" in note for note in report.notes)
+    assert "resampling alone" not in report.better
+
+
+def test_exact_pixels_of_another_size_are_compared_with_clean_ones_of_that_size(pairs, knowing):
+    floats = np.stack([pixels_from_pil(image, 3) for image in pairs["image"]]).astype(np.float32) / 255
+    report = Transfer(top=(1,)).evaluate(knowing["a"], _with(pairs, pixels=floats), pairs, Run())
+    assert report.rows[0]["resampling alone"] == report.rows[0]["ASR"] > 0
+
+
+def test_no_column_of_resampling_where_sizes_agree(pairs, knowing):
+    warned = []
+    report = Transfer(top=(1,)).evaluate(knowing, {"a": shifted(pairs, 0)}, pairs, Run(on_warning=warned.append))
+    assert all("resampling alone" not in row for row in report.rows)
+    assert len(report.notes) == 1
+    assert not warned
+
+
+@pytest.mark.parametrize("cut", ["crop", "squash"])
+def test_pictures_show_images_as_they_were_attacked(cut, pairs, knowing):
+    """Wide images, made square as the attacked model does it, are compared with clean ones made square alike."""
+    wide = [image.resize((16, 8)) for image in pairs["image"]]
+    draw = np.random.default_rng(0)
+    for image in wide:  # sides that a crop cuts off
+        image.paste(Image.fromarray(draw.integers(0, 255, (8, 4, 3), np.uint8)), (0, 0))
+    clean = _with(pairs, image=wide)
+    attacked = _with(
+        pairs, image=[Image.fromarray(pixels_from_pil(image, 8, cut).transpose(1, 2, 0)) for image in wide]
+    )
+    report = Transfer(top=(10,), candidates=10, num_panels=2).evaluate(knowing["a"], attacked, clean, Run())
+    for row in report.panels[0].images:
+        before, after, difference = (
+            np.asarray(Image.open(io.BytesIO(cell.data)).convert("RGB")).astype(int) for cell in row
+        )
+        assert (before == after).all()
+        assert (np.abs(difference - 127.5) <= 1).all()
 
 
 def test_what_does_not_fit_is_refused(pairs, knowing):
@@ -290,5 +338,15 @@ def test_what_does_not_fit_is_refused(pairs, knowing):
     turned = _with(pairs, image=_named(pairs, [f"{9 - i}.png" for i in range(10)]))
     refused("data: row 0 is image 9, and 0 in the reference; give both in one order", data=turned, reference=named)
     assert Transfer(top=(1,)).evaluate(model, _with(named), named, Run()).value("ASR") == 0
+    backwards = range(9, -1, -1)
+    refused("data: row 0 has label 9, and 0 in the reference; give both in one order", data=pairs.select(backwards))
+    bare = pairs.remove_columns("label")
+    folders = bare.add_column("file_name", [f"{i % 2}/{i // 2}.jpg" for i in range(10)])
+    swapped = folders.remove_columns("file_name").add_column(
+        "file_name", [f"{1 - i % 2}/{i // 2}.png" for i in range(10)]
+    )
+    refused("data: row 0 is image 1/0, and 0/0 in the reference", data=swapped, reference=folders)
+    for pixels in (np.zeros((10, 1, 8, 8)), np.zeros((10, 8, 8, 3))):
+        refused(r"data: the column 'pixels' holds .*; give floats \[3, H, W\]", data=_with(pairs, pixels=pixels))
     refused("top is empty", top=())
     refused("candidates is 5, which is less than the rank 10", candidates=5)

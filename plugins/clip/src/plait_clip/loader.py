@@ -101,7 +101,7 @@ def undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
     """The dataset with its ``image`` column as bytes and path.
 
     Raises:
-        ValueError: there is no image column, or no row.
+        ValueError: there is no image column, it holds something else than images, or there is no row.
     """
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(
@@ -111,6 +111,10 @@ def undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
         raise ValueError(f"the data has no column 'image'; its columns are {', '.join(dataset.column_names)}")
     if len(dataset) == 0:
         raise ValueError("the data has no rows")
+    kind = dataset.features["image"]
+    stored = isinstance(kind, dict) and set(kind) == {"bytes", "path"}
+    if not stored and kind != datasets.Value("string") and not isinstance(kind, datasets.Image):
+        raise ValueError(f"the column 'image' holds {kind}; images are needed, cast the column to datasets.Image()")
     return dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
 
 
@@ -164,14 +168,20 @@ def check_captions(dataset: datasets.Dataset) -> None:
     texts = dataset.with_format(None).select_columns(column)
     for start in range(0, len(texts), 10_000):
         for row, cell in enumerate(texts[start : start + 10_000][column], start=start):
-            captions = [cell] if isinstance(cell, str) or cell is None else cell
-            if not captions or any(text is None for text in captions):
-                raise ValueError(f"row {row}: the caption is empty; give every image a caption")
-            for text in captions:
-                if not isinstance(text, str):
-                    raise ValueError(f"row {row}: a caption is {text!r}; captions are text")
-                if not text.strip():
-                    raise ValueError(f"row {row}: the caption is empty; give every image a caption")
+            if problem := caption_problem(cell if isinstance(cell, (list, tuple)) else [cell]):
+                raise ValueError(f"row {row}: {problem}")
+
+
+def caption_problem(captions: Sequence[Any]) -> str | None:
+    """What is wrong with the captions of an image, in words, or None."""
+    if not captions or any(text is None for text in captions):
+        return "the caption is empty; give every image a caption"
+    for text in captions:
+        if not isinstance(text, str):
+            return f"a caption is {text!r}; captions are text"
+        if not text.strip():
+            return "the caption is empty; give every image a caption"
+    return None
 
 
 class Pairs:

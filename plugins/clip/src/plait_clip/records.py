@@ -1,4 +1,4 @@
-"""Datasets in the common columns: ``image``, ``captions``, ``label``, ``is_backdoor``."""
+"""Datasets in the common columns: ``image``, ``captions``, ``file_name``, ``label``, ``is_backdoor``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 
-from plait_clip.loader import check_captions, open_image, undecoded
+from plait_clip.loader import caption_problem, check_captions, open_image, undecoded
 from plait_clip.sources import Row
 
 
@@ -44,7 +44,15 @@ def from_arrays(
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:
-    """uint8 [H, W] or [H, W, 3] → PNG."""
+    """uint8 [H, W] or [H, W, 3] → PNG.
+
+    Raises:
+        ValueError: another type or shape.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)):
+        raise ValueError(
+            f"pixels are {pixels.dtype} of shape {list(pixels.shape)}; give uint8 of shape [H, W] or [H, W, 3]"
+        )
     buffer = io.BytesIO()
     Image.fromarray(pixels).convert("RGB").save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
@@ -109,7 +117,8 @@ def from_rows(
 ) -> tuple[dict[str, datasets.Dataset], int]:
     """Write rows to memory-mapped datasets in ``folder`` as they come, one for each of their splits.
 
-    Every image is decoded once, to find the damaged ones; its file is kept as it is.
+    Every image is decoded once, to find the damaged ones; its file is kept as it is, and its name in the column
+    ``file_name`` where the first row has one.
 
     Args:
         names: class names; labels are numbers into them or names among them. Default: the names that
@@ -127,8 +136,8 @@ def from_rows(
     skipped = 0
     with ThreadPoolExecutor(threads) as pool:
         for row, (content, problem) in _prefetched(pool, rows, 32 * threads):
-            if not row.captions or any(text is None or not text.strip() for text in row.captions):
-                raise ValueError(f"row {row.number}: the caption is empty; give every image a caption")
+            if trouble := caption_problem(row.captions):
+                raise ValueError(f"row {row.number}: {trouble}")
             if problem is not None:
                 if not skip_bad_images:
                     raise problem
@@ -166,6 +175,9 @@ class _Part:
         self.path = path
         columns: dict[str, Any] = dict(features())
         self.labelled, self.flagged = first.label is not None, first.is_backdoor is not None
+        self.named = first.name is not None
+        if self.named:
+            columns["file_name"] = datasets.Value("string")
         if self.labelled:
             columns["label"] = datasets.Value("string")
         if self.flagged:
@@ -174,6 +186,8 @@ class _Part:
 
     def write(self, row: Row, content: bytes) -> None:
         record: dict[str, Any] = {"image": {"bytes": content, "path": row.name}, "captions": list(row.captions)}
+        if self.named:  # with its folders: datasets keeps only the last part of a path when it saves images
+            record["file_name"] = row.name
         if (row.label is not None) != self.labelled or (row.is_backdoor is not None) != self.flagged:
             raise ValueError(
                 f"row {row.number}: the label or is_backdoor is missing here or in the first row; give all or none"
@@ -209,7 +223,7 @@ def _read_image(row: Row) -> tuple[bytes, None] | tuple[None, ValueError]:
         if row.image is None:
             raise ValueError(f"row {row.number}: the image is missing")
         content = row.image.read_bytes() if isinstance(row.image, Path) else row.image
-        open_image({"bytes": content, "path": str(row.image) if isinstance(row.image, Path) else None}, row.number)
+        open_image({"bytes": content, "path": str(row.image) if isinstance(row.image, Path) else row.name}, row.number)
     except OSError as error:
         return None, ValueError(f"row {row.number}: the image {row.image} cannot be read ({error.strerror or error})")
     except ValueError as error:

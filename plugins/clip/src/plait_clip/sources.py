@@ -24,8 +24,8 @@ class Row:
     Attributes:
         number: of the row in its source, from 0; named in errors.
         image: a file, or the file's bytes; None where it is missing.
-        captions: at least one in a sound row.
-        name: of the image, as its source has it (relative), or None.
+        captions: texts, at least one in a sound row.
+        name: of the image, as its source has it (relative, with its folders), or None.
         split: the source's own name for the part the row belongs to, or empty.
         label: class number or name, or None.
         is_backdoor: for measuring only, or None.
@@ -194,10 +194,10 @@ def _name(cell: Any) -> str | None:
     return Path(path).name if Path(path).is_absolute() else path
 
 
-def _captions(cell: Any) -> tuple[str, ...]:
+def _captions(cell: Any) -> tuple[Any, ...]:
     if cell is None:
         return ()
-    return (cell,) if isinstance(cell, str) else tuple(cell)
+    return tuple(cell) if isinstance(cell, (list, tuple)) else (cell,)
 
 
 def _label(cell: Any) -> int | str | None:

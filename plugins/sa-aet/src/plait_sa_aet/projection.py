@@ -107,7 +107,8 @@ def semantic_projection(
             fewer texts than dimensions (not with ``none``).
 
     Raises:
-        ValueError: fewer than two texts, features not finite or all zero, or an argument out of range.
+        ValueError: fewer than two texts, features not finite or all zero, nothing left to project on, or an argument
+            out of range.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"projection {mode!r}; allowed are {', '.join(get_args(Mode))}")

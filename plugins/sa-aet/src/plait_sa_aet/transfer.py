@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import pyarrow.compute
 import torch
-from plait_clip.loader import image_batches, undecoded
+from PIL import Image
+from plait_clip.loader import image_batches, pixels_from_pil, undecoded
 from plait_clip.model import ImageTextModel
 from plait_clip.retrieval import captions_of, ranks_by_model, text_features
 from plait_clip.zero_shot import evaluating, image_features
@@ -66,9 +68,15 @@ class Pairs:
         """The pairs of a dataset; a caption that ``clean`` leaves nothing of stays as it is.
 
         Raises:
-            ValueError: it is no dataset, has no row, lacks a column, or a caption is empty.
+            ValueError: it is no dataset, has no row, lacks a column, a caption is empty, or a column ``pixels`` holds
+                something else.
         """
         undecoded(rows)
+        exact = rows.features.get(PIXELS)
+        if exact is not None and not (
+            isinstance(exact, datasets.Array3D) and exact.shape[0] == 3 and exact.dtype.startswith("float")
+        ):
+            raise ValueError(f"the column {PIXELS!r} holds {exact}; give floats [3, H, W] in [0, 1]")
         captions, owner = captions_of(rows)
         return cls(rows, [clean(text) or text for text in captions], owner)
 
@@ -91,29 +99,64 @@ class Pairs:
             yield batch
 
 
+@dataclass(frozen=True)
+class Resampled(Pairs):
+    """Clean pairs whose images go through an attack's resolution first, unchanged otherwise.
+
+    Attributes:
+        side: of the square images that the attack returned.
+        cut: how the attacked model makes images square, ``"crop"`` or ``"squash"``.
+        floats: the attack's images are given to models as floats at their own size, as those of a column ``pixels``.
+    """
+
+    side: int
+    cut: str
+    floats: bool = False
+
+    def image_batches(self, model: ImageTextModel, batch_size: int) -> Iterator[Tensor]:
+        size, resize = model.image_size, model.image_input.resize
+        for batch in image_batches(self.rows, self.side, batch_size=batch_size, resize=self.cut):
+            if self.floats:
+                yield batch.float() / 255
+                continue
+            pictures = [Image.fromarray(levels) for levels in batch.permute(0, 2, 3, 1).numpy()]
+            yield torch.stack([torch.from_numpy(pixels_from_pil(p, size, resize).copy()) for p in pictures])
+
+
 def check_same_pairs(clean: Pairs, attacked: Pairs) -> None:
-    """Both have as many images, in one order as far as they have names, and each image has as many captions.
+    """Both have as many images with as many captions each, in one order as far as names of images and labels tell.
 
     Raises:
         ValueError: says what differs.
     """
     if len(clean.rows) != len(attacked.rows):
         raise ValueError(f"it has {len(attacked.rows)} rows, the reference {len(clean.rows)}; give the attacked rows")
-    for row, (name, other) in enumerate(zip(_stems(clean.rows), _stems(attacked.rows), strict=True)):
+    for row, (name, other) in enumerate(zip(*_names(clean.rows, attacked.rows), strict=True)):
         if name and other and other != name:
             raise ValueError(f"row {row} is image {other}, and {name} in the reference; give both in one order")
+    if all("label" in pairs.rows.column_names for pairs in (clean, attacked)):
+        labels = [pairs.rows.with_format(None).select_columns("label")[:]["label"] for pairs in (clean, attacked)]
+        for row, (label, other) in enumerate(zip(*labels, strict=True)):
+            if label != other:
+                raise ValueError(f"row {row} has label {other}, and {label} in the reference; give both in one order")
     before, after = clean.owner.bincount(), attacked.owner.bincount()
     if not torch.equal(before, after):
         row = int((before != after).int().argmax())
         raise ValueError(f"row {row} has {int(after[row])} captions, and {int(before[row])} in the reference")
 
 
-def _stems(rows: datasets.Dataset) -> Iterator[str]:
-    """The names of the images without folder and ending; empty where they have none."""
-    cells = undecoded(rows).select_columns("image")
+def _names(*parts: datasets.Dataset) -> list[list[str]]:
+    """The names of the images of every part, without ending; with their folders where all parts know them."""
+    if all("file_name" in rows.column_names for rows in parts):
+        return [[str(Path(name).with_suffix("")) if name else "" for name in rows["file_name"][:]] for rows in parts]
+    return [[Path(path).stem if path else "" for path in _paths(rows)] for rows in parts]
+
+
+def _paths(rows: datasets.Dataset) -> Iterator[str | None]:
+    """The paths in the image column; the images' bytes stay where they are."""
+    cells = undecoded(rows).select_columns("image").with_format("arrow")
     for batch in cells.iter(batch_size=256):
-        for cell in batch["image"]:
-            yield Path(cell["path"]).stem if cell.get("path") else ""
+        yield from pyarrow.compute.struct_field(batch["image"], "path").to_pylist()
 
 
 def check_one_kind(models: Mapping[str, ImageTextModel]) -> None:

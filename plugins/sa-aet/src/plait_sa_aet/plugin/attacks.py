@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import os
-import runpy
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import attrs
@@ -46,6 +48,7 @@ from plait_sa_aet.triangle import TRIANGLES
 from plait_sa_aet.views import ScaledViews
 
 GENERATORS = ("mlm", "token-embedding", "context-counts", "synonyms")
+_FOR_MLM = ("logit_threshold", "position_offset", "bpe_topk", "bpe_max", "bpe_pieces")
 SHARD_IMAGES = 64
 
 OneBatch = Callable[[Source, Batch, Any], Adversarial]
@@ -118,8 +121,21 @@ class Attack:
             raise PlaitError(
                 f"epsilon is {self.reach:.5f}, below one 8-bit level (1/255); give more, or quantize: none"
             )
-        if self.save_to is not None and self.save_to.exists() and not self.save_to.is_dir():
-            raise PlaitError(f"save_to is {str(self.save_to)!r}, which is a file; name a folder")
+        if self.save_to is not None:
+            for place in (self.save_to, *self.save_to.parents):
+                if place.exists() and not place.is_dir():
+                    here = "which is a file" if place == self.save_to else f"but {place} is a file"
+                    raise PlaitError(f"save_to is {str(self.save_to)!r}, {here}; name a folder")
+
+    def without_effect(self) -> list[str]:
+        """A sentence for every field that was set and changes nothing."""
+        return []
+
+    def _were_set(self, reason: str, *names: str) -> list[str]:
+        """A sentence if some of these fields differ from their defaults."""
+        fields = attrs.fields_dict(type(self))
+        found = [name for name in names if name in fields and getattr(self, name) != fields[name].default]
+        return [f"{reason}, so {', '.join(found)} {'has' if len(found) == 1 else 'have'} no effect"] if found else []
 
     def check(self, model: ImageTextModel) -> None:
         """Refuse a model that the fields do not suit, before the work starts."""
@@ -141,12 +157,14 @@ class Attack:
             self.check(model)
             undecoded(data)
             check_captions(data)
+            for sentence in self.without_effect():
+                run.warn(sentence)
             with frozen(model):
                 source = Source(model, precision=self.precision, channels_last=self.channels_last, compile=self.compile)
                 return self._attacked(source, data, run)
 
     def _attacked(self, source: Source, data: datasets.Dataset, run: Any) -> datasets.Dataset:
-        made_by = digest(f"{self!r} seed {run.seed} step {run.step}", source.model, data)
+        made_by = digest(f"{self!r} seed {run.seed} step {run.step} files {_contents(self)}", source.model, data)
         folder = run.folder / f"shards-{made_by}"
         shards = Shards(folder, changed_features(data, source.image_size, self.keeps_floats))
         findings = Findings()
@@ -155,15 +173,20 @@ class Attack:
         official = Official(run.seed) if self.draws_officially else None
         size = self.batch_size * max(1, SHARD_IMAGES // self.batch_size)
         starts = range(0, len(data), size)
+        batches = run.track(range(-(-len(data) // self.batch_size)), "attacking")
 
-        for index, start in enumerate(run.track(starts, "attacking", total=len(starts))):
+        for index, start in enumerate(starts):
+            rows_here = range(start, min(start + size, len(data)))
             record = shards.record(index)
             if record is None:
-                part = data.select(range(start, min(start + size, len(data))))
-                rows, record = self._shard(source, one_batch, part, start, official, run)
+                rows, record = self._shard(source, one_batch, data.select(rows_here), start, official, run, batches)
                 shards.write(index, rows, record)
-            elif official is not None:
-                official.load_state_dict(record["rng"])
+            else:
+                for _ in rows_here[:: self.batch_size]:
+                    next(batches)
+                if official is not None:
+                    official.load_state_dict(record["rng"])
+        next(batches, None)
         for record in shards.records(len(starts)):
             findings.add(record)
         run.add(findings.report())
@@ -180,14 +203,16 @@ class Attack:
         start: int,
         official: Official | None,
         run: Any,
+        batches: Iterator[int],
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Attack the rows of ``part``, the first of which is ``start``: their new columns, and what was done."""
-        names = image_names(undecoded(part).select_columns("image")[:]["image"], start)
+        names = image_names(part, start)
         captions, owners = captions_of(part)
         rows: list[dict[str, Any]] = []
         record = empty_record()
         resize = source.model.image_input.resize
         for pixels in image_batches(part, source.image_size, batch_size=self.batch_size, resize=resize):
+            number = next(batches)
             here = range(len(rows), len(rows) + len(pixels))
             own = ((owners >= here.start) & (owners < here.stop)).nonzero().flatten()
             txt2img = owners[own] - here.start
@@ -202,6 +227,8 @@ class Attack:
             found = one_batch(source, batch, rng)
             images = quantize(found.images, batch.images, self.reach, self.rounding) if self.reach else batch.images
             note(record, found, batch, ids, float((images - batch.images).abs().max()))
+            if found.trace:
+                run.log(step=number, **{"loss of the last step, by batch": sum(found.trace[-1]["view_losses"])})
             attacked = found.captions if self.attacks_captions else plain
             texts = [text or before for text, before in zip(attacked, plain, strict=True)]
             floats = images if self.keeps_floats else None
@@ -265,6 +292,12 @@ class SeesScaledViews(StepsFreely):
         views = ScaledViews(self.scales, noise_std=self.scale_noise_std, antialias=self.resize_antialias)
         return {**self.step_options(), "views": views}
 
+    def without_effect(self) -> list[str]:
+        found: list[str] = super().without_effect()  # type: ignore[misc]
+        if not self.scales:
+            found += self._were_set("scales is empty", "scale_noise_std", "resize_antialias")  # type: ignore[attr-defined]
+        return found
+
     def check(self, model: ImageTextModel) -> None:
         for scale in self.scales:
             if int(scale * model.image_size) < 1:
@@ -320,11 +353,34 @@ class SwapsWords:
     stop_words: Path | None = attrs.field(
         default=None, metadata=doc("file of words never touched, one a line; default: English function words")
     )
+    # A field, so that the file is an input of the step: where it changes, the step runs again.
+    generator_file: Path | None = attrs.field(init=False, default=None, repr=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()  # type: ignore[misc]
         if self.text:
             self._check_words()
+            if self.generator not in GENERATORS:
+                file = _file_of(str(self.generator))
+                if file is not None and not file.is_file():
+                    raise PlaitError(f"generator is {self.generator!r}, but there is no file {file}")
+                object.__setattr__(self, "generator_file", file)
+
+    def without_effect(self) -> list[str]:
+        found: list[str] = super().without_effect()  # type: ignore[misc]
+        told: Any = self._were_set  # type: ignore[attr-defined]
+        if not self.text:
+            return found + told(
+                "text is false", "generator", "generator_source", "synonyms", "text_budget", "top_k", "ratios",
+                "project_words", *_FOR_MLM, "allow_multiword", "mask_token", "max_length", "stop_words",
+            )  # fmt: skip
+        if self.generator != "mlm":
+            found += told(f"generator is {self.generator}", *_FOR_MLM)
+        if self.generator == "token-embedding" or ":" in str(self.generator):
+            found += told(f"generator is {self.generator}", "generator_source")
+        if self.generator in ("token-embedding", "context-counts"):
+            found += told(f"generator {self.generator} gives single words only", "allow_multiword")
+        return found
 
     @property
     def attacks_captions(self) -> bool:
@@ -398,7 +454,12 @@ class SwapsWords:
             return candidates.Synonyms.from_file(self.generator_source, allow_multiword=allow_multiword)
         own = _own_generator(str(self.generator))
         if self.allow_multiword is not None or official or not hasattr(own, "allow_multiword"):
-            own.allow_multiword = allow_multiword
+            try:
+                own.allow_multiword = allow_multiword
+            except AttributeError as error:
+                raise ValueError(
+                    f"generator {self.generator!r} has no attribute allow_multiword that can be set; let it have one"
+                ) from error
         return own
 
 
@@ -459,6 +520,19 @@ class SaAet(SwapsWords, SeesScaledViews, Attack):
             raise PlaitError(f"ratios are {list(self.ratios)}; at least one has to be above 0")
         if self.projection_rank is not None and self.projection != "top_k":
             raise PlaitError(f"projection_rank is for projection: top_k, which is {self.projection!r}")
+
+    def without_effect(self) -> list[str]:
+        found = super().without_effect()
+        if self.projection == "none":
+            names = ("corpus", "corpus_fraction", "rank_tol", *(("project_words",) if self.text else ()))
+            found += self._were_set("projection is none", *names)
+        elif self.projection != "span":
+            found += self._were_set(f"projection is {self.projection}", "rank_tol")
+        if self.triangle == "none":
+            found += self._were_set("triangle is none", "num_samples", "project_candidates", "selection")
+        elif self.num_samples == 1:
+            found += self._were_set("num_samples is 1", "project_candidates", "selection")
+        return found
 
     def prepare(self, source: Source, captions: Sequence[str], run: Any, findings: Findings) -> OneBatch:
         words = self.words(source, captions, self.official, findings)
@@ -598,6 +672,13 @@ def _lines(path: str | Path) -> list[str]:
     return captions
 
 
+def _contents(instance: Any) -> list[str]:
+    """Digests of the files that the fields name."""
+    values = (getattr(instance, field.name) for field in attrs.fields(type(instance)) if field.name != "save_to")
+    paths = [Path(value).expanduser() for value in values if isinstance(value, (str, Path)) and value]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]
+
+
 def _own_generator(target: str) -> Any:
     """An object of the user's class ``package.module:Class`` or ``folder/file.py:Class``; both from the current folder.
 
@@ -605,16 +686,57 @@ def _own_generator(target: str) -> Any:
         ValueError: it cannot be imported or made, or has no method ``propose``.
     """
     place, _, name = target.rpartition(":")
-    sys.path.insert(0, os.getcwd())
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
     try:
-        module = runpy.run_path(place) if place.endswith(".py") else vars(importlib.import_module(place))
-        found = module[name]()
-    except KeyError as error:
-        raise ValueError(f"generator {target!r} cannot be imported: {place} has no {name}") from error
+        module = _module_in(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:  # whatever the user's module raises
-        raise ValueError(f"generator {target!r} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ValueError(f"generator {target!r} cannot be imported ({_reason(error)})") from error
     finally:
-        sys.path.remove(os.getcwd())
+        sys.path.remove(folder)
+    if not callable(make := getattr(module, name, None)):
+        what = "is no class" if hasattr(module, name) else "is not there"
+        raise ValueError(f"generator {target!r}: {name!r} {what}; name a class of {place}")
+    try:
+        found = make()
+    except Exception as error:
+        raise ValueError(f"generator {target!r} cannot be made without arguments ({_reason(error)})") from error
     if not callable(getattr(found, "propose", None)):
         raise ValueError(f"generator {target!r} has no method propose(words, index, k)")
     return found
+
+
+def _module_in(file: Path) -> ModuleType:
+    """A file as a module; an edited file is another module."""
+    name = f"plait_sa_aet_generator_{hashlib.sha256(str(file.resolve()).encode() + file.read_bytes()).hexdigest()[:16]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _file_of(target: str) -> Path | None:
+    """The file of ``package.module:Class`` or ``folder/file.py:Class``, None where there is none; nothing is imported."""
+    place = target.rpartition(":")[0]
+    if place.endswith(".py"):
+        return Path(place).expanduser()
+    places: Sequence[str] | None = [os.getcwd(), *sys.path]
+    spec = None
+    for depth in range(1, place.count(".") + 2):
+        spec = PathFinder.find_spec(".".join(place.split(".")[:depth]), places)
+        if spec is None:
+            return None
+        places = spec.submodule_search_locations
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+
+def _reason(error: Exception) -> str:
+    text = str(error) if isinstance(error, (ImportError, FileNotFoundError)) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())

@@ -140,11 +140,18 @@ def with_other_columns(data: datasets.Dataset, changed: datasets.Dataset, folder
     return changed.select_columns(order).cast_column("image", datasets.Image())
 
 
-def image_names(cells: Sequence[Mapping[str, Any]], start: int) -> list[str]:
-    """The relative names of images, ``.png`` at the end; the row number where an image has none."""
+def image_names(data: datasets.Dataset, start: int) -> list[str]:
+    """The relative names of images, ``.png`` at the end: from the column ``file_name``, or of the images' own paths.
+
+    Args:
+        start: number of the first row; the row number is the name of an image without one.
+    """
+    found = [cell["path"] for cell in undecoded(data).select_columns("image")[:]["image"]]
+    if "file_name" in data.column_names:
+        found = [own or path for own, path in zip(data["file_name"][:], found, strict=True)]
     names = []
-    for row, cell in enumerate(cells, start=start):
-        path = Path(cell["path"]) if cell.get("path") else Path(f"{row:08d}")
+    for row, name in enumerate(found, start=start):
+        path = Path(name) if isinstance(name, str) and Path(name).name else Path(f"{row:08d}")
         inside = not path.is_absolute() and ".." not in path.parts
         names.append((path if inside else Path(path.name)).with_suffix(".png").as_posix())
     return names

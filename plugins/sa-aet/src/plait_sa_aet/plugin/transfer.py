@@ -27,6 +27,7 @@ from plait_sa_aet.transfer import PIXELS, Pairs, Retrieval
 
 GAIN = 10  # of the difference in the pictures
 OTHERS = "others (mean)"
+RESAMPLING = "resampling alone"
 ALL = "all"
 
 Row = dict[str, Any]
@@ -114,32 +115,61 @@ class Transfer:
                 if source is None:  # once for each target, before its sources
                     model = on_device(models[target], run.device)
                     before = self._retrieve(model, clean, run)
+                    resampled: dict[Any, float] = {}
                     recalls.append(_identity("", target) | self._recalls(before))
                     continue
                 with _telling_of(_label("data", source)):
                     after = self._retrieve(model, attacked[source], run)
-                table.append(_identity(source, target) | self._rates(before, after))
+                side, cut = _resolution(clean, attacked[source], models.get(source) if source else None)
+                through = (side, cut, transfer.PIXELS in attacked[source].rows.column_names)
+                if side and through not in resampled:
+                    resampled[through] = self._resampling(model, clean, through, before, run)
+                row = _identity(source, target) | self._rates(before, after)
+                table.append(row | {RESAMPLING: resampled.get(through, 0.0)})
                 if (source, target) == shown:
                     title = " → ".join(filter(None, shown)) or "attack"
-                    cut_by = models.get(source, model).image_input.resize  # the attacked model's
-                    pictures = self._pictures(model, clean, attacked[source], before, after, cut_by)
+                    pictures = self._pictures(model, clean, attacked[source], before, after, cut)
                     panels.append(Panel(title=title, images=pictures))
         place = {source: i for i, source in enumerate(attacked)}
         table.sort(key=lambda row: place[row.get("source", "")])  # targets keep their order
+        notes = [
+            "ASR@k: of the queries answered within the first k without the attack, the share (%) that is not with it; "
+            "all images and all captions of the gallery are adversarial. TR: image → caption, IR: caption → image. "
+            "ASR is the mean of TR and IR ASR@1. White-box: the target is the model that was attacked."
+        ]
+        worst = max(table, key=lambda row: row[RESAMPLING])
+        if worst[RESAMPLING] > 0:
+            pair = " → ".join(worst[name] for name in ("source", "target") if name in worst) or "this attack"
+            run.warn(
+                f"the attacked images have another size than the target's: resizing clean images in the same way already "
+                f"gives {pair} an ASR of {worst[RESAMPLING]:.2f}; see the column {RESAMPLING!r}"
+            )
+            notes.append(
+                f"{RESAMPLING}: the ASR of clean images that were only brought to the size of the attacked ones; so much "
+                "of ASR is not the attack's doing."
+            )
+        else:
+            for row in table:
+                del row[RESAMPLING]
         rates = [name for name in table[0] if "ASR" in name]
         run.add(Report(title="clean recall", rows=recalls, formats={n: ".3f" for n in recalls[0] if "R@" in n}))
         return Report(
             rows=[*table, *_means(table, rates)],
             better=dict.fromkeys(rates, "higher"),
-            formats=dict.fromkeys(rates, ".2f"),
+            formats=dict.fromkeys([*rates, RESAMPLING], ".2f"),
             panels=panels,
-            notes=[
-                "ASR@k: of the queries answered within the first k without the attack, the share (%) that is not with it; "
-                "all images and all captions of the gallery are adversarial. TR: image → caption, IR: caption → image. "
-                "ASR is the mean of TR and IR ASR@1. White-box: the target is the model that was attacked.",
-                *_resampled(models, attacked),
-            ],
+            notes=notes,
         )
+
+    def _resampling(
+        self, model: ImageTextModel, clean: Pairs, through: tuple[int, str, bool], before: Retrieval, run: Any
+    ) -> float:
+        """ASR of clean images that go through the size of an attack's."""
+        side, cut, floats = through
+        if (side, cut) == (model.image_size, model.image_input.resize):
+            return 0.0
+        pairs = transfer.Resampled(clean.rows, clean.captions, clean.owner, side=side, cut=cut, floats=floats)
+        return self._rates(before, self._retrieve(model, pairs, run))["ASR"]
 
     def _retrieve(self, model: ImageTextModel, pairs: Pairs, run: Any) -> Retrieval:
         return transfer.retrieve(
@@ -211,18 +241,16 @@ def _identity(source: str, target: str) -> Row:
     return named
 
 
-def _resampled(models: Mapping[str, ImageTextModel], attacked: Mapping[str, Pairs]) -> list[str]:
-    """A note for every source whose images a target has to resize."""
-    notes = []
-    for source, pairs in attacked.items():
-        side = _image(pairs, 0).shape[-1]
-        others = [name or "the model" for name, model in models.items() if model.image_size != side]
-        if others:
-            notes.append(
-                f"The images of {source or 'the attack'} have {side} pixels, and {', '.join(others)} resize them: what "
-                "resizing alone does to retrieval counts as success. An attack with epsilon: 0 and text: false tells."
-            )
-    return notes
+def _resolution(clean: Pairs, attacked: Pairs, model: ImageTextModel | None) -> tuple[int, str]:
+    """Side of the attacked images, 0 if they are no squares, and how they were cut: as the model does, or as they look."""
+    changed = _image(attacked, 0)
+    height, width = changed.shape[1:]
+    if height != width:
+        return 0, "crop"
+    if model is not None:
+        return height, model.image_input.resize
+    moved = {cut: float((_image_like(clean, 0, changed, cut) - changed).abs().mean()) for cut in ("crop", "squash")}
+    return height, min(moved, key=moved.__getitem__)
 
 
 def _means(table: Sequence[Row], rates: Sequence[str]) -> list[Row]:
