@@ -435,6 +435,40 @@ def test_half_precision_keeps_tiny_and_large_gradients(make, dtype):
     torch.testing.assert_close(stretched(small, slope[1]).float(), slope[1].float(), rtol=0.02, atol=0.1)
 
 
+@pytest.mark.parametrize("slope", [0.0, 3e4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [SAM, LookSAM, FGSAM, FGSAMPlus])
+def test_half_precision_at_its_ends(make, dtype, slope):
+    w = torch.nn.Parameter(torch.zeros(2, 64, dtype=dtype))
+    optimizer = make([w], SGD, rho=0.5, lr=1e-4)
+    for _ in range(3):
+        info = optimizer.step(lambda: (slope * w.float()).sum(), lambda: (slope * w.float()).sum())
+        assert torch.isfinite(w).all()
+    assert (w < -1).all() if slope else (w == 0).all()
+    assert float(info.get("cosine", 1)) == pytest.approx(1, rel=1e-3) or not slope
+
+
+def test_global_projection_of_tensors_of_two_types():
+    a, b = torch.nn.Parameter(torch.ones(3).double()), torch.nn.Parameter(torch.ones(3))
+    optimizer = FGSAMPlus([a, b], SGD, projection="global", variant="paper", lr=0.01)
+    for _ in range(3):
+        optimizer.step(lambda: (a**3).sum() + (b**2).sum(), lambda: (a**2).sum() + (b**3).sum())
+    assert (a.dtype, b.dtype, optimizer.state[b]["v"].dtype) == (torch.float64, torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("make", [SAM, FGSAM])
+def test_a_grad_scaler_is_refused_in_words(make):
+    net = Net()
+    optimizer, scaler = make(net.parameters(), SGD, lr=0.1), torch.amp.GradScaler("cpu")
+    before = weights(net)
+    scaler.scale(net.gnn()).backward()
+    with pytest.raises(TypeError, match=f"GradScaler cannot step {make.__name__}.*use bf16"):
+        scaler.step(optimizer, net.gnn, net.mlp)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    torch.amp.GradScaler("cpu", enabled=False).step(optimizer, net.gnn, net.mlp)
+    assert not torch.equal(net.first, before[0])
+
+
 def test_a_nan_leaves_ae_sam_as_it_was():
     net = Net()
     optimizer = AESAM(net.parameters(), num_updates=10, lr=0.05)
@@ -473,6 +507,28 @@ def test_esam_uses_the_samples_whose_loss_grew_most():
     x = torch.tensor([[4.0, 0.0], [3.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]).double()
     ESAM([w], SGD, rho=0.1, beta=1.0, gamma=0.5, lr=0.0).step(lambda: x @ w)
     assert w.grad.tolist() == [3.5, 0.5]  # the first two rows grow along the mean gradient (1.5, 0)
+
+
+def test_esam_perturbs_a_share_of_the_tensors_by_more():
+    """Each with probability beta, by e / beta: the perturbation is e on average."""
+    tensors = [torch.nn.Parameter(torch.tensor([1.0 + i, 2.0], dtype=torch.float64)) for i in range(6)]
+    seen = []
+
+    def loss():
+        seen.append([w.detach().clone() for w in tensors])
+        return sum((w**2).sum() for w in tensors)
+
+    optimizer = ESAM(tensors, SGD, rho=0.1, beta=0.25, lr=0.0)
+    length = math.sqrt(sum(float((2 * w.detach()).square().sum()) for w in tensors))
+    shares = []
+    for _ in range(200):
+        seen.clear()
+        optimizer.step(loss)
+        for w, before, after in zip(tensors, *seen, strict=True):
+            shares.append(not torch.equal(before, after))
+            if shares[-1]:
+                torch.testing.assert_close(after - before, 0.1 / 0.25 * 2 * w.detach() / length)
+    assert sum(shares) / len(shares) == pytest.approx(0.25, abs=0.05)
 
 
 def test_ae_sam_switches_between_the_two_updates():
@@ -587,6 +643,16 @@ def added(optimizer, **group):
         (lambda p: LookSAM(p, interval=True), "interval is True"),
         (lambda p: SAM([{"params": p, "perturb": "no"}]), "perturb of a group is 'no'"),
         (lambda p: added(SAM(p), rho=-1.0), "rho of a group is -1.0"),
+        (lambda p: added(SAM(p), rho="small"), "rho of a group is 'small'"),
+        (lambda p: SAM(p).add_param_group({"params": p}), "more than one parameter group"),
+        (lambda p: SAM(p, rho="small"), "rho is 'small'; allowed is a finite number"),
+        (lambda p: SAM(p, eps=None), "eps is None"),
+        (lambda p: FGSAM(p, lam="half"), "lam is 'half'"),
+        (lambda p: FGSAM(p, combine=""), "combine is ''"),
+        (lambda p: FGSAMPlus(p, flatness_from=""), "flatness_from is ''"),
+        (lambda p: LookSAM(p, alpha="0.7"), "alpha is '0.7'"),
+        (lambda p: ESAM(p, beta="half"), "beta is 'half'"),
+        (lambda p: AESAM(p, num_updates=5, delta="0.9"), "delta is '0.9'"),
         (lambda p: added(SAM(p), perturb=1), "perturb of a group is 1"),
     ],
 )
@@ -595,10 +661,34 @@ def test_values_out_of_range_are_refused(make, message):
         make([torch.nn.Parameter(torch.ones(1))])
 
 
-@pytest.mark.parametrize("base", [torch.optim.LBFGS, SAM, "adam", torch.nn.Linear])
+@pytest.mark.parametrize("base", [torch.optim.LBFGS, torch.optim.Adadelta, SAM, "adam", torch.nn.Linear])
 def test_base_optimizers_that_cannot_be_are_refused(base):
     with pytest.raises(TypeError, match=f"base_optimizer (is )?.?{getattr(base, '__name__', base)}|Linear"):
         FGSAM([torch.nn.Parameter(torch.ones(1))], base)
+
+
+def test_a_single_tensor_is_no_list_of_tensors():
+    with pytest.raises(TypeError, match="params is a single tensor; give a list"):
+        SAM(torch.nn.Parameter(torch.ones(2)))
+
+
+BASES = ["ASGD", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_lam_zero_is_any_base_optimizer(base):
+    cls, plain = getattr(torch.optim, base), Net()
+    optimizer = cls(plain.parameters(), lr=0.01)
+    for _ in range(4):
+        optimizer.zero_grad()
+        plain.gnn().backward()
+        optimizer.step()
+    assert_same(plain, trained(FGSAM, 4, base_optimizer=cls, rho=0.3, lam=0.0, lr=0.01))
+
+
+def test_eps_of_the_base_is_given_in_a_group():
+    optimizer = FGSAM([{"params": [torch.nn.Parameter(torch.ones(1))], "eps": 0.1}], eps=1e-3)
+    assert (optimizer.eps, optimizer.base.param_groups[0]["eps"]) == (1e-3, 0.1)
 
 
 def test_interval_may_be_of_numpy():

@@ -1,11 +1,14 @@
 """The PeerMLP view: per-layer closed forms, independence of edges, nothing left behind."""
 
+import math
+
 import pytest
 import torch
 import torch_geometric.nn as pyg
 from plait_fgsam.fgsam import FGSAMPlus
 from plait_fgsam.peer import _PEERS, PeerError, identity_graph, peer_mlp, register_peer
 from torch import nn
+from torch_geometric.nn import attention
 
 D, H = 6, 4
 ROWS = torch.tensor([3, 0, 17])
@@ -155,6 +158,37 @@ def test_layers_with_initial_features_do_not_mix_rows(make):
             torch.testing.assert_close(layer(x, x, edges), on_identity)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_closed_form_of_gcn2(shared):
+    torch.manual_seed(0)
+    layer = randomised(pyg.GCN2Conv(D, alpha=0.1, theta=0.5, layer=2, shared_weights=shared))
+    (x, edges), x_0 = graph(), graph(1)[0]
+    share = math.log(0.5 / 2 + 1)
+    with peer_mlp(layer):
+        out = layer(x, x_0, edges)
+    near, initial = 0.9 * x, 0.1 * x_0
+    of_initial = initial @ (layer.weight1 if shared else layer.weight2)
+    expected = (1 - share) * (near + initial) + share * (near @ layer.weight1 + of_initial)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_closed_form_of_fa():
+    torch.manual_seed(0)
+    layer = randomised(pyg.FAConv(D, eps=0.3, dropout=0.5))
+    (x, edges), x_0 = graph(), graph(1)[0]
+    with peer_mlp(layer):
+        out = layer(x, x_0, edges)
+    torch.testing.assert_close(out, (lin(layer.att_l, x) + lin(layer.att_r, x)).tanh() * x + 0.3 * x_0)
+
+
+def test_closed_form_of_gine():
+    torch.manual_seed(0)
+    layer = pyg.GINEConv(mlp(), eps=0.3, edge_dim=2)
+    x, edges = graph()
+    with peer_mlp(layer):
+        torch.testing.assert_close(layer(x, edges, torch.randn(edges.shape[1], 2)), layer.nn(1.3 * x))
+
+
 def test_edge_attributes_and_weights_are_ignored():
     torch.manual_seed(0)
     x, edges = graph()
@@ -284,12 +318,58 @@ def test_models_without_or_with_unknown_message_passing_are_refused():
         lambda: pyg.GraphUNet(D, H, H, depth=2),
         lambda: nn.Sequential(pyg.GCNConv(D, H), pyg.SAGPooling(H)),
         lambda: pyg.DenseGCNConv(D, H),
+        lambda: nn.Sequential(pyg.GCNConv(D, H), pyg.MetaLayer(node_model=mlp())),
+        lambda: nn.Sequential(pyg.GCNConv(D, H), attention.SGFormerAttention(H)),
     ],
 )
 def test_layers_that_mix_rows_beside_their_messages_are_refused(make):
-    refused = r"is a (HeteroConv|GPSConv|GraphUNet|SAGPooling|DenseGCNConv).*register_peer"
+    kinds = "HeteroConv|GPSConv|GraphUNet|SAGPooling|DenseGCNConv|MetaLayer|SGFormerAttention"
+    refused = rf"is a ({kinds}), whose message passing.*register_peer"
     with pytest.raises(PeerError, match=refused), peer_mlp(make()):
         pass
+
+
+class Summed(nn.Module):
+    """Message passing of one's own, without PyTorch Geometric."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(D, D)
+
+    def forward(self, x, edge_index):
+        source, target = edge_index
+        return torch.zeros_like(x).index_add(0, target, self.lin(x)[source])
+
+
+def test_a_layer_that_takes_edges_itself_is_refused_until_it_is_registered():
+    model = pyg.Sequential(
+        "x, edge_index", [(Summed(), "x, edge_index -> x"), (pyg.GCNConv(D, H), "x, edge_index -> x")]
+    )
+    x, edges = graph()
+    summed, gcn = model[0], model[1]
+    with (
+        pytest.raises(PeerError, match=r"is a Summed, .*register_peer\(Summed, \.\.\.\) with 'identity'"),
+        peer_mlp(model),
+    ):
+        pass
+    with peer_mlp(model, {Summed: "identity"}):
+        torch.testing.assert_close(model(x, edges), lin(gcn.lin, summed.lin(x)) + gcn.bias)
+    with peer_mlp(model, {Summed: "empty"}):
+        torch.testing.assert_close(model(x, edges), lin(gcn.lin, torch.zeros_like(x)) + gcn.bias)
+
+
+def test_a_block_that_hands_its_edges_on_is_accepted():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = pyg.GCNConv(D, D)
+
+        def forward(self, x, edge_index):
+            return x + self.conv(x, edge_index).relu()
+
+    blocks, (x, edges) = pyg.Sequential("x, edge_index", [(Block(), "x, edge_index -> x")] * 2), graph()
+    with peer_mlp(blocks):
+        torch.testing.assert_close(blocks(x, edges)[ROWS], blocks(x[ROWS], identity_graph(3)))
 
 
 def test_other_names_of_arguments_need_a_function():
@@ -319,12 +399,33 @@ def test_sources_that_are_no_targets_are_refused(pair):
 
 @pytest.mark.parametrize(
     "layer", [lambda: pyg.GCNConv(D, H, aggr="std"), lambda: pyg.GraphConv(D, H, aggr="softmax"),
-              lambda: pyg.SAGEConv(D, H, aggr="std"), lambda: pyg.SGConv(D, H, aggr="std")]
+              lambda: pyg.SAGEConv(D, H, aggr="std"), lambda: pyg.SGConv(D, H, aggr="std"),
+              lambda: pyg.APPNP(K=2, alpha=0.1, aggr="var")]
 )  # fmt: skip
 def test_other_aggregations_are_run_on_the_identity_graph(layer):
     layer, (x, edges) = layer(), graph()
     with peer_mlp(layer):
         torch.testing.assert_close(layer(x, edges), type(layer).forward(layer, x, identity_graph(len(x))))
+
+
+def test_gin_with_another_aggregation_is_run_on_the_empty_graph():
+    layer, (x, edges) = pyg.GINConv(mlp(), aggr="mul"), graph()
+    with peer_mlp(layer):
+        torch.testing.assert_close(layer(x, edges), layer.nn(x + 1))  # an empty product is 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_normalisation_is_by_the_rows(training):
+    norm = nn.BatchNorm1d(H)
+    norm.running_mean += 5
+    model = pyg.Sequential("x, edge_index", [(pyg.GCNConv(D, H), "x, edge_index -> x"), norm]).train(training)
+    x, edges = graph()
+    with peer_mlp(model):
+        out = model(x, edges)
+        before = lin(model[0].lin, x) + model[0].bias
+    expected = (before - before.mean(0)) / (before.var(0, unbiased=False) + norm.eps).sqrt()
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert (norm.running_mean == 5).all()
 
 
 def test_own_layer_with_peer_forward():

@@ -216,6 +216,16 @@ def test_sharpness_of_a_parabola():
     assert model.weight.data_ptr() == before
 
 
+def test_random_directions_have_length_one():
+    """Around 0 the loss |w|^2 / 2 at distance r is r^2 / 2 in every direction."""
+    model = torch.nn.Linear(3, 2, bias=False).double()
+    torch.nn.init.zeros_(model.weight)
+    radii = torch.tensor([0.0, 1.0, 3.0])
+    walk = sharpness(model, lambda: model.weight.square().sum() / 2, radii, 4, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(walk.random, (radii**2 / 2).double().expand(4, 3))
+    assert (walk.ascent == 0).all()
+
+
 def test_sharpness_report(graph):
     model = Gnn().load_model(graph, Run())
     report = GraphSharpness(num_points=5, num_directions=3).evaluate({"a": model, "b": model}, graph, Run())
@@ -225,6 +235,11 @@ def test_sharpness_report(graph):
     assert len(report.curves) == 4
     alone = GraphSharpness(num_points=5).evaluate(model, graph, Run())
     assert alone.value("loss") == report.value("loss", model="a")
+
+
+def test_sharpness_refuses_few_shot_models(graph):
+    with pytest.raises(PlaitError, match="the model is a GPN, which answers episodes"):
+        GraphSharpness().evaluate(Gpn().load_model(graph, Run()), graph, Run())
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------
@@ -242,6 +257,10 @@ def test_sharpness_report(graph):
         (lambda: SAMTraining(perturb="encoder.*"), "perturb is 'encoder.*'; give a list"),
         (lambda: FGSAMTraining(peer={"GINConv": "full"}), "peer of GINConv is 'full'"),
         (lambda: SAMTraining(betas=(0.9, 1.0)), "betas is"),
+        (lambda: SAMTraining(betas=(0.9,)), "betas is .0.9,.; give two numbers"),
+        (lambda: SAMTraining(betas=0.9), "betas is 0.9; give two numbers"),
+        (lambda: SAMTraining(perturb=3), "perturb is 3; give a list"),
+        (lambda: FGSAMTraining(peer=["GINConv"]), "peer is .'GINConv'.; give a mapping"),
     ],
 )
 def test_values_out_of_range_are_refused(make, message):
@@ -258,7 +277,7 @@ def test_values_out_of_range_are_refused(make, message):
         (SAMTraining, {"optimizer": "sgd", "momentum": 0.3}, lambda o: o.base.param_groups[0].get("momentum")),
         (SAMTraining, {"optimizer": "adamw"}, lambda o: type(o.base).__name__.lower()),
         (SAMTraining, {"rho": 0.3}, lambda o: o.param_groups[0]["rho"]),
-        (ASAMTraining, {"rho": 0.3}, lambda o: o.param_groups[0]["rho"]),
+        (ASAMTraining, {"rho": 0.3}, lambda o: o.param_groups[0]["rho"] if o.adaptive else "not adaptive"),
         (LookSAMTraining, {"interval": 4}, lambda o: o.interval),
         (LookSAMTraining, {"alpha": 0.3}, lambda o: o.alpha),
         (LookSAMTraining, {"rho": 0.3}, lambda o: o.param_groups[0]["rho"]),
@@ -335,11 +354,27 @@ def test_models_without_a_peer_are_refused(graph):
             return self.conv(x, edge_index)
 
     for method in (FGSAMTraining, FGSAMPlusTraining, PeerMLPTraining):
-        with pytest.raises(PlaitError, match="no message-passing layer"):
+        with pytest.raises(PlaitError, match=r"no message-passing layer.*use SAM"):
             method().optimize(Dense(), graph, Run())
         with pytest.raises(PlaitError, match="LEConv"):
             method().optimize(Unknown(), graph, Run())
     assert len(SAMTraining(num_updates=2).optimize(Unknown(), graph, Run()).history) == 2
+
+
+def test_a_model_that_reads_its_edges_itself_may_be_given_the_identity_graph(graph):
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = torch.nn.Linear(16, 6)
+
+        def forward(self, x, edge_index):
+            source, target = edge_index
+            return torch.zeros(len(x), 6).index_add(0, target, self.lin(x)[source])
+
+    torch.manual_seed(0)
+    model = Own()
+    trained = FGSAMTraining(num_updates=30, peer={"Own": "identity"}).optimize(model, graph, Run())
+    assert NodeAccuracy().evaluate(trained, graph, model, Run()).value("gain") > 15
 
 
 def test_the_peer_of_tent_refuses_a_foreign_layer(graph):
@@ -347,7 +382,7 @@ def test_the_peer_of_tent_refuses_a_foreign_layer(graph):
     model.extra = pyg.LEConv(16, 6)
     with pytest.raises(PlaitError, match="layer extra is a LEConv"):
         FGSAMTraining(n_way=2, k_shot=2, n_query=4).optimize(model, graph, Run())
-    with pytest.raises(PlaitError, match="peer names GCNConv"):
+    with pytest.raises(PlaitError, match=r"peer names GCNConv; of layers that take edges the model has .*Propagation"):
         FGSAMTraining(n_way=2, peer={"GCNConv": "empty"}).optimize(Tent().load_model(graph, Run()), graph, Run())
 
 
@@ -369,8 +404,32 @@ def test_the_graph_of_the_peer_can_be_chosen(graph):
     assert usual.history[0]["gnn_norm"] == identity.history[0]["gnn_norm"]
     assert usual.history[0]["mlp_norm"] != identity.history[0]["mlp_norm"]
     assert same(usual, FGSAMTraining(num_updates=3, peer={"GINConv": "empty"}).optimize(model, graph, Run()))
-    with pytest.raises(PlaitError, match="peer names GATConv"):
-        FGSAMTraining(peer={"GATConv": "empty"}).optimize(model, graph, Run())
+    for name in ("GATConv", "Linear"):
+        with pytest.raises(
+            PlaitError, match=f"peer names {name}; of layers that take edges the model has GINConv, GNN$"
+        ):
+            FGSAMTraining(peer={name: "empty"}).optimize(model, graph, Run())
+
+
+def test_esam_gets_the_losses_of_the_samples(graph):
+    """Which samples are used in the second pass matters, so their losses are not averaged before."""
+    model = Gnn(dropout=0.0).load_model(graph, Run())
+    few, all_of_them = (ESAMTraining(num_updates=2, gamma=g).optimize(model, graph, Run()) for g in (0.1, 1.0))
+    assert not same(few, all_of_them)
+
+
+def test_the_peer_alone_may_be_perturbed(graph):
+    model = Gnn().load_model(graph, Run())
+    assert PeerMLPTraining(rho=0.3).make_update(model, 0).update.optimizer.param_groups[0]["rho"] == 0.3
+    near, far = (PeerMLPTraining(num_updates=5, rho=r, select="last").optimize(model, graph, Run()) for r in (0, 0.5))
+    assert not same(near, far)
+
+
+def test_draws_of_esam_follow_the_seed(graph):
+    model = Gnn().load_model(graph, Run())
+    draws = [torch.rand(9, generator=ESAMTraining().make_update(model, s).optimizer.generator) for s in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
 
 
 def test_own_model_in_a_plain_loop(graph):

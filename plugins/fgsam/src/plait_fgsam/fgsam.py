@@ -15,6 +15,7 @@ Classification", NeurIPS 2024, Algorithm 1. Two losses share the weights w:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from plait_fgsam.perturbing import (
     Loss,
     PerturbingOptimizer,
     differentiate,
+    finite,
     global_norm,
     moved,
     orthogonal_part,
@@ -70,11 +72,11 @@ class FGSAM(PerturbingOptimizer):
         require(variant in ("code", "paper"), "variant", variant, "'code' or 'paper'")
         require(reuse in ("cached", "retained"), "reuse", reuse, "'cached' or 'retained'")
         self.reuse = reuse
-        self.combine = combine or {"code": "convex", "paper": "additive"}[variant]
+        self.combine = {"code": "convex", "paper": "additive"}[variant] if combine is None else combine
         require(self.combine in ("convex", "additive"), "combine", combine, "'convex' or 'additive'")
         convex = self.combine == "convex"
         self.lam = (0.5 if convex else 1.0) if lam is None else lam
-        in_range = math.isfinite(self.lam) and 0 <= self.lam <= (1 if convex else math.inf)
+        in_range = finite(self.lam) and 0 <= self.lam <= (1 if convex else math.inf)
         require(in_range, "lam", lam, "[0, 1] (convex)" if convex else "a finite number >= 0 (additive)")
         super().__init__(params, base_optimizer, rho=rho, eps=eps, **base_options)
 
@@ -157,13 +159,13 @@ class FGSAMPlus(FGSAM):
         **base_options: Any,
     ) -> None:
         interval = whole_number("interval", interval)
-        require(math.isfinite(alpha) and alpha >= 0, "alpha", alpha, "a finite number >= 0")
+        require(finite(alpha) and alpha >= 0, "alpha", alpha, "a finite number >= 0")
         require(projection in ("tensor", "global"), "projection", projection, "'tensor' or 'global'")
         require(variant in ("code", "paper"), "variant", variant, "'code' or 'paper'")
-        self.flatness_from = flatness_from or {"code": "combined", "paper": "perturbed"}[variant]
-        require(
-            self.flatness_from in ("combined", "perturbed"), "flatness_from", flatness_from, "combined or perturbed"
-        )
+        by_variant = {"code": "combined", "paper": "perturbed"}[variant]
+        self.flatness_from = by_variant if flatness_from is None else flatness_from
+        known = self.flatness_from in ("combined", "perturbed")
+        require(known, "flatness_from", flatness_from, "'combined' or 'perturbed'")
         self.topology = variant == "paper" if topology is None else topology
         self.interval, self.alpha, self.projection = interval, alpha, projection
         super().__init__(
@@ -227,8 +229,14 @@ class FGSAMPlus(FGSAM):
         """The operation on each pair of tensors, or once on all of them as one vector."""
         if self.projection == "tensor" or not a:
             return [operation(x, y) for x, y in zip(a, b, strict=True)]
-        whole = operation(torch.cat([x.flatten() for x in a]), torch.cat([y.flatten() for y in b]))
-        return [part.view_as(x) for part, x in zip(whole.split([x.numel() for x in a]), a, strict=True)]
+        whole = operation(as_vector(a), as_vector(b))
+        return [part.view_as(x).to(x) for part, x in zip(whole.split([x.numel() for x in a]), a, strict=True)]
+
+
+def as_vector(tensors: list[Tensor]) -> Tensor:
+    """All of them as one vector, on the first one's device, in float32 or wider."""
+    wide = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    return torch.cat([t.flatten().to(tensors[0].device, wide) for t in tensors])
 
 
 def zero_if_none(g: Tensor | None, like: Tensor) -> Tensor:
@@ -240,6 +248,6 @@ def comparison(g_gnn: Gradients, g_mlp: Gradients, tensors: list[Tensor]) -> dic
     both = [(g, m) for g, m in zip(g_gnn, g_mlp, strict=True) if g is not None and m is not None]
     dot = torch.zeros((), device=tensors[0].device)
     if both:
-        dot = torch.dot(*(torch.cat([part.flatten() for part in side]) for side in zip(*both, strict=True)))
+        dot = torch.dot(*(as_vector(list(side)) for side in zip(*both, strict=True))).to(dot.device)
     gnn_norm, mlp_norm = global_norm(g_gnn, tensors[0]), global_norm(g_mlp, tensors[0])
     return {"gnn_norm": gnn_norm, "mlp_norm": mlp_norm, "cosine": dot / (gnn_norm * mlp_norm)}

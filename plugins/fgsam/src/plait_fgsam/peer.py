@@ -8,11 +8,14 @@ and the loss needs only the rows that carry it::
 
 Every layer of PyTorch Geometric that is known here gets either its closed form, or its own forward on the
 ``identity`` graph (each node its own only neighbour), or on an ``empty`` one. The rule is the identity, so that
-every weight matrix takes part; GIN, which adds the node itself, loses none on an empty graph.
+every weight matrix takes part; GIN, which adds the node itself, loses none on an empty graph. Layers that take edges
+or attend from node to node and are not known are refused by name. What a model does beside its layers cannot be
+seen: edges that its own forward reads, and ``nn.MultiheadAttention`` from node to node, stay on.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +27,7 @@ import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch_geometric.nn import attention
 
 Peer = Literal["identity", "empty"] | Callable[..., Any]
 
@@ -37,7 +41,9 @@ def peer_mlp(model: nn.Module, peers: Mapping[type[nn.Module], Peer] | None = No
     """Within the context ``model`` is its own PeerMLP; on exit everything is as before, also after an error.
 
     Message passing is off, dropout is off (all modules in eval mode), and BatchNorm normalises by the batch and
-    leaves its running statistics alone. Edges that the model is given are ignored. May be nested.
+    leaves its running statistics alone. Its layers ignore the edges that they are given. The loss is computed within
+    the context; its gradient may be taken afterwards, but not through activation checkpoints, which would run the
+    model again. May be nested.
 
     Args:
         model: holds PyTorch Geometric layers, or layers with a method ``peer_forward`` that takes what ``forward``
@@ -45,7 +51,8 @@ def peer_mlp(model: nn.Module, peers: Mapping[type[nn.Module], Peer] | None = No
         peers: how to treat a layer type, for this context only; see :func:`register_peer`.
 
     Raises:
-        PeerError: for a model without message passing and for an unknown message-passing layer.
+        PeerError: for a model without message passing and for an unknown layer that takes edges; when the model is
+            run, for bipartite input whose sources are no targets.
     """
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
@@ -80,10 +87,11 @@ def peer_layers(model: nn.Module, peers: Mapping[type[nn.Module], Peer] | None =
             found.append((layer, _fitting(layer, known[type(layer)])))
         elif hasattr(type(layer), "peer_forward"):
             found.append((layer, _own_peer))
-        elif isinstance(layer, (pyg.MessagePassing, *_MIX_ROWS)):
+        elif isinstance(layer, (pyg.MessagePassing, *_MIX_ROWS)) or (name and _uses_edges_itself(layer, known)):
             raise PeerError(
                 f"layer {name or 'model'} is a {type(layer).__name__}, whose message passing cannot be turned off by "
-                f"rule; call register_peer({type(layer).__name__}, forward) or pass your own mlp_loss"
+                f"rule; call register_peer({type(layer).__name__}, ...) with 'identity' or a function, or pass your own "
+                "mlp_loss"
             )
         if isinstance(layer, pyg.ChebConv) and layer.lins[1:]:
             warnings.warn(
@@ -98,13 +106,39 @@ def peer_layers(model: nn.Module, peers: Mapping[type[nn.Module], Peer] | None =
     return found
 
 
+def takes_edges(layer: nn.Module) -> bool:
+    """Whether it passes messages, or its forward names edges among its arguments."""
+    return isinstance(layer, pyg.MessagePassing) or hasattr(type(layer), "peer_forward") or _names_edges(type(layer))
+
+
+@functools.cache
+def _names_edges(layer_type: type[nn.Module]) -> bool:
+    """Not asked of PyTorch Geometric's own layers: those that use edges in another way are listed in ``_MIX_ROWS``."""
+    if layer_type.__module__.startswith("torch_geometric."):
+        return False
+    try:
+        names = inspect.signature(layer_type.forward).parameters
+    except (TypeError, ValueError):  # a forward that is not written in Python
+        return False
+    return not {"edge_index", "adj", "adj_t"}.isdisjoint(names)
+
+
+def _uses_edges_itself(layer: nn.Module, known: Mapping[type[nn.Module], Peer]) -> bool:
+    """Takes edges and holds no layer that it could hand them to."""
+    if not _names_edges(type(layer)):
+        return False
+    inner = [m for m in layer.modules() if m is not layer]
+    return not any(type(m) in known or takes_edges(m) for m in inner)
+
+
 # -- switching ---------------------------------------------------------------------------------------------------
 
 
 def _fitting(layer: Any, peer: Peer) -> Peer:
-    """A closed form takes the one neighbour as it is; other aggregations of one value (std, softmax ...) are run."""
-    one_is_all = layer.aggr in ("add", "sum", "mean", "max", "min") if peer in _CLOSED_FORMS else True
-    return peer if one_is_all else "identity"
+    """A closed form where it holds: one message is aggregated to itself, none (GIN) to 0. Else the layer is run."""
+    if peer not in _CLOSED_FORMS or layer.aggr in ("add", "sum", "mean", "max", "min"):
+        return peer
+    return "empty" if peer is _gin else "identity"
 
 
 @contextmanager
@@ -275,18 +309,23 @@ def _tag(layer: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
     return _plus(sum(lin(x) for lin in layer.lins), layer.bias)  # sum over k of W_k x, + b
 
 
-_CLOSED_FORMS = (_gcn, _sage, _graph, _gat, _gatv2, _transformer, _sgc, _tag)
+_CLOSED_FORMS = (_gcn, _sage, _graph, _gat, _gatv2, _transformer, _gin, _sgc, _appnp, _tag)
 
 # These use edges, or let rows talk to each other, outside of the message passing that can be replaced within them.
 _MIX_ROWS = tuple(
-    getattr(pyg, name)
-    for name in (
-        "HeteroConv", "GPSConv", "SGFormer", "Polynormer", "GraphUNet", "DenseGCNConv", "DenseSAGEConv", "DenseGINConv",
-        "DenseGraphConv", "DenseGATConv", "TopKPooling", "SAGPooling", "EdgePooling", "ASAPooling", "PANPooling",
-        "MemPooling", "ClusterPooling",
+    getattr(module, name)
+    for module, names in (
+        (
+            pyg,
+            "HeteroConv GPSConv SGFormer Polynormer GraphUNet MetaLayer LPFormer XConv DenseGCNConv DenseSAGEConv "
+            "DenseGINConv DenseGraphConv DenseGATConv DMoNPooling TopKPooling SAGPooling EdgePooling ASAPooling "
+            "PANPooling MemPooling ClusterPooling CuGraphSAGEConv CuGraphGATConv CuGraphRGCNConv",
+        ),
+        (attention, "PerformerAttention SGFormerAttention PolynormerAttention"),
     )
-    if hasattr(pyg, name)
-)  # fmt: skip
+    for name in names.split()
+    if hasattr(module, name)
+)
 
 _PEERS: dict[type[nn.Module], Peer] = {
     pyg.GCNConv: _gcn,

@@ -28,7 +28,8 @@ class PerturbingOptimizer(torch.optim.Optimizer):
     Args:
         params: tensors or parameter groups. A group may set its own ``rho`` and ``perturb=False`` (its tensors
             are then trained but not perturbed).
-        base_optimizer: a ``torch.optim`` class; it gets ``base_options`` (``lr``, ``weight_decay``, ...).
+        base_optimizer: a ``torch.optim`` class; it gets ``base_options`` (``lr``, ``weight_decay``, ...). An option of
+            its own that is also one of ours, such as ``eps``, is given in a parameter group.
         rho: length of the perturbation, >= 0.
         eps: added to the norm that the perturbation is divided by, >= 0.
         process_group: of ``torch.distributed``; losses and gradients of every pass are averaged over its processes,
@@ -39,8 +40,9 @@ class PerturbingOptimizer(torch.optim.Optimizer):
 
     Raises:
         ValueError: for a value out of its range.
-        TypeError: for a base optimizer that is no ``torch.optim`` class, evaluates the loss itself (LBFGS), or
-            perturbs (another optimizer of this package).
+        TypeError: for a single tensor as ``params``, and for a base optimizer that is no ``torch.optim`` class,
+            evaluates the loss itself (LBFGS), perturbs (another optimizer of this package), or has a ``rho``
+            (Adadelta).
     """
 
     def __init__(
@@ -53,14 +55,16 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         process_group: ProcessGroup | None = None,
         **base_options: Any,
     ) -> None:
-        require(math.isfinite(rho) and rho >= 0, "rho", rho, "a finite number >= 0")
-        require(math.isfinite(eps) and eps >= 0, "eps", eps, "a finite number >= 0")
+        require(finite(rho) and rho >= 0, "rho", rho, "a finite number >= 0")
+        require(finite(eps) and eps >= 0, "eps", eps, "a finite number >= 0")
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, torch.optim.Optimizer)):
             raise TypeError(f"base_optimizer is {base_optimizer!r}; give a class such as torch.optim.Adam")
         if issubclass(base_optimizer, (torch.optim.LBFGS, PerturbingOptimizer)):
             raise TypeError(
                 f"base_optimizer {base_optimizer.__name__} evaluates the loss itself; use one such as Adam or SGD"
             )
+        if isinstance(params, Tensor):
+            raise TypeError("params is a single tensor; give a list of tensors, such as model.parameters()")
         groups = list(params)
         if not groups:
             raise ValueError("params is empty; give the tensors of the model")
@@ -68,6 +72,10 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         for group in groups:
             _complete(group, rho)
         self.base = base_optimizer(groups, **base_options)
+        if not self.base.defaults.keys().isdisjoint(("rho", "perturb")):
+            raise TypeError(
+                f"base_optimizer {base_optimizer.__name__} has a rho of its own; use one such as Adam or SGD"
+            )
         # Schedulers look for betas or momentum among the defaults.
         super().__init__(self.base.param_groups, {**self.base.defaults, "rho": rho, "perturb": True})
         self.param_groups = self.base.param_groups
@@ -153,6 +161,14 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         _complete(param_group, self.defaults["rho"])
         self.base.add_param_group(param_group)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What ``GradScaler.step`` asks an optimizer first."""
+        raise TypeError(
+            f"a GradScaler cannot step {type(self).__name__}, which computes its gradients within step; "
+            "use bf16 and no scaler"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: all but ``step``, which a scheduler may have tied to this very object."""
         return {name: value for name, value in self.__dict__.items() if name != "step"}
@@ -192,7 +208,7 @@ def _complete(group: dict[str, Any], rho: float) -> None:
     """Give a parameter group what it lacks, and check what it has."""
     group.setdefault("rho", rho)
     group.setdefault("perturb", True)
-    require(math.isfinite(group["rho"]) and group["rho"] >= 0, "rho of a group", group["rho"], "a finite number >= 0")
+    require(finite(group["rho"]) and group["rho"] >= 0, "rho of a group", group["rho"], "a finite number >= 0")
     require(isinstance(group["perturb"], bool), "perturb of a group", group["perturb"], "True or False")
 
 
@@ -239,10 +255,10 @@ def global_norm(gradients: Gradients, like: Tensor) -> Tensor:
 
 
 def scaled(factor: Tensor, gradients: list[Tensor]) -> list[Tensor]:
-    """factor g for every g, which may be on several devices."""
-    if len({g.device for g in gradients} | {factor.device}) == 1:
+    """factor g for every g, which may be of several types and on several devices."""
+    if {(g.dtype, g.device) for g in gradients} == {(factor.dtype, factor.device)}:
         return list(torch._foreach_mul(gradients, factor))
-    return [g * factor.to(g.device) for g in gradients]
+    return [(g.to(_wide(g.dtype)) * factor.to(g.device)).to(g.dtype) for g in gradients]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -260,8 +276,9 @@ def orthogonal_part(a: Tensor, b: Tensor) -> Tensor:
 
 def stretched(v: Tensor, b: Tensor) -> Tensor:
     """``v`` at the length of ``b``: |b| / (|v| + 1e-8) v."""
-    length = torch.linalg.vector_norm(b, dtype=_wide(b.dtype))
-    return (v * (length / (torch.linalg.vector_norm(v, dtype=_wide(v.dtype)) + 1e-8))).to(v.dtype)
+    wide_v = v.to(_wide(v.dtype))
+    factor = torch.linalg.vector_norm(b, dtype=_wide(b.dtype)) / (torch.linalg.vector_norm(wide_v) + 1e-8)
+    return (wide_v * factor).to(v.dtype)
 
 
 def whole_number(name: str, value: Any) -> int:
@@ -272,6 +289,14 @@ def whole_number(name: str, value: Any) -> int:
         number = 0
     require(number >= 1, name, value, "a whole number >= 1")
     return number
+
+
+def finite(value: Any) -> bool:
+    """Whether ``value`` is a finite number; not for text and other types."""
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
 
 
 def require(ok: bool, name: str, value: Any, allowed: str) -> None:

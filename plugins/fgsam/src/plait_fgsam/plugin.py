@@ -18,7 +18,7 @@ from plait_graph.training import PlainUpdate, Update
 from torch import nn
 
 from plait_fgsam.fgsam import FGSAM, FGSAMPlus
-from plait_fgsam.peer import Peer, peer_layers, peer_mlp
+from plait_fgsam.peer import Peer, peer_layers, peer_mlp, takes_edges
 from plait_fgsam.perturbing import PerturbingOptimizer
 from plait_fgsam.sam import AESAM, ESAM, SAM, LookSAM
 from plait_fgsam.sharpness import Sharpness as Walked
@@ -120,9 +120,14 @@ class PerturbingTraining(GraphTraining):
         default=("*",), metadata=doc("patterns of the names of the tensors that are perturbed, such as encoder.*")
     )
 
+    @betas.validator
+    def _is_a_pair(self, attribute: Any, value: Any) -> None:
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            raise PlaitError(f"betas is {value!r}; give two numbers, such as [0.9, 0.999]")
+
     @perturb.validator
     def _is_a_list(self, attribute: Any, value: Any) -> None:
-        if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
+        if not isinstance(value, (tuple, list)) or not all(isinstance(pattern, str) for pattern in value):
             raise PlaitError(f"perturb is {value!r}; give a list of patterns, such as ['encoder.*']")
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -145,24 +150,26 @@ class PerturbingTraining(GraphTraining):
 class PeerTraining(PerturbingTraining):
     """What the trainings with a PeerMLP share."""
 
-    peer: dict[str, Literal["identity", "empty"]] = attrs.field(
-        factory=dict, metadata=doc("layer type, such as GINConv → the graph its PeerMLP sees, instead of the usual")
+    peer: dict[str, str] = attrs.field(
+        factory=dict,
+        metadata=doc("layer type, such as GINConv → the graph its PeerMLP sees, identity or empty, not the usual one"),
     )
 
     @peer.validator
-    def _is_known(self, attribute: Any, value: Mapping[str, str]) -> None:
+    def _is_known(self, attribute: Any, value: Any) -> None:
+        if not isinstance(value, Mapping):
+            raise PlaitError(f"peer is {value!r}; give a mapping, such as {{GINConv: identity}}")
         for layer, graph in value.items():
             if graph not in ("identity", "empty"):
                 raise PlaitError(f"peer of {layer} is {graph!r}; allowed is 'identity', 'empty'")
 
     def peers(self, model: nn.Module) -> Peers:
         """The choices of ``peer`` by type; refuses models without a PeerMLP."""
-        types = {type(layer).__name__: type(layer) for layer in model.modules()}
+        types = {type(layer).__name__: type(layer) for layer in model.modules() if takes_edges(layer)}
         unknown = sorted(set(self.peer) - set(types))
         if unknown:
-            raise PlaitError(
-                f"peer names {unknown[0]}, and the model has no such layer; it has {', '.join(sorted(types))}"
-            )
+            known = ", ".join(sorted(types)) or "none"
+            raise PlaitError(f"peer names {unknown[0]}; of layers that take edges the model has {known}")
         peers = {types[name]: graph for name, graph in self.peer.items()}
         peer_layers(model, peers)
         return peers
@@ -337,8 +344,8 @@ class GraphSharpness:
     def evaluate(self, model: Any, data: Any, run: Run) -> Report:
         models = model if isinstance(model, dict) else {"": model}
         with told_as_plait_error():
-            task = NodeObjective(data, run.device).whole
-        walks = {name: self._walked(candidate, task, run) for name, candidate in models.items()}
+            objective = NodeObjective(data, run.device)
+        walks = {name: self._walked(candidate, objective, run) for name, candidate in models.items()}
         rows = [
             ({"model": name} if name else {})
             | {
@@ -356,9 +363,12 @@ class GraphSharpness:
             notes=(f"rise: training loss (no dropout) at distance {self.radius:g} in weight space, less that at 0.",),
         )
 
-    def _walked(self, model: Any, task: Task, run: Run) -> Walked:
+    def _walked(self, model: Any, objective: NodeObjective, run: Run) -> Walked:
         if not isinstance(model, nn.Module):
             raise PlaitError(f"a model is a {type(model).__name__}; a torch.nn.Module on graphs is needed")
+        with told_as_plait_error():
+            objective.check(model)
+        task = objective.whole
         model = copy.deepcopy(model).to(run.device).eval()
         radii = torch.linspace(0, self.radius, self.num_points)
         generator = Run(seed=run.seed).generator("directions")  # the same directions for every model

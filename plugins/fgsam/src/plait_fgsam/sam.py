@@ -16,6 +16,7 @@ from torch import Tensor
 from plait_fgsam.perturbing import (
     Loss,
     PerturbingOptimizer,
+    finite,
     global_norm,
     orthogonal_part,
     require,
@@ -77,7 +78,7 @@ class LookSAM(PerturbingOptimizer):
         **base_options: Any,
     ) -> None:
         interval = whole_number("interval", interval)
-        require(math.isfinite(alpha) and alpha >= 0, "alpha", alpha, "a finite number >= 0")
+        require(finite(alpha) and alpha >= 0, "alpha", alpha, "a finite number >= 0")
         super().__init__(params, base_optimizer, rho=rho, eps=eps, **base_options)
         self.interval, self.alpha = interval, alpha
 
@@ -129,8 +130,8 @@ class ESAM(PerturbingOptimizer):
         eps: float = 1e-12,
         **base_options: Any,
     ) -> None:
-        require(math.isfinite(beta) and 0 < beta <= 1, "beta", beta, "(0, 1]")
-        require(math.isfinite(gamma) and 0 < gamma <= 1, "gamma", gamma, "(0, 1]")
+        require(finite(beta) and 0 < beta <= 1, "beta", beta, "(0, 1]")
+        require(finite(gamma) and 0 < gamma <= 1, "gamma", gamma, "(0, 1]")
         super().__init__(params, base_optimizer, rho=rho, eps=eps, **base_options)
         self.beta, self.gamma = beta, gamma
         self.generator = torch.Generator().manual_seed(seed)
@@ -196,9 +197,9 @@ class AESAM(PerturbingOptimizer):
         **base_options: Any,
     ) -> None:
         num_updates = whole_number("num_updates", num_updates)
-        require(0 <= delta < 1, "delta", delta, "[0, 1)")
-        require(math.isfinite(lambda_1), "lambda_1", lambda_1, "a finite number")
-        require(math.isfinite(lambda_2), "lambda_2", lambda_2, "a finite number")
+        require(finite(delta) and 0 <= delta < 1, "delta", delta, "[0, 1)")
+        require(finite(lambda_1), "lambda_1", lambda_1, "a finite number")
+        require(finite(lambda_2), "lambda_2", lambda_2, "a finite number")
         super().__init__(params, base_optimizer, rho=rho, eps=eps, **base_options)
         self.num_updates, self.delta, self.lambda_1, self.lambda_2 = num_updates, delta, lambda_1, lambda_2
         self.mean = self.variance = 0.0
