@@ -97,10 +97,55 @@ def test_both_directions_of_an_edge_average_its_values(tmp_path):
     assert torch.equal(as_it_is.edge_weight, data.edge_weight)
 
 
+def test_values_of_edges_without_a_mean_are_refused(tmp_path):
+    data = small()
+    data.edge_type = torch.arange(data.edge_index.shape[1])
+    torch.save(data, tmp_path / "graph.pt")
+    with pytest.raises(PlaitError, match="edge_type has a value for each edge"):
+        GraphFile(path=tmp_path / "graph.pt").load_data(Run())
+    assert "edge_type" in GraphFile(path=tmp_path / "graph.pt", undirected=False).load_data(Run())
+
+
 def test_class_split_is_disjoint():
     data = ClassSplit(train=3, val=2, test=2).transform(small(70, 7), Run(seed=3))
     classes = torch.cat([data[name] for name in splits.CLASSES])
     assert sorted(classes.tolist()) == list(range(7))
+
+
+def test_class_split_draws_only_classes_with_nodes():
+    data = small(70, 7)
+    data.y[data.y == 2] = 11
+    data.y[data.y == 4] = -1
+    split = ClassSplit(train=2, val=2, test=2).transform(data, Run())
+    assert sorted(torch.cat([split[name] for name in splits.CLASSES]).tolist()) == [0, 1, 3, 5, 6, 11]
+
+
+def test_classes_can_be_listed():
+    data = ClassSplit(train=(5, 0, 3), val=2, test=(1, 6)).transform(small(70, 7), Run())
+    assert data.train_classes.tolist() == [5, 0, 3]
+    assert sorted(data.val_classes.tolist()) == [2, 4]
+    assert data.test_classes.tolist() == [1, 6]
+
+
+def test_classes_listed_twice_are_refused_before_there_is_a_graph():
+    with pytest.raises(PlaitError, match="class 1 is listed twice; the parts must be disjoint"):
+        ClassSplit(train=(0, 1), test=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train": (0, 7)}, "class 7 is asked for, but no node has it; the graph has 7 classes"),
+        ({"train": (0, 1), "val": 5, "test": 2}, r"2 \+ 5 \+ 2 classes are asked for, but the graph has 7"),
+        ({"train": (0,)}, r"train is \(0,\); allowed is two classes or more"),
+        ({"val": 1}, "val is 1; allowed is two classes or more, such as 4"),
+        ({"test": (0, -1)}, r"test is \(0, -1\)"),
+        ({"test": 2.0}, r"test is 2\.0"),
+    ],
+)
+def test_impossible_class_splits_are_refused(fields, message):
+    with pytest.raises(PlaitError, match=message):
+        ClassSplit(**({"train": 2, "val": 2, "test": 2} | fields)).transform(small(70, 7), Run())
 
 
 @settings(max_examples=20, deadline=None)
@@ -197,22 +242,47 @@ def broken(**changes):
     return data
 
 
+def sparse(**changes):
+    csr = scipy.sparse.csr_matrix(small().x.numpy())
+    pointers, columns = (torch.from_numpy(part.astype(np.int64)) for part in (csr.indptr, csr.indices))
+    parts = {"x_crow": pointers, "x_col": columns, "x_value": torch.from_numpy(csr.data), "x_columns": 5}
+    return broken(x=None, num_nodes=30, **(parts | changes))
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (broken(x=None), "no features x"),
+        (broken(x=np.ones((30, 5))), "x is a ndarray"),
+        (broken(x=torch.ones(30, 5, dtype=torch.complex64)), r"x is torch.complex64 .* floating-point numbers"),
+        (broken(x=torch.ones(30, 0)), "no columns"),
+        (broken(num_nodes=31), "num_nodes is 31, but x has 30 rows"),
+        (sparse(x_crow=None), "no features x"),
+        (sparse(x_columns=3), "are no CSR matrix"),
+        (sparse(x_crow=torch.zeros(31)), "are no CSR matrix"),
+        (sparse(x_col=[0]), "are no CSR matrix"),
+        (sparse(x_value=torch.ones(150, dtype=torch.long)), "x is torch.int64"),
         (broken(x=torch.full((30, 5), torch.nan)), "NaN or infinite"),
         (broken(edge_index=torch.tensor([[0], [30]])), "outside 0 ... 29"),
         (broken(edge_index=torch.zeros(3, 2, dtype=torch.long)), r"\[2, edges\]"),
-        (broken(edge_index=torch.zeros(2, 3)), "int64"),
-        (broken(y=torch.zeros(30)), "y must be whole numbers"),
+        (broken(edge_index=torch.tensor([[0], [-1]])), "edge_index names node -1, outside 0 ... 29"),
+        (
+            broken(edge_index=torch.zeros(2, 3)),
+            r"edge_index is torch.float32 of shape \(2, 3\); it must be whole numbers \(int64\)",
+        ),
+        (broken(edge_index=[[0], [1]]), "edge_index is a list"),
+        (broken(edge_index=None), "edge_index is missing"),
+        (broken(y=torch.zeros(30)), r"y is torch.float32 of shape \(30,\); it must be whole numbers"),
+        (broken(y=[0] * 30), "y is a list"),
+        (broken(y=None), "y is missing"),
         (broken(y=torch.zeros(7, dtype=torch.long)), r"shape \[30\]"),
         (broken(y=torch.full((30,), -1)), "no node has a label"),
         (broken(x=torch.ones(30, 5, dtype=torch.long)), r"x is torch.int64 of shape \(30, 5\)"),
         (broken(x=torch.ones(30)), r"shape \(30,\)"),
         (broken(x=torch.eye(30).to_sparse()), "torch.sparse_coo"),
-        (broken(edge_weight=torch.ones(7)), "edge_weight must be .* each of the 120 edges"),
-        (broken(edge_attr=[1.0]), "edge_attr must be a tensor"),
+        (broken(edge_weight=torch.ones(7)), "edge_weight is .* each of the 120 edges"),
+        (broken(edge_weight=torch.full((120,), torch.inf)), "edge_weight holds NaN or infinite values"),
+        (broken(edge_attr=[1.0]), "edge_attr is a list; it must be a tensor"),
         (broken(train_mask=torch.arange(5)), r"train_mask is torch.int64 of shape \(5,\); it must be bool"),
         (broken(val_mask=torch.ones(29, dtype=torch.bool)), r"val_mask is torch.bool of shape \(29,\)"),
         (broken(test_mask=[True] * 30), "test_mask is a list"),
@@ -271,8 +341,11 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
         (tmp_path / name).write_bytes(b"\x00\x01 no graph")
     (tmp_path / "far_network").write_text("0 3\n")
     (tmp_path / "text_network").write_text("zero one\n")
-    for stem in ("far", "text"):
-        for half, index in (("train", [0]), ("test", [1])):
+    (tmp_path / "column_network").write_text("0\n1\n")
+    (tmp_path / "empty_network").write_text("")
+    (tmp_path / "twice_network").write_text("0 0\n")
+    for stem in ("far", "text", "column", "empty", "twice"):
+        for half, index in (("train", [0]), ("test", [0 if stem == "twice" else 1])):
             table = {"Index": index, "Label": [half == "train"], "Attributes": [[1.0]]}
             scipy.io.savemat(tmp_path / f"{stem}_{half}.mat", table)
     for name, message in [
@@ -284,7 +357,37 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
         ("damaged.npz", r"damaged\.npz cannot be read"),
         ("damaged_network", r"damaged_train\.mat cannot be read"),
         ("text_network", "text_network cannot be read"),
+        ("column_network", "column_network cannot be read"),
+        ("empty_network", r"empty_network cannot be read \(it has no edges\)"),
+        ("twice_network", r"Index in the \.mat files beside it must be numbers >= 0, each node's own"),
         ("far_network", "names node 3, but the .mat files beside it end at 1"),
     ]:
         with pytest.raises(PlaitError, match=message):
             GraphFile(path=tmp_path / name).load_data(Run())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attr_indptr": np.arange(3)}, "index pointer size"),
+        ({"attr_indices": np.arange(4) + 9}, "indices must be < 4"),
+        ({"labels": np.array([0.5, np.nan, 1, 1])}, "labels must be whole numbers"),
+        ({"labels": np.array(["a", "b", "c", "d"])}, "labels must be whole numbers"),
+        ({"labels": np.array([0, 1])}, r"it has 4 rows of attributes, but labels of shape \(2,\)"),
+        ({"labels": np.array([0, None, 1, 1], dtype=object)}, "Object arrays cannot be loaded"),
+        ({"edge_index": np.array([[0, 1], [1, 2], [2, 3]])}, r"edge_index has shape \(3, 2\)"),
+        ({"edge_index": None, "adj_indices": np.array([0])}, "adj_indptr is not a file"),
+    ],
+)
+def test_inconsistent_arrays_are_refused(changes, message, tmp_path):
+    arrays = {
+        "attr_data": np.ones(4, np.float32),
+        "attr_indices": np.arange(4),
+        "attr_indptr": np.arange(5),
+        "attr_shape": np.array([4, 4]),
+        "labels": np.array([0, 1, 0, 1]),
+        "edge_index": np.array([[0, 1], [1, 2]]),
+    } | changes
+    np.savez(tmp_path / "graph.npz", **{name: value for name, value in arrays.items() if value is not None})
+    with pytest.raises(PlaitError, match=rf"graph\.npz cannot be read \(.*{message}"):
+        GraphFile(path=tmp_path / "graph.npz").load_data(Run())

@@ -128,6 +128,29 @@ def test_a_download_that_fails_says_what_to_give(name, monkeypatch):
         PygGraph(name=name).load_data(Run())
 
 
+def test_every_root_is_read_anew(tmp_path):
+    run, written = Run(), graph()
+    for name, shift in (("a", 0), ("b", 5)):
+        written.x = written.x + shift
+        write_webkb(tmp_path / name, "texas", written)
+        torch.testing.assert_close(PygGraph(name="Texas", root=tmp_path / name).load_data(run).x, written.x)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("raw/out1_graph_edges.txt", "a\tb\n1\t999", "the raw files of Texas in .* cannot be read"),
+        ("raw/out1_node_feature_label.txt", "nothing", "x is torch.float32 of shape"),
+        ("splits/texas_split_0.6_0.2_3.npz", "nothing", "the raw files of Texas in .* cannot be read"),
+    ],
+)
+def test_damaged_raw_files_are_refused(file, content, message, tmp_path):
+    write_webkb(tmp_path, "texas", graph())
+    (tmp_path / "texas" / file).write_text(content)
+    with pytest.raises(PlaitError, match=message):
+        load("Texas", tmp_path)
+
+
 def test_missing_files_are_named_and_not_downloaded(tmp_path):
     with pytest.raises(PlaitError, match="no folder"):
         load("Cora", tmp_path / "nowhere")
@@ -136,6 +159,10 @@ def test_missing_files_are_named_and_not_downloaded(tmp_path):
         load("Cora", tmp_path / "empty")
     with pytest.raises(PlaitError, match=r"holds no arxiv/raw/edge\.csv\.gz"):
         load("ogbn-arxiv", tmp_path / "empty")
+    (tmp_path / "arxiv" / "raw").mkdir(parents=True)
+    (tmp_path / "arxiv" / "raw" / "edge.csv.gz").write_bytes(b"")
+    with pytest.raises(PlaitError, match=r"node-feat\.csv\.gz is missing; give the folder of the whole unpacked"):
+        load("ogbn-arxiv", tmp_path)
     write_webkb(tmp_path, "texas", graph())
     with pytest.raises(PlaitError, match="holds no files"):  # and not those of Texas
         load("Chameleon", tmp_path)

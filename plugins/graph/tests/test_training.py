@@ -1,8 +1,11 @@
 """Models, few-shot backbones, plain training, evaluation."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
+import torch_geometric.nn as pyg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plait import PlaitError, Run
@@ -21,8 +24,10 @@ from plait_graph.plugin import (
     NodeAccuracy,
     NodeSplit,
     SGDTraining,
+    Tent,
 )
 from plait_graph.sampling import NeighbourSampler
+from plait_graph.tent import TENT
 from plait_graph.training import seconds_per_update
 from torch_geometric.data import Data
 
@@ -155,6 +160,7 @@ def test_a_killed_training_is_resumed_by_the_same_training_only(change, graph):
     elif change == "data":
         data = graph.clone()
         data.x = data.x + 1
+        data.adjacency = torch.eye(300).to_sparse()
     else:
         seed = 3
     again = method.optimize(model, data, Run(seed=seed, folder=folder))
@@ -383,6 +389,21 @@ def test_few_shot_training_and_accuracy(make, sparse, graph, tmp_path):
     assert EpisodeAccuracy(num_tasks=20, **episodes).evaluate(again, data, model, Run()).rows == report.rows
 
 
+@pytest.mark.parametrize("make", [Gpn(), MetaGcn(n_way=3), Tent()])
+def test_few_shot_training_gains_over_the_untrained_model_on_the_same_episodes(make):
+    """Most features are noise, so that a network has to learn which to look at."""
+    data = CsbmGraph(num_nodes=600, num_classes=12, num_features=8, homophily=0.5, signal=4.0).load_data(Run())
+    noise = torch.randn(600, 24, generator=torch.Generator().manual_seed(0))
+    data.x = torch.cat([data.x, 2.5 * noise], dim=1)
+    data = ClassSplit(train=6, val=3, test=3).transform(data, Run())
+    episodes = {"n_way": 3, "k_shot": 3, "n_query": 5}
+    model = make.load_model(data, Run())
+    training = AdamTraining(num_updates=100, eval_every=100, num_val_tasks=2, select="last", **episodes)
+    trained = training.optimize(model, data, Run())
+    seen = with_classes(data, train_classes=data.test_classes, test_classes=data.train_classes)
+    assert EpisodeAccuracy(num_tasks=40, **episodes).evaluate(trained, seen, model, Run()).value("gain") > 15
+
+
 # -- bad input -----------------------------------------------------------------------------------------------------
 
 
@@ -392,9 +413,10 @@ def without(graph, name):
     return copy
 
 
-def overlapping(graph):
+def with_classes(graph, **classes):
     copy = graph.clone()
-    copy.val_classes = copy.train_classes
+    for name, value in classes.items():
+        copy[name] = value
     return copy
 
 
@@ -403,7 +425,9 @@ def overlapping(graph):
     [
         (Gnn(), lambda g: without(g, "train_mask"), "no node is labelled"),
         (Gpn(), lambda g: without(g, "train_classes"), "no split of its classes"),
-        (Gpn(), overlapping, "is in two splits"),
+        (Gpn(), lambda g: with_classes(g, val_classes=g.train_classes), "is in two splits"),
+        (Gpn(), lambda g: with_classes(g, val_classes=torch.tensor([-1, -2])), "validation class -1 has 0 nodes"),
+        (Gpn(), lambda g: with_classes(g, test_classes=torch.zeros(2)), "test_classes must be whole numbers"),
     ],
 )
 def test_training_refuses_graphs_without_what_it_needs(model_of, change, message, graph):
@@ -454,6 +478,27 @@ class Summed(torch.nn.Module):
         return self.linear(x).sum(0)
 
 
+class Unused(torch.nn.Module):
+    """What is trained takes no part."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 6).requires_grad_(False)
+        self.free = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, edge_index):
+        return self.linear(x)
+
+
+class Normalised(torch.nn.Module):
+    def __init__(self, layer=None):
+        super().__init__()
+        self.conv, self.norm = layer or pyg.GCNConv(16, 6), torch.nn.BatchNorm1d(6)
+
+    def forward(self, x, edge_index):
+        return self.norm(self.conv(x, edge_index))
+
+
 def frozen(graph):
     return Gnn().load_model(graph, Run()).requires_grad_(False)
 
@@ -467,6 +512,8 @@ def frozen(graph):
         (lambda graph: GNN(architecture="gcn", in_channels=7, num_classes=6), "has 16 features a node"),
         (lambda graph: torch.nn.Linear(16, 6), "its forward must take x"),
         (frozen, "no tensor of the model requires a gradient"),
+        (lambda graph: Unused(), "the loss depends on no tensor that requires a gradient"),
+        (lambda graph: GNN(architecture="gcn", in_channels=16, num_classes=6).double(), "weights are torch.float64"),
     ],
 )
 def test_models_that_do_not_fit_are_refused(model_of, message, graph):
@@ -475,6 +522,50 @@ def test_models_that_do_not_fit_are_refused(model_of, message, graph):
     with pytest.raises(PlaitError, match=message):
         AdamTraining(num_updates=2).optimize(model, graph, Run())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (GPN(in_channels=7), "has 16 features a node"),
+        (MetaGCN(in_channels=7, n_way=2), "has 16 features a node"),
+        (MetaGCN(in_channels=16, n_way=3), "made for n_way = 3"),
+        (GPN(in_channels=16).double(), "x is torch.float32, but the model's weights are torch.float64"),
+        (TENT(in_channels=16, num_classes=1), r"but the model was made for classes 0 \.\.\. 0"),
+    ],
+)
+def test_few_shot_models_that_do_not_fit_are_refused(model, message, graph):
+    shape = {"n_way": 2, "k_shot": 2, "n_query": 3}
+    with pytest.raises(PlaitError, match=message):
+        AdamTraining(num_updates=2, **shape).optimize(model, graph, Run())
+    if not isinstance(model, TENT):  # whose head over the training classes has no part in answers
+        with pytest.raises(PlaitError, match=message):
+            EpisodeAccuracy(num_tasks=2, **shape).evaluate(model, graph, None, Run())
+
+
+def test_a_head_without_an_output_for_a_training_class_is_refused_before_the_first_update():
+    data = CsbmGraph(num_nodes=200, num_classes=8, num_features=16).load_data(Run())
+    data = ClassSplit(train=(7, 0, 1, 2), val=(3, 4), test=(5, 6)).transform(data, Run())
+    logged = []
+    with pytest.raises(PlaitError, match=r"has class 7, but the model was made for classes 0 \.\.\. 6"):
+        AdamTraining(n_way=2).optimize(
+            TENT(in_channels=16, num_classes=7), data, Run(on_log=lambda values, step: logged.append(step))
+        )
+    assert not logged
+
+
+def test_layers_without_weights_are_refused(graph):
+    for use in (AdamTraining().optimize, lambda *a: NodeAccuracy().evaluate(*a[:2], None, a[2])):
+        with pytest.raises(PlaitError, match="no weights before its first call"):
+            use(Normalised(pyg.GCNConv(-1, 6)), graph, Run())
+
+
+def test_batch_norm_with_a_batch_of_one_row_is_refused(graph):
+    alone = graph.clone()
+    alone.edge_index = graph.edge_index[:, :0]
+    with pytest.raises(PlaitError, match=r"cannot be trained on one row .* raise batch_size or num_hops"):
+        AdamTraining(batch_size=1, num_hops=1).optimize(Normalised(), alone, Run())
+    assert len(AdamTraining(batch_size=1, num_updates=2).optimize(Normalised(), graph, Run()).history) == 2
 
 
 def test_models_of_the_other_kind_are_refused(graph):
@@ -492,6 +583,9 @@ def test_the_fields_reach_the_optimizer(graph):
     assert type(AdamTraining(decoupled=True).make_update(model, 0).optimizer) is torch.optim.AdamW
     sgd = SGDTraining(lr=0.3, momentum=0.4, weight_decay=0.7).make_update(model, 0).optimizer
     assert [sgd.defaults[name] for name in ("lr", "momentum", "weight_decay")] == [0.3, 0.4, 0.7]
+    for wrong in ((0.9,), None, 0.9, (0.9, 1.0)):
+        with pytest.raises(PlaitError, match="betas is"):
+            AdamTraining(betas=wrong)
 
 
 def test_missing_validation_is_said(graph):
@@ -499,3 +593,24 @@ def test_missing_validation_is_said(graph):
     model = Gnn().load_model(graph, Run())
     AdamTraining(num_updates=2).optimize(model, without(graph, "val_mask"), Run(on_warning=said.append))
     assert said == ["there are no validation nodes, so the last weights are kept"]
+    said.clear()
+    AdamTraining(num_updates=2, patience=1, select="last").optimize(
+        model, without(graph, "val_mask"), Run(on_warning=said.append)
+    )
+    assert said == ["there are no validation nodes, so patience does not stop the training"]
+
+
+def test_warnings_of_libraries_are_told_once_by_the_run(graph):
+    class Warns(Normalised):
+        def forward(self, x, edge_index):
+            warnings.warn("half of the\nweights rest", UserWarning, stacklevel=1)
+            warnings.warn("soon gone", DeprecationWarning, stacklevel=1)
+            return super().forward(x, edge_index)
+
+    said = []
+    with warnings.catch_warnings(record=True) as raw:
+        warnings.simplefilter("always")
+        AdamTraining(num_updates=3).optimize(Warns(), graph, Run(on_warning=said.append))
+        NodeAccuracy().evaluate(Warns(), graph, None, Run(on_warning=said.append))
+    assert said == ["half of the weights rest"] * 2  # of the training and of the evaluation
+    assert {str(w.message) for w in raw} == {"soon gone"}

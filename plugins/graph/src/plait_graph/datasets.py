@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
+import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +27,7 @@ from plait_graph.splits import MASKS
 
 SPARSE_BELOW = 0.1  # share of non-zeros
 EDGE_VALUES = ("edge_weight", "edge_attr")
+CSR = ("x_crow", "x_col", "x_value", "x_columns")
 
 
 # -- graphs that ship with pip packages or are drawn ---------------------------------------------------------------
@@ -106,17 +110,25 @@ def pyg_graph(name: str, root: Path | None, scratch: Path) -> Data:
         name: one of :data:`NAMES`.
         root: folder with the raw files, searched in ``root/<name>`` and below; it is not written to.
             ``None`` downloads them.
-        scratch: folder for links to the raw files and for what PyG processes.
+        scratch: folder for what is downloaded, and for what PyG processes.
 
     Raises:
-        FileNotFoundError: ``root`` lacks the raw files; ConnectionError: they cannot be downloaded.
+        FileNotFoundError: ``root`` lacks raw files; ValueError: they cannot be read; ConnectionError: they cannot be
+            downloaded.
     """
+    scratch.mkdir(parents=True, exist_ok=True)
+    if root is None:
+        return _ogb_graph(name, _downloaded_ogb(name, scratch)) if name in OGBN else _downloaded_graph(name, scratch)
+    with _readable(f"the raw files of {name} in {root}"):
+        return _ogb_graph(name, root) if name in OGBN else _local_graph(name, root, scratch)
+
+
+def _reader(name: str) -> tuple[type, tuple[str, ...], str]:
+    """PyG's class, its arguments, and the folder in which it keeps the raw files."""
     import torch_geometric.datasets as pyg
 
-    if name in OGBN:
-        return _ogb_graph(name, _downloaded_ogb(name, scratch) if root is None else root)
     low = name.lower()
-    reader, arguments, folder = {
+    return {
         **dict.fromkeys(PLANETOID, (pyg.Planetoid, (name,), name)),
         **dict.fromkeys(WEBKB, (pyg.WebKB, (low,), low)),
         **dict.fromkeys(WIKIPEDIA, (pyg.WikipediaNetwork, (low,), f"{low}/geom_gcn")),
@@ -124,15 +136,30 @@ def pyg_graph(name: str, root: Path | None, scratch: Path) -> Data:
         "Actor": (pyg.Actor, (), ""),
         "CoraFull": (pyg.CoraFull, (), "cora"),
     }[name]
-    if root is not None:
-        _link_raw_files(root, ("film", "actor") if name == "Actor" else (name, low), scratch / folder / "raw")
-        reader = _without_download(reader, root)
+
+
+def _local_graph(name: str, root: Path, scratch: Path) -> Data:
+    reader, arguments, folder = _reader(name)
+    # Nothing stays in scratch: PyG would take what it once processed for the files of any other root.
+    with tempfile.TemporaryDirectory(dir=scratch) as own:
+        known_as = ("film", "actor") if name == "Actor" else (name, name.lower())
+        _link_raw_files(root, known_as, Path(own, folder, "raw"))
+        with _silent():
+            return _without_download(reader, root)(own, *arguments)[0]
+
+
+def _downloaded_graph(name: str, scratch: Path) -> Data:
+    reader, arguments, _ = _reader(name)
+    with _silent(), _told_when_offline(name):
+        return reader(str(scratch), *arguments)[0]
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """PyG prints "Processing..." and warns of the pickle that it just wrote."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyG prints "Processing..." and warns of the pickle that it just wrote
-        if root is not None:
-            return reader(str(scratch), *arguments)[0]
-        with _told_when_offline(name):
-            return reader(str(scratch), *arguments)[0]
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager
@@ -174,6 +201,8 @@ def _ogb_graph(name: str, root: Path) -> Data:
         raise FileNotFoundError(f"{root} holds no {short}/raw/edge.csv.gz; give the folder of the unpacked {short}.zip")
 
     def table(path: Path, dtype: Any) -> Tensor:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; give the folder of the whole unpacked {short}.zip")
         return torch.from_numpy(pandas.read_csv(path, header=None, dtype=dtype).to_numpy(copy=True))
 
     data = Data(
@@ -222,53 +251,69 @@ def read_graph(path: Path) -> Data:
     """
     if not path.is_file():
         raise FileNotFoundError(f"path is {str(path)!r}, which is no file; give a .pt, .npz or <name>_network file")
-    if path.suffix == ".pt":
-        return _saved_data(path)
-    if path.suffix == ".npz":
-        return _numpy_graph(path)
-    if path.name.endswith("_network"):
-        return _mat_graph(path)
-    raise ValueError(f"path is {str(path)!r}; allowed is a .pt, .npz or <name>_network file")
+    readers = {".pt": _saved_data, ".npz": _numpy_graph}
+    reader = _mat_graph if path.name.endswith("_network") else readers.get(path.suffix)
+    if reader is None:
+        raise ValueError(f"path is {str(path)!r}; allowed is a .pt, .npz or <name>_network file")
+    with _readable(path):
+        return reader(path)
+
+
+class UnreadableError(ValueError):
+    """A file is not what it should be; the message names it."""
+
+
+@contextlib.contextmanager
+def _readable(name: object) -> Iterator[None]:
+    """Whatever goes wrong within, each library having its own errors for a damaged file, names the file."""
+    try:
+        yield
+    except (FileNotFoundError, UnreadableError, MemoryError):  # the first two name it already
+        raise
+    except Exception as error:
+        why = re.split(r"\n|\. ", str(error))[0] or type(error).__name__
+        raise UnreadableError(f"{name} cannot be read ({why}); damaged, or of another kind: replace it") from error
 
 
 def _saved_data(path: Path) -> Data:
     from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
     from torch_geometric.data.storage import GlobalStorage
 
-    with torch.serialization.safe_globals([Data, DataEdgeAttr, DataTensorAttr, GlobalStorage]), _readable(path):
-        data = torch.load(path, weights_only=True)
+    with torch.serialization.safe_globals([Data, DataEdgeAttr, DataTensorAttr, GlobalStorage]):
+        try:
+            data = torch.load(path, weights_only=True)
+        except pickle.UnpicklingError as error:  # whose text offers to run what the file holds
+            raise ValueError("not written by torch.save, or it holds more than a Data of tensors") from error
     if not isinstance(data, Data):
-        raise ValueError(f"{path} holds a {type(data).__name__}; save a torch_geometric.data.Data with torch.save")
+        raise ValueError(f"it holds a {type(data).__name__}, not a torch_geometric.data.Data")
     return data
 
 
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # each library has its own for a damaged file
-        why = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read ({why}); it is damaged, or of another kind than its name says"
-        ) from error
-
-
 def _numpy_graph(path: Path) -> Data:
-    with _readable(path):
-        arrays = np.load(path, allow_pickle=False)
-    with arrays:
+    with np.load(path, allow_pickle=False) as arrays:
         missing = {"attr_data", "attr_indices", "attr_indptr", "attr_shape", "labels"} - set(arrays.files)
         if missing or not {"edge_index", "adj_indices"} & set(arrays.files):
-            raise ValueError(f"{path} lacks {', '.join(sorted(missing)) or 'edge_index or adj_*'}")
-        attributes = scipy.sparse.csr_matrix(
-            (arrays["attr_data"], arrays["attr_indices"], arrays["attr_indptr"]), shape=arrays["attr_shape"]
-        )
+            raise ValueError(f"it lacks {', '.join(sorted(missing)) or 'edge_index or adj_*'}")
+        attributes = _csr(arrays["attr_data"], arrays["attr_indices"], arrays["attr_indptr"], arrays["attr_shape"])
         if "edge_index" in arrays.files:
-            edges = arrays["edge_index"].astype(np.int64)
+            edges = _whole("edge_index", arrays["edge_index"])
         else:
-            parts = (np.ones(len(arrays["adj_indices"])), arrays["adj_indices"], arrays["adj_indptr"])
-            edges = np.stack(scipy.sparse.csr_matrix(parts, shape=arrays["adj_shape"]).nonzero()).astype(np.int64)
-        return _assembled(attributes, edges, arrays["labels"].astype(np.int64))
+            ones = np.ones(len(arrays["adj_indices"]))
+            edges = np.stack(_csr(ones, arrays["adj_indices"], arrays["adj_indptr"], arrays["adj_shape"]).nonzero())
+        return _assembled(attributes, edges.astype(np.int64), _whole("labels", arrays["labels"]))
+
+
+def _csr(values: np.ndarray, columns: np.ndarray, pointers: np.ndarray, shape: np.ndarray) -> scipy.sparse.csr_matrix:
+    matrix = scipy.sparse.csr_matrix((values, columns, pointers), shape=shape)
+    matrix.check_format(full_check=True)
+    return matrix
+
+
+def _whole(name: str, numbers: np.ndarray) -> np.ndarray:
+    """These numbers as int64, none of them rounded."""
+    if numbers.dtype.kind not in "iufb" or not np.array_equal(numbers, np.rint(numbers)):  # NaN equals nothing
+        raise ValueError(f"{name} must be whole numbers")
+    return numbers.astype(np.int64)
 
 
 def _mat_graph(path: Path) -> Data:
@@ -282,25 +327,37 @@ def _mat_graph(path: Path) -> Data:
     tables = []
     for part in parts:
         with _readable(part):
-            tables.append(loadmat(part))
-        missing = {"Index", "Label", "Attributes"} - set(tables[-1])
-        if missing:
-            raise ValueError(f"{part} lacks {', '.join(sorted(missing))}")
-    with _readable(path):
-        pairs = np.loadtxt(path, dtype=np.int64, ndmin=2)[:, :2]
-    index = np.concatenate([table["Index"].ravel() for table in tables]).astype(np.int64)
+            table = loadmat(part)
+            missing = {"Index", "Label", "Attributes"} - set(table)
+            if missing:
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            table["Index"] = _whole("Index", table["Index"].ravel())
+            tables.append(table)
+    index = np.concatenate([table["Index"] for table in tables])
+    if index.min() < 0 or len(np.unique(index)) < len(index):
+        raise ValueError("Index in the .mat files beside it must be numbers >= 0, each node's own")
     labels = np.concatenate([table["Label"].ravel() for table in tables])
     attributes = scipy.sparse.vstack([scipy.sparse.csr_matrix(table["Attributes"]) for table in tables]).tocsr()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "loadtxt: input contained no data")
+        pairs = np.loadtxt(path, dtype=np.int64, ndmin=2, usecols=(0, 1))
+    if not len(pairs):
+        raise ValueError("it has no edges")
     position = np.full(index.max() + 1, -1)
     position[index] = np.arange(len(index))
-    if pairs.size and not 0 <= pairs.min() <= pairs.max() < len(position):
-        raise ValueError(f"{path} names node {pairs.max()}, but the .mat files beside it end at {len(position) - 1}")
+    if not 0 <= pairs.min() <= pairs.max() < len(position):
+        wrong = pairs.min() if pairs.min() < 0 else pairs.max()
+        raise ValueError(f"it names node {wrong}, but the .mat files beside it end at {len(position) - 1}")
     edges = position[pairs.T]
     return _assembled(attributes, edges[:, (edges >= 0).all(0)], np.unique(labels, return_inverse=True)[1])
 
 
 def _assembled(attributes: scipy.sparse.csr_matrix, edges: np.ndarray, labels: np.ndarray) -> Data:
     """Unused feature columns are dropped; edges become undirected, without loops and duplicates."""
+    if labels.shape != attributes.shape[:1]:
+        raise ValueError(f"it has {attributes.shape[0]} rows of attributes, but labels of shape {labels.shape}")
+    if edges.ndim != 2 or len(edges) != 2:
+        raise ValueError(f"edge_index has shape {edges.shape}; [2, edges] is needed")
     attributes = attributes[:, np.flatnonzero(attributes.getnnz(axis=0))].astype(np.float32)
     attributes.sort_indices()
     edge_index, _ = remove_self_loops(torch.from_numpy(edges))
@@ -319,16 +376,16 @@ def _assembled(attributes: scipy.sparse.csr_matrix, edges: np.ndarray, labels: n
 # -- access ------------------------------------------------------------------------------------------------------
 
 
-def features(data: Data) -> Tensor:
-    """Features [n, d]: dense, or a sparse CSR tensor where they are stored so."""
+def features(data: Data, check_invariants: bool = False) -> Tensor:
+    """Features [n, d]: dense, or a sparse CSR tensor where they are stored so (on request checked to be one)."""
     if data.get("x") is not None:
         return data.x
-    if data.get("x_value") is None:
+    if any(data.get(name) is None for name in CSR):
         raise ValueError("the graph has no features x; give some (one-hot node numbers would be memorised)")
     size = (len(data.x_crow) - 1, int(data.x_columns))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(data.x_crow, data.x_col, data.x_value, size, check_invariants=False)
+        return torch.sparse_csr_tensor(data.x_crow, data.x_col, data.x_value, size, check_invariants=check_invariants)
 
 
 def num_features(data: Data) -> int:
@@ -352,7 +409,7 @@ def row_normalized(data: Data) -> Data:
     x = features(data)
     if x.layout == torch.sparse_csr:
         rows = torch.arange(x.shape[0]).repeat_interleave(data.x_crow.diff())
-        sums = torch.zeros(x.shape[0]).index_add_(0, rows, data.x_value)
+        sums = data.x_value.new_zeros(x.shape[0]).index_add_(0, rows, data.x_value)
         copy.x_value = data.x_value / sums.clamp_min(1e-12)[rows]
     else:
         copy.x = x / x.sum(1, keepdim=True).abs().clamp_min(1e-12)
@@ -363,7 +420,15 @@ def undirected(data: Data) -> Data:
     """A copy with both directions of every edge, no duplicates, no self-loops.
 
     Weights and attributes of edges that become one are averaged.
+
+    Raises:
+        ValueError: the edges have other values, of which no mean is known.
     """
+    other = [name for name in data.edge_attrs() if "edge" in name and name not in ("edge_index", *EDGE_VALUES)]
+    if other:
+        raise ValueError(
+            f"{other[0]} has a value for each edge, not to be averaged; give undirected: false, or drop it"
+        )
     copy = data.clone()
     keep = data.edge_index[0] != data.edge_index[1]
     names = [name for name in EDGE_VALUES if data.get(name) is not None]
@@ -378,41 +443,86 @@ def check_graph(data: Any) -> None:
     """Raise ``ValueError`` in one sentence for what no graph network can use."""
     if not isinstance(data, Data):
         raise ValueError(f"data is a {type(data).__name__}; a torch_geometric.data.Data is needed")
-    x = features(data)
-    if x is data.get("x") and (x.layout != torch.strided or x.dim() != 2 or not x.is_floating_point()):
-        kind = f"{x.dtype} of shape {tuple(x.shape)}" + ("" if x.layout == torch.strided else f", {x.layout}")
-        raise ValueError(f"x is {kind}; features must be dense floating-point numbers of shape [nodes, features]")
-    if not x.shape[0]:
-        raise ValueError("the graph has no nodes; give a graph with rows in x")
-    values = x.values() if x.layout == torch.sparse_csr else x
-    if not torch.isfinite(values).all():
-        raise ValueError("features x hold NaN or infinite values; clean them")
-    edges, y = data.edge_index, data.y
-    if edges is None or edges.dim() != 2 or edges.shape[0] != 2 or edges.dtype != torch.long:
-        raise ValueError("edge_index must be whole numbers (int64) of shape [2, edges]")
-    if edges.numel() and (int(edges.min()) < 0 or int(edges.max()) >= x.shape[0]):
-        raise ValueError(f"edge_index names nodes outside 0 ... {x.shape[0] - 1}, the rows of x")
-    if y is None or y.dim() != 1 or y.dtype != torch.long or len(y) != x.shape[0]:
-        raise ValueError(f"y must be whole numbers (int64) of shape [{x.shape[0]}], one label a row of x")
+    n = _checked_features(data)
+    _check_edges(data, n)
+    y = data.get("y")
+    if not _is_tensor(y, torch.long, 1) or len(y) != n:
+        raise ValueError(f"y is {_kind(y)}; it must be whole numbers (int64) of shape [{n}], one label a row of x")
     if int(y.max()) < 0:
         raise ValueError("no node has a label; y is negative everywhere")
-    for name in EDGE_VALUES:
-        value = data.get(name)
-        if value is not None and (not isinstance(value, Tensor) or value.shape[:1] != edges.shape[1:]):
-            raise ValueError(f"{name} must be a tensor with one row for each of the {edges.shape[1]} edges")
     for name in MASKS:
         mask = data.get(name)
         if mask is not None:
             _check_mask(name, mask, y)
 
 
+def _checked_features(data: Data) -> int:
+    """The number of nodes."""
+    x = data.get("x")
+    if x is None:
+        try:
+            x = features(data, check_invariants=True)
+        except (RuntimeError, TypeError) as error:
+            why = str(error).partition("\n")[0]
+            raise ValueError(f"{', '.join(CSR)} are no CSR matrix ({why}); give them anew, or x") from error
+    elif not _is_tensor(x) or x.layout != torch.strided:
+        raise ValueError(f"x is {_kind(x)}; features must be a dense tensor of shape [nodes, features]")
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(
+            f"x is {_kind(x)}; features must be floating-point numbers (x.float()) of shape [nodes, features]"
+        )
+    if not x.shape[0]:
+        raise ValueError("the graph has no nodes; give a graph with rows in x")
+    if not x.shape[1]:
+        raise ValueError("features x have no columns; give at least one feature a node")
+    if not torch.isfinite(x.values() if x.layout == torch.sparse_csr else x).all():
+        raise ValueError("features x hold NaN or infinite values; clean them")
+    if "num_nodes" in data and data.num_nodes != x.shape[0]:
+        raise ValueError(f"num_nodes is {data.num_nodes}, but x has {x.shape[0]} rows; they must agree")
+    return x.shape[0]
+
+
+def _check_edges(data: Data, n: int) -> None:
+    edges = data.get("edge_index")
+    if not _is_tensor(edges, torch.long, 2) or edges.layout != torch.strided or edges.shape[0] != 2:
+        raise ValueError(
+            f"edge_index is {_kind(edges)}; it must be whole numbers (int64) of shape [2, edges], sources and targets"
+        )
+    for end in edges.aminmax() if edges.numel() else ():
+        if not 0 <= int(end) < n:
+            raise ValueError(f"edge_index names node {int(end)}, outside 0 ... {n - 1}, the rows of x")
+    for name in EDGE_VALUES:
+        value = data.get(name)
+        if value is None:
+            continue
+        if not _is_tensor(value) or value.shape[:1] != edges.shape[1:]:
+            raise ValueError(
+                f"{name} is {_kind(value)}; it must be a tensor with one row for each of the {edges.shape[1]} edges"
+            )
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} holds NaN or infinite values; clean it")
+
+
+def _is_tensor(value: Any, dtype: torch.dtype | None = None, dim: int | None = None) -> bool:
+    return isinstance(value, Tensor) and dtype in (None, value.dtype) and dim in (None, value.dim())
+
+
+def _kind(value: Any) -> str:
+    """What a value is, for a message."""
+    if value is None:
+        return "missing"
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    layout = "" if value.layout == torch.strided else f", {value.layout}"
+    return f"{value.dtype} of shape {tuple(value.shape)}{layout}"
+
+
 def _check_mask(name: str, mask: Any, y: Tensor) -> None:
     n = len(y)
-    ok = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() in (1, 2) and len(mask) == n
-    if not ok:
-        kind = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+    if not (_is_tensor(mask, torch.bool) and mask.dim() in (1, 2) and len(mask) == n):
         raise ValueError(
-            f"{name} is {kind}; it must be bool of shape [{n}] or [{n}, splits], true for its nodes (not their numbers)"
+            f"{name} is {_kind(mask)}; it must be bool of shape [{n}] or [{n}, splits], true for its nodes "
+            "(not their numbers)"
         )
     inside = mask if mask.dim() == 1 else mask.any(1)
     if bool((y[inside] < 0).any()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,25 @@ def told_as_plait_error() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         raise PlaitError(str(error)) from error
+
+
+@contextmanager
+def warnings_told(run: Run) -> Iterator[None]:
+    """Libraries' warnings go to ``run.warn``, each once; those of deprecation, for programmers, go where they went."""
+    told: set[str] = set()
+    elsewhere = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        sentence = " ".join(str(message).split())
+        if issubclass(category, (DeprecationWarning, PendingDeprecationWarning, FutureWarning)):
+            elsewhere(message, category, *where)
+        elif sentence not in told:
+            told.add(sentence)
+            run.warn(sentence)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 # -- load-data ----------------------------------------------------------------------------------------------------
@@ -88,7 +108,7 @@ class PygGraph:
     def load_data(self, run: Run) -> Data:
         with told_as_plait_error():
             data = datasets.pyg_graph(self.name, self.root, run.folder / "pyg")
-        return _prepared(data, self.normalize_features, self.undirected)
+            return _prepared(data, self.normalize_features, self.undirected)
 
 
 @attrs.frozen(kw_only=True)
@@ -103,11 +123,11 @@ class GraphFile:
     def load_data(self, run: Run) -> Data:
         with told_as_plait_error():
             data = datasets.read_graph(self.path)
-            datasets.check_graph(data)
-        return _prepared(data, self.normalize_features, self.undirected)
+            return _prepared(data, self.normalize_features, self.undirected)
 
 
 def _prepared(data: Data, normalize: bool, undirected: bool) -> Data:
+    datasets.check_graph(data)
     data = datasets.row_normalized(data) if normalize else data
     return datasets.undirected(data) if undirected else data
 
@@ -152,20 +172,40 @@ class NodeSplit:
         return copy
 
 
+def _classes(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    listed = isinstance(value, (list, tuple))
+    numbers = value if listed else [value]
+    ok = all(isinstance(n, int) and not isinstance(n, bool) and n >= (0 if listed else 2) for n in numbers)
+    if not ok or (listed and len(value) < 2):
+        raise PlaitError(f"{attribute.name} is {value!r}; allowed is {_classes.allowed}")
+
+
+_classes.allowed = "two classes or more, such as 4 or [0, 3]"  # type: ignore[attr-defined]
+
+
 @attrs.frozen(kw_only=True)
 class ClassSplit:
-    """Disjoint random classes for few-shot training, validation and test."""
+    """Disjoint classes for few-shot training, validation and test: so many random ones, or those that are listed."""
 
-    train: int = attrs.field(default=4, validator=in_range(2), metadata=doc("training classes"))
-    val: int = attrs.field(default=3, validator=in_range(2), metadata=doc("validation classes"))
-    test: int = attrs.field(default=3, validator=in_range(2), metadata=doc("test classes"))
+    train: int | tuple[int, ...] = attrs.field(
+        default=4, validator=_classes, metadata=doc("training classes: how many, or which")
+    )
+    val: int | tuple[int, ...] = attrs.field(
+        default=3, validator=_classes, metadata=doc("validation classes: how many, or which")
+    )
+    test: int | tuple[int, ...] = attrs.field(
+        default=3, validator=_classes, metadata=doc("test classes: how many, or which")
+    )
+
+    def __attrs_post_init__(self) -> None:
+        with told_as_plait_error():
+            splits.listed_classes((self.train, self.val, self.test))
 
     @hookimpl
     def transform(self, data: Any, run: Run) -> Data:
         with told_as_plait_error():
             datasets.check_graph(data)
-            sizes = (self.train, self.val, self.test)
-            classes = splits.split_classes(datasets.num_classes(data), sizes, run.generator())
+            classes = splits.split_classes(data.y, (self.train, self.val, self.test), run.generator())
         copy = data.clone()
         for name, part in zip(splits.CLASSES, classes, strict=True):
             copy[name] = part
@@ -312,7 +352,7 @@ class GraphTraining:
             select=self.select,
             checkpoint_every=self.checkpoint_every,
         )
-        with told_as_plait_error():
+        with told_as_plait_error(), warnings_told(run):
             objective = self._objective(model, data, run, surroundings.generator("validation"))
             return training.train(
                 model,
@@ -334,11 +374,16 @@ class GraphTraining:
                     "batch_size, num_hops and num_neighbors do not apply to episodes; leave them out with few-shot models"
                 )
             shape = (self.n_way, self.k_shot, self.n_query)
-            return tasks.EpisodeObjective(data, run.device, *shape, self.num_val_tasks, generator)
+            episodes = tasks.EpisodeObjective(data, run.device, *shape, self.num_val_tasks, generator)
+            episodes.check(model)
+            return episodes
         objective = tasks.NodeObjective(data, run.device, self.batch_size, self.num_hops, self.num_neighbors)
         objective.check(model)
-        if self.select == "best" and (data.get("val_mask") is None or not data.val_mask.any()):
+        unseen = data.get("val_mask") is None or not data.val_mask.any()
+        if unseen and self.select == "best":
             run.warn("there are no validation nodes, so the last weights are kept")
+        if unseen and self.patience is not None:
+            run.warn("there are no validation nodes, so patience does not stop the training")
         return objective
 
 
@@ -350,6 +395,11 @@ class AdamTraining(GraphTraining):
         default=(0.9, 0.999), validator=in_range(0, 1, high_open=True), metadata=doc("decay of the two running means")
     )
     decoupled: bool = attrs.field(default=False, metadata=doc("decoupled weight decay (AdamW)"))
+
+    @betas.validator
+    def _is_a_pair(self, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            raise PlaitError(f"betas is {value!r}; give two numbers, such as [0.9, 0.999]")
 
     def make_update(self, model: nn.Module, seed: int) -> training.Update:
         kind = torch.optim.AdamW if self.decoupled else torch.optim.Adam
@@ -396,7 +446,7 @@ class NodeAccuracy:
             raise PlaitError(f"the graph has no {self.split}_mask of shape [n] with nodes; use transform node-split")
 
         def measured(candidate: nn.Module) -> dict[str, float]:
-            with told_as_plait_error():
+            with told_as_plait_error(), warnings_told(run):
                 return _node_scores(candidate, data, mask, run.device)
 
         return _compared(model, reference, measured)
@@ -438,7 +488,7 @@ class EpisodeAccuracy:
         episodes = [sampler.draw(generator, run.device) for _ in range(self.num_tasks)]
 
         def measured(candidate: nn.Module) -> dict[str, float]:
-            with told_as_plait_error():
+            with told_as_plait_error(), warnings_told(run):
                 shares = tasks.episode_accuracies(candidate.to(run.device).eval(), graph, episodes)
             mean, half = interval95(100 * np.asarray(shares))
             return {"accuracy": mean, "± 95 % of one seed": half}

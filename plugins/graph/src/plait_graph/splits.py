@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
@@ -56,15 +58,31 @@ def chosen_split(data: Data, number: int) -> tuple[Tensor, ...]:
     return tuple(data[m] if data[m].dim() == 1 else data[m][:, number] for m in MASKS)
 
 
-def split_classes(
-    num_classes: int, sizes: tuple[int, int, int], generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Disjoint random sets of classes for training, validation and test."""
-    if sum(sizes) > num_classes:
-        raise ValueError(f"{' + '.join(map(str, sizes))} classes are asked for, but the graph has {num_classes}")
-    order = torch.randperm(num_classes, generator=generator)
-    train, val, test, _ = order.split([*sizes, num_classes - sum(sizes)])
-    return train, val, test
+def split_classes(y: Tensor, parts: Sequence[int | Sequence[int]], generator: torch.Generator) -> list[Tensor]:
+    """Disjoint sets of the classes that have nodes, one a part: those it lists, or so many random others.
+
+    Raises:
+        ValueError: a listed class has no nodes or is listed twice, or the classes are too few.
+    """
+    present, given = torch.unique(y[y >= 0]), listed_classes(parts)
+    for c in given:
+        if not (present == c).any():
+            raise ValueError(f"class {c} is asked for, but no node has it; the graph has {len(present)} classes")
+    sizes = [part if isinstance(part, int) else len(part) for part in parts]
+    if sum(sizes) > len(present):
+        raise ValueError(f"{' + '.join(map(str, sizes))} classes are asked for, but the graph has {len(present)}")
+    others = present[~torch.isin(present, torch.tensor(given, dtype=torch.long))]
+    drawn = iter(others[torch.randperm(len(others), generator=generator)].tolist())
+    return [torch.tensor([next(drawn) for _ in range(p)] if isinstance(p, int) else list(p)) for p in parts]
+
+
+def listed_classes(parts: Sequence[int | Sequence[int]]) -> list[int]:
+    """The classes that are listed in any part; ``ValueError`` where one is listed twice."""
+    given = [c for part in parts if not isinstance(part, int) for c in part]
+    twice = [c for c in given if given.count(c) > 1]
+    if twice:
+        raise ValueError(f"class {twice[0]} is listed twice; the parts must be disjoint")
+    return given
 
 
 def _labelled(y: Tensor, generator: torch.Generator) -> Tensor:

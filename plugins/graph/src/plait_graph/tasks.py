@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -15,12 +17,13 @@ import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch_geometric.data import Data
 from torch_geometric.utils import k_hop_subgraph
 
 from plait_graph.datasets import EDGE_VALUES, check_graph, features
 from plait_graph.episodes import Episode, EpisodeSampler
-from plait_graph.fewshot import EpisodeGraph, EpisodeModel
+from plait_graph.fewshot import EpisodeGraph, EpisodeModel, FixedSparse
 from plait_graph.sampling import NeighbourSampler
 from plait_graph.splits import CLASSES
 
@@ -54,27 +57,51 @@ def call(model: nn.Module, data: Data, x: Tensor, edge_index: Tensor) -> Tensor:
     if edge_index is not data.edge_index:
         of_loop = {"edge_weight": 1, "edge_attr": 0}
         values = {n: v.new_full((edge_index.shape[1], *v.shape[1:]), of_loop[n]) for n, v in values.items()}
-    return model(x, edge_index, **values)
+    try:
+        return model(x, edge_index, **values)
+    except ValueError as error:
+        if len(x) > 1:
+            raise
+        raise ValueError(
+            f"the model cannot be trained on one row ({error}); raise batch_size or num_hops, or leave out BatchNorm"
+        ) from error
+
+
+@contextmanager
+def _one_sentence(model: nn.Module, x: Tensor | FixedSparse, remedy: str) -> Iterator[None]:
+    """What PyTorch says of a model that does not fit features x [n, d], in one sentence."""
+    if any(is_lazy(p) for p in model.parameters()):
+        raise ValueError("layers of the model have no weights before its first call; call it once on the graph before")
+    try:
+        yield
+    except torch.OutOfMemoryError:  # a RuntimeError too
+        raise
+    except (RuntimeError, TypeError, IndexError) as error:
+        x = x.matrix if isinstance(x, FixedSparse) else x
+        weights = next((p for p in model.parameters() if p.is_floating_point()), x)
+        if weights.dtype != x.dtype:
+            raise ValueError(
+                f"x is {x.dtype}, but the model's weights are {weights.dtype}; convert one of them, as with x.float()"
+            ) from error
+        why = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the model cannot be run on the graph, which has {x.shape[1]} features a node ({why}); {remedy}"
+        ) from error
 
 
 def node_logits(model: nn.Module, data: Data) -> Tensor:
     """Logits of all nodes, [n, classes].
 
     Raises:
-        ValueError: the model answers episodes, does not fit the graph's features, or has too few outputs.
+        ValueError: the model answers episodes, has no weights yet (lazy layers), does not fit the graph's features, or
+            has too few outputs.
     """
     if isinstance(model, EpisodeModel):
         raise ValueError(
             f"the model is a {type(model).__name__}, which answers episodes of few nodes; use gnn, or episode-accuracy"
         )
-    try:
+    with _one_sentence(model, data.x, "its forward must take x [n, d] and edge_index [2, edges]"):
         logits = call(model, data, data.x, data.edge_index)
-    except (RuntimeError, TypeError) as error:
-        why = str(error).partition("\n")[0]
-        raise ValueError(
-            f"the model cannot be run on the graph, which has {data.x.shape[1]} features a node ({why}); "
-            "its forward must take x [n, d] and edge_index [2, edges]"
-        ) from error
     classes = int(data.y.max()) + 1
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(data.y) or logits.shape[1] < classes:
@@ -202,6 +229,8 @@ class NodeObjective:
 
 # -- few-shot classification ------------------------------------------------------------------------------------------
 
+_MADE_FOR_IT = "load one that was made for this graph"
+
 
 @attrs.frozen
 class EpisodeTask:
@@ -240,8 +269,20 @@ class EpisodeObjective:
         self.sampler = EpisodeSampler(y, data.train_classes, *shape, "training")
         validation = EpisodeSampler(y, data.val_classes, *shape, "validation")
         EpisodeSampler(y, data.test_classes, *shape, "test")
+        highest = data.train_classes.sort().values[-n_way:]  # a head over all classes may have no output for these
+        self.trial = EpisodeSampler(y, highest, *shape).draw(torch.Generator().manual_seed(0), device)
         self.device = device
         self.validation = [validation.draw(val_generator, device) for _ in range(num_val_tasks)]
+
+    @torch.no_grad()
+    def check(self, model: EpisodeModel) -> None:
+        """Try the model on an episode, before the work starts; it is left as it was.
+
+        Raises:
+            ValueError: it has no weights yet (lazy layers), or does not fit the graph's features or the episodes.
+        """
+        with _one_sentence(model, self.graph.x, _MADE_FOR_IT):
+            EpisodeTask(self.graph, self.trial).losses(copy.deepcopy(model).to(self.device).eval())
 
     def draw(self, generator: torch.Generator) -> EpisodeTask:
         return EpisodeTask(self.graph, self.sampler.draw(generator, self.device))
@@ -259,10 +300,10 @@ def episode_graph(data: Data, device: torch.device) -> EpisodeGraph:
     for name, classes in zip(CLASSES, splits, strict=True):
         if not isinstance(classes, Tensor) or classes.dtype != torch.long or classes.dim() != 1:
             raise ValueError(f"{name} must be whole numbers (int64) of shape [classes]")
-    everything = torch.cat(splits)
-    twice = everything[torch.bincount(everything)[everything] > 1]
+    classes, count = torch.unique(torch.cat(splits), return_counts=True)
+    twice = classes[count > 1]
     if len(twice):
-        raise ValueError(f"class {int(twice[0])} is in two splits of classes; they must be disjoint")
+        raise ValueError(f"class {int(twice[0])} is in two splits of classes, or twice in one; they must be disjoint")
     return EpisodeGraph.of(features(data).to(device), data.edge_index.to(device))
 
 
@@ -270,5 +311,6 @@ def episode_accuracies(model: Any, graph: EpisodeGraph, episodes: list[Episode])
     """Share of queries classified correctly in each episode."""
     if not isinstance(model, EpisodeModel):
         raise ValueError(f"the model is a {type(model).__name__}, which answers no episodes; use gpn, meta-gcn or tent")
-    logits = model.answers(graph, episodes)
+    with _one_sentence(model, graph.x, _MADE_FOR_IT):
+        logits = model.answers(graph, episodes)
     return [float((z.argmax(-1) == e.labels).float().mean()) for z, e in zip(logits, episodes, strict=True)]

@@ -67,6 +67,9 @@ class TENT(EpisodeModel):
         """Loss of each query, plus the mean loss of the base classes' head over the episode's nodes."""
         if episode.classes is None:
             raise ValueError("the episode does not say its classes, which TENT's second loss needs; give classes")
+        known, highest = self.base.out_features, int(episode.classes.max())
+        if highest >= known:
+            raise ValueError(f"the episode has class {highest}, but the model was made for classes 0 ... {known - 1}")
         z = self._encoded(graph)
         logits = self._classified(z, self.message_passing(z, graph.adjacency), graph, episode)
         of_support = episode.classes.repeat_interleave(episode.support.shape[1])

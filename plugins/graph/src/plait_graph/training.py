@@ -46,6 +46,8 @@ class PlainUpdate:
     def step(self, task: Task) -> dict[str, Any]:
         self.optimizer.zero_grad()
         loss = task.losses(self.model).mean()
+        if not loss.requires_grad:
+            raise ValueError("the loss depends on no tensor that requires a gradient; unfreeze what the model uses")
         loss.backward()
         self._refuse_non_finite(loss.detach())
         self.optimizer.step()
@@ -147,12 +149,20 @@ def fingerprint(description: str, model: nn.Module, data: Data) -> str:
     digest = hashlib.sha256(description.encode())
     for name, value in [*model.state_dict().items(), *data.to_dict().items()]:
         digest.update(f"{name} ".encode())
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        else:
+        if not isinstance(value, Tensor):
             digest.update(repr(value).encode())
+            continue
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        for part in _dense_parts(value.detach().cpu()):
+            digest.update(part.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _dense_parts(value: Tensor) -> tuple[Tensor, ...]:
+    if value.layout == torch.strided:
+        return (value,)
+    sparse = value.to_sparse_coo().coalesce()
+    return sparse.indices(), sparse.values()
 
 
 def _one_update(
