@@ -67,3 +67,11 @@ def kill_a_child_once(appeared):
 def test_what_goes_wrong_inside_a_peer_is_told(make_training):
     with pytest.raises(PeerError, match="not finite after round 1"):
         make_training(engine="peers", ranks=2, learning_rate=1e38, max_grad_norm=None, weight_decay=1.0).run()
+
+
+def test_the_peer_at_fault_is_named_not_those_that_lost_it(make_training, make_shards):
+    shards = make_shards()
+    shards.inputs[shards.members[5]] = float("inf")
+    training = make_training(engine="peers", ranks=3, shards=shards)
+    with pytest.raises(PeerError, match=r"peer process 2 \(clients 4, 5\) stopped: .*not finite after round 1"):
+        training.run()

@@ -9,6 +9,7 @@ simulation and are not counted as traffic of the method.
 from __future__ import annotations
 
 import multiprocessing.connection
+import os
 import signal
 import time
 import uuid
@@ -73,6 +74,7 @@ def run(job: Job, state: State, on_round: Callable[[Record], None]) -> None:
         tensor.share_memory_()
     processes = []
     for rank, block in enumerate(blocks):
+        _error_file(job, rank).unlink(missing_ok=True)
         own = {name: table[block].clone() for name, table in state.items()}
         arguments = (rank, job, blocks, own, str(rendezvous), sender if rank == 0 else None)
         processes.append(context.Process(target=_rank, args=arguments, daemon=True))
@@ -105,29 +107,31 @@ def _watch(job: Job, blocks: list[np.ndarray], processes: list, receiver, on_rou
             on_round(message)
         if any(process.exitcode for process in processes):
             time.sleep(0.5)  # so that a killed rank is seen beside those that noticed it missing
-            # Ranks that raised have done so because of data or of a lost neighbour; a signal is a cause of its own.
-            failed = sorted(
-                (rank for rank, process in enumerate(processes) if process.exitcode),
-                key=lambda rank: processes[rank].exitcode > 0,
-            )
-            raise PeerError(_explain(job, blocks, failed, processes, last))
+            failed = [rank for rank, process in enumerate(processes) if process.exitcode]
+            rank = min(failed, key=lambda rank: _time_of_error(job, rank))
+            raise PeerError(_explain(job, blocks[rank], rank, processes[rank].exitcode, last))
 
 
-def _explain(job: Job, blocks: list[np.ndarray], failed: list[int], processes: list, last: int) -> str:
-    rank = failed[0]
-    clients = ", ".join(map(str, blocks[rank][:5])) + (" …" if len(blocks[rank]) > 5 else "")
-    code = processes[rank].exitcode
-    if code < 0:
+def _time_of_error(job: Job, rank: int) -> int:
+    """When the rank wrote why it stops; 0 for one that could not: it is the cause, the others lost it."""
+    note = _error_file(job, rank)
+    return note.stat().st_mtime_ns if note.exists() else 0
+
+
+def _explain(job: Job, block: np.ndarray, rank: int, code: int, last: int) -> str:
+    clients = ", ".join(map(str, block[:5])) + (" …" if len(block) > 5 else "")
+    note = _error_file(job, rank)
+    if note.exists():
+        what = f"stopped: {note.read_text()}"
+    elif code < 0:
         what = f"died of {signal.Signals(-code).name}"
     else:
-        notes = [path.read_text() for path in _error_files(job, failed) if path.exists()]
-        unstarted = f'ended with code {code} (a script needs `if __name__ == "__main__":` to start processes)'
-        what = f"stopped: {notes[0]}" if notes else unstarted
+        what = f'ended with code {code} (a script needs `if __name__ == "__main__":` to start processes)'
     return f"peer process {rank} (clients {clients}) {what}, after round {last}; run again to go on from the last complete round"
 
 
-def _error_files(job: Job, ranks: list[int]) -> list[Path]:
-    return [job.folder / f"error-{rank}.txt" for rank in ranks]
+def _error_file(job: Job, rank: int) -> Path:
+    return job.folder / f"error-{rank}.txt"
 
 
 def _rank(rank: int, job: Job, blocks: list[np.ndarray], own: State, rendezvous: str, sender) -> None:
@@ -140,8 +144,6 @@ def _rank(rank: int, job: Job, blocks: list[np.ndarray], own: State, rendezvous:
         # NCCL needs a GPU for each rank; ranks that share one talk through the host.
         if torch.cuda.device_count() >= job.ranks:
             backend = "nccl"
-    (error_file,) = _error_files(job, [rank])
-    error_file.unlink(missing_ok=True)
     try:
         dist.init_process_group(
             backend,
@@ -153,8 +155,9 @@ def _rank(rank: int, job: Job, blocks: list[np.ndarray], own: State, rendezvous:
         _Peer(rank, job, blocks, own, device, sender).run()
         dist.destroy_process_group()
     except Exception as error:
-        error_file.write_text(f"{error}".strip().splitlines()[0][:400] if str(error) else type(error).__name__)
-        raise SystemExit(1) from error
+        note = f"{error}".strip().splitlines()[0][:400] if str(error) else type(error).__name__
+        _error_file(job, rank).write_text(note)
+        os._exit(1)  # the interpreter's own end would abort on the threads of a connection that broke
 
 
 class _Peer:
