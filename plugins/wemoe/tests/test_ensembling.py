@@ -1,5 +1,8 @@
 """The merged forward pass: hand-computed values, all strategies against the plain loop, gradients, memory."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -233,8 +236,19 @@ def test_pruning_keeps_the_largest_unscaled(ratio, kept):
     st.sampled_from([0, 0.1, 0.3, 0.5, 0.9, 1]),
 )
 def test_pruning_selects_what_lies_above_the_interpolated_quantile(values, ratio):
+    """Interpolated in float64 at the float32 rank; releases of ``torch.quantile`` round the rank differently."""
     tau = torch.tensor(values)
-    assert torch.equal(prune(tau, ratio), torch.where(tau.abs() > torch.quantile(tau.abs(), float(ratio)), tau, 0))
+    ordered = tau.abs().double().sort().values
+    rank = float(np.float32(ratio) * np.float32(len(values) - 1))
+    below, above = ordered[math.floor(rank)], ordered[math.ceil(rank)]
+    quantile = below + (rank - math.floor(rank)) * (above - below)
+    assert torch.equal(prune(tau, ratio), torch.where(tau.abs() > quantile, tau, 0))
+
+
+def test_the_rank_is_computed_in_float32():
+    """0.99 × 4,194,303 is 4,152,359.97; in float32 it is 4,152,360."""
+    kept = prune(torch.arange(4_194_304.0), 0.99).nonzero()
+    assert kept[0] == 4_152_361
 
 
 def test_pruning_ratio_outside_its_range():

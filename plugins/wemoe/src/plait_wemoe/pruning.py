@@ -13,8 +13,9 @@ def magnitude_threshold(tensors: Sequence[Tensor], ratio: float) -> Tensor:
     """The order statistic that an entry must exceed in magnitude to be kept, over all tensors together.
 
     It selects the entries that lie strictly above the linearly interpolated ``ratio``-quantile of |τ|:
-    between two neighbouring order statistics no entry can lie, so the lower one decides. The rank is
-    computed in float32, as ``torch.quantile`` does; in float64 it can differ by one for large tensors.
+    between two neighbouring order statistics no entry can lie, so the lower one decides. The rank
+    ratio · (n - 1) is computed in float32, as ``torch.quantile`` did for the paper; in float64, and in
+    releases of torch that round it otherwise (2.14 does), it can differ by one.
 
     Raises:
         ValueError: ``ratio`` outside [0, 1].
