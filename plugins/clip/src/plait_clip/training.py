@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plait_clip.fingerprint import fingerprint
 from plait_clip.loader import Batch
 from plait_clip.losses import clip_loss, sigmoid_loss
 from plait_clip.model import ImageTextModel
@@ -309,11 +310,9 @@ def _identity(
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     rates = [learning_rate(step) for step in range(0, num_steps, max(1, num_steps // 16))]
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    digest = hashlib.blake2b(repr((type(optimizer).__name__, settings, rates, trained, arguments)).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    weights = fingerprint(model.state_dict())
+    facts = (type(optimizer).__name__, settings, rates, trained, arguments, weights)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plait_clip import prompts
+from plait_clip.fingerprint import fingerprint
 from plait_clip.loader import image_batches, undecoded
 from plait_clip.model import ImageTextModel
 
@@ -85,12 +86,9 @@ def zero_shot_head(
 
 
 def _head_key(model: ImageTextModel, names: Sequence[str], texts: Sequence[str], precision: str) -> str:
-    digest = hashlib.blake2b(repr((type(model).__name__, names, texts, precision)).encode())
-    digest.update(model.tokenize(list(texts[:1])).numpy().tobytes())
-    for name, tensor in sorted(model.text_state().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    tokens = model.tokenize(list(texts[:1])).tolist()
+    facts = (type(model).__name__, names, texts, precision, tokens, fingerprint(model.text_state()))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def image_features(

@@ -22,7 +22,7 @@ from plait_wemoe.evaluation import mixed_accuracy, one_task_accuracy, routing_fi
 from plait_wemoe.four_tasks import CLASSES, TASKS, four_tasks
 from plait_wemoe.images import ImageColumn, ShuffledBatches
 from plait_wemoe.pool import Features, Pool, columns_of, label_names, pool_of
-from plait_wemoe.states import State
+from plait_wemoe.states import State, fingerprint
 from plait_wemoe.tasks import CosineHead, IndividualModels, MultiTaskModel, WithHeads, feature_tensor, with_state
 from plait_wemoe.training import LabelledTask, first_per_class, train_tasks
 from plait_wemoe.upscaling import UpscaleConfig, upscale
@@ -242,12 +242,10 @@ class Adaptive(Merging):
     def _scratch(self, pool: Pool, columns: Mapping[str, ImageColumn], run: Any) -> Path:
         """A folder for the state of this training: of this method, these models and images, and of no other."""
         images = {task: column.fingerprint for task, column in columns.items()}
-        digest = hashlib.sha256(f"{plain(self)} {run.seed} {run.step} {images}".encode())
-        for model in (pool.base, *pool.encoders.values(), *pool.task_heads.values()):
-            for name, tensor in model.state_dict().items():
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        folder = run.folder / digest.hexdigest()[:16]
+        models = (pool.base, *pool.encoders.values(), *pool.task_heads.values())
+        weights = [fingerprint(model.state_dict()) for model in models]
+        facts = (plain(self), run.seed, run.step, images, weights)
+        folder = run.folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

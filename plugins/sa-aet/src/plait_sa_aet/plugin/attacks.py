@@ -19,6 +19,7 @@ import attrs
 import datasets
 from plait import PlaitError, hookimpl
 from plait.fields import doc, in_range, one_of, output_path
+from plait_clip.fingerprint import fingerprint
 from plait_clip.loader import check_captions, image_batches, undecoded
 from plait_clip.model import ImageTextModel
 from plait_clip.plugin.errors import as_plait_errors
@@ -34,7 +35,6 @@ from plait_sa_aet.plugin.shards import (
     Shards,
     changed_features,
     digest,
-    digest_of,
     export,
     image_names,
     rows_of,
@@ -191,7 +191,7 @@ class Attack:
             findings.add(record)
         run.add(findings.report())
         if self.save_to is not None:
-            made_of = {"model_sha256": digest_of(source.model), "corpus_sha256": findings.corpus_sha256}
+            made_of = {"model_sha256": fingerprint(source.model.state_dict()), "corpus_sha256": findings.corpus_sha256}
             export(self.save_to, shards, len(starts), findings.projection, made_of)
         return with_other_columns(data, shards.dataset(len(starts)), folder)
 

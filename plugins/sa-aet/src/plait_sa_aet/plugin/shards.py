@@ -12,8 +12,8 @@ from typing import IO, Any
 
 import datasets
 import numpy as np
-import torch
 from datasets.arrow_writer import ArrowWriter
+from plait_clip.fingerprint import fingerprint
 from plait_clip.loader import caption_column, undecoded
 from plait_clip.records import flattened, png_bytes
 from safetensors.torch import save_file
@@ -69,22 +69,13 @@ class Shards:
 
 def digest(settings: str, model: nn.Module, data: datasets.Dataset) -> str:
     """What shards are made of, so that those of another attack, model or data are never taken for one's own."""
-    found = hashlib.sha256((settings + digest_of(model)).encode())
+    found = hashlib.sha256((settings + fingerprint(model.state_dict())).encode())
     cells = undecoded(data).select_columns(["image", caption_column(data)])
     for batch in cells.iter(batch_size=256):
         for cell in batch["image"]:
             found.update(cell["bytes"] or str(cell["path"]).encode())
         found.update(json.dumps(batch[caption_column(data)]).encode())
     return found.hexdigest()[:16]
-
-
-def digest_of(model: nn.Module) -> str:
-    """SHA-256 of a model's weights and buffers with their names."""
-    found = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def changed_features(data: datasets.Dataset, side: int, floats: bool) -> datasets.Features:

@@ -27,6 +27,7 @@ from plait_clip.backdoor.clean_clip import FineTuning, clean_clip, steps_of_epoc
 from plait_clip.backdoor.eda import Synonyms
 from plait_clip.backdoor.poison import IS_BACKDOOR
 from plait_clip.backdoor.synonyms import mapped_synonyms, open_synonyms
+from plait_clip.fingerprint import fingerprint
 from plait_clip.loader import Pairs
 from plait_clip.model import ImageTextModel
 from plait_clip.plugin.errors import as_plait_errors
@@ -82,10 +83,8 @@ def synonyms_of(source: str) -> Synonyms:
 
 def scratch(run: Any, method: Any, model: torch.nn.Module, data: datasets.Dataset) -> Path:
     """A folder for the state of this training: of this method, model, data and seed, and of no other."""
-    digest = hashlib.sha256(f"{plain(method)} {run.seed} {run.step} {data._fingerprint}".encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    folder = run.folder / digest.hexdigest()[:16]
+    facts = (plain(method), run.seed, run.step, data._fingerprint, fingerprint(model.state_dict()))
+    folder = run.folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
     return folder
 
