@@ -178,7 +178,7 @@ def fit_mixtures(
         if not len(active):
             break
         # E-step
-        log_r = log_joint - log_joint.logsumexp(dim=2, keepdim=True)
+        log_r = log_joint.log_softmax(dim=2)
         dead = (log_r.masked_fill(h.unsqueeze(2) == 0, -math.inf).amax(dim=1) < _UNDERFLOW).any(dim=1)
         r = log_r.exp_() * h.unsqueeze(2)
         # M-step: the means stay, the weights are not renormalised
