@@ -12,12 +12,11 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import attrs
@@ -25,6 +24,7 @@ import pluggy
 
 from plait.errors import PlaitError
 from plait.hookspecs import MethodHooks
+from plait.importing import import_code
 
 HOOKS: tuple[str, ...] = tuple(name for name, value in vars(MethodHooks).items() if not name.startswith("_"))
 WRAPPERS_GROUP = "plait.plugins"
@@ -172,13 +172,14 @@ def _unknown(hook: str, name: str) -> str:
 
 def _by_path(hook: str, name: str, folder: Path | None) -> Method:
     module_name, _, class_name = name.rpartition(":")
-    if module_name.endswith(".py"):
-        file = (folder or Path.cwd()) / module_name
-        module = _import_file(file, name)
-        source = file.resolve()
-    else:
-        module = _import_module(module_name, f"method {name!r}", folder)
-        source = Path(module.__file__ or "")
+    file = (folder or Path.cwd()) / os.path.expanduser(module_name)
+    if module_name.endswith(".py") and not os.path.isfile(file):  # unlike Path's, it bears names of any length
+        raise PlaitError(f"method {name!r}: there is no file {file}")
+    try:
+        module = import_code(module_name, folder)
+    except Exception as error:
+        raise PlaitError(f"method {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    source = Path(module.__file__ or "")
     cls = getattr(module, class_name, None)
     if not inspect.isclass(cls):
         classes = [
@@ -186,40 +187,6 @@ def _by_path(hook: str, name: str, folder: Path | None) -> Method:
         ]
         raise PlaitError(f"method {name!r}: there is no class {class_name!r} in it{nearest(class_name, classes)}")
     return Method(hook, name, cls, None, _digest([source]) if source.is_file() else "0")
-
-
-def _import_file(file: Path, name: str) -> ModuleType:
-    try:
-        content = file.read_bytes()
-    except (OSError, ValueError) as error:
-        raise PlaitError(f"method {name!r}: there is no file {file}") from error
-    # The content is part of the name: an edited file is another module.
-    module_name = f"plait_file_{hashlib.sha256(str(file.resolve()).encode() + content).hexdigest()[:16]}"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    module.__dict__["__plait_file__"] = str(file.resolve())
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[module_name]
-        raise PlaitError(f"method {name!r} cannot be imported: {type(error).__name__}: {error}") from error
-    return module
-
-
-def _import_module(module_name: str, what: str, folder: Path | None = None) -> ModuleType:
-    added = str(folder or Path.cwd())
-    sys.path.insert(0, added)
-    try:
-        return importlib.import_module(module_name)
-    except Exception as error:
-        raise PlaitError(f"{what} cannot be imported: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(added)
 
 
 def _import(target: str, what: str) -> type[Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import PlaitError
-from plait.methods import _import_file
+from plait.importing import import_code
 
 
 class ModuleCodec:
@@ -60,11 +60,9 @@ class ModuleCodec:
 def _class(facts: dict[str, Any]) -> Any:
     module_name, _, qualname = facts["class"].partition(":")
     try:
-        module = (
-            _import_file(Path(facts["file"]), facts["class"]) if facts["file"] else importlib.import_module(module_name)
-        )
+        module = import_code(facts["file"] or module_name)
         return functools.reduce(getattr, qualname.split("."), module)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the user's module raises
         raise PlaitError(
             f"the model's class {facts['class']} cannot be found again ({error}); define it at the top of an importable module"
         ) from error

@@ -443,6 +443,7 @@ def test_a_generator_of_ones_own_may_propose_several_words(model, own_words):
     ("generator", "sentence"),
     [
         ("nowhere.py:Words", r"generator is 'nowhere.py:Words', but there is no file nowhere.py"),
+        ("~nobody/own.py:Words", r"generator is '~nobody/own.py:Words', but there is no file "),
         ("nowhere:Words", r"'nowhere:Words' cannot be imported \(No module named 'nowhere'\)"),
         ("broken.py:Words", r"'broken.py:Words' cannot be imported \(SyntaxError"),
         ("own_words.py:Words", "'Words' is not there; name a class of own_words.py"),

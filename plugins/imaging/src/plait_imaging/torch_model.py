@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import importlib
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ import torch
 from datasets import Dataset
 from plait import PlaitError, hookimpl
 from plait.fields import doc, in_range, one_of
+from plait.importing import import_code
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -142,32 +139,12 @@ def _load_torchscript(file: Path) -> torch.nn.Module:
 def _build(architecture: str, arguments: dict[str, Any]) -> torch.nn.Module:
     module_name, _, class_name = architecture.rpartition(":")
     try:
-        module = (
-            _import_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
-        )
-        network = getattr(module, class_name)(**arguments)
+        network = getattr(import_code(module_name), class_name)(**arguments)
     except Exception as error:
         raise PlaitError(f"architecture {architecture} cannot be built: {type(error).__name__}: {error}") from error
     if not isinstance(network, torch.nn.Module):
         raise PlaitError(f"architecture {architecture} gives a {type(network).__name__}; a torch.nn.Module is needed")
     return network
-
-
-def _import_file(file: Path) -> Any:
-    # The content is part of the name: an edited file is another module.
-    name = "plait_architecture_" + hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
 
 
 def _reason(error: Exception) -> str:

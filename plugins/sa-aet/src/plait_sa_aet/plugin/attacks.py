@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import os
 import sys
 import warnings
@@ -12,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import attrs
 import datasets
 from plait import PlaitError, hookimpl
 from plait.fields import doc, in_range, one_of, output_path
+from plait.importing import import_code
 from plait_clip.fingerprint import fingerprint
 from plait_clip.loader import check_captions, image_batches, undecoded
 from plait_clip.model import ImageTextModel
@@ -362,7 +360,7 @@ class SwapsWords:
             self._check_words()
             if self.generator not in GENERATORS:
                 file = _file_of(str(self.generator))
-                if file is not None and not file.is_file():
+                if file is not None and not os.path.isfile(file):
                     raise PlaitError(f"generator is {self.generator!r}, but there is no file {file}")
                 object.__setattr__(self, "generator_file", file)
 
@@ -686,14 +684,10 @@ def _own_generator(target: str) -> Any:
         ValueError: it cannot be imported or made, or has no method ``propose``.
     """
     place, _, name = target.rpartition(":")
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
     try:
-        module = _module_in(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
+        module = import_code(place)
     except Exception as error:  # whatever the user's module raises
         raise ValueError(f"generator {target!r} cannot be imported ({_reason(error)})") from error
-    finally:
-        sys.path.remove(folder)
     if not callable(make := getattr(module, name, None)):
         what = "is no class" if hasattr(module, name) else "is not there"
         raise ValueError(f"generator {target!r}: {name!r} {what}; name a class of {place}")
@@ -706,27 +700,11 @@ def _own_generator(target: str) -> Any:
     return found
 
 
-def _module_in(file: Path) -> ModuleType:
-    """A file as a module; an edited file is another module."""
-    name = f"plait_sa_aet_generator_{hashlib.sha256(str(file.resolve()).encode() + file.read_bytes()).hexdigest()[:16]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(sys.modules[name])
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
-
-
 def _file_of(target: str) -> Path | None:
     """The file of ``package.module:Class`` or ``folder/file.py:Class``, None where there is none; nothing is imported."""
     place = target.rpartition(":")[0]
     if place.endswith(".py"):
-        return Path(place).expanduser()
+        return Path(os.path.expanduser(place))
     places: Sequence[str] | None = [os.getcwd(), *sys.path]
     spec = None
     for depth in range(1, place.count(".") + 2):

@@ -1,0 +1,39 @@
+"""Users' own code, named by import path or by file."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from plait.importing import import_code
+
+
+@pytest.mark.parametrize("place", ["own_code.py", "own_code"])
+def test_both_are_looked_for_from_the_folder(place, tmp_path):
+    (tmp_path / "own_code.py").write_text("ANSWER = 42\n")
+    before = list(sys.path)
+    assert import_code(place, tmp_path).ANSWER == 42
+    assert sys.path == before
+    sys.modules.pop("own_code", None)
+
+
+def test_an_edited_file_is_another_module(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text("ANSWER = 1\n")
+    first = import_code(str(file))
+    assert import_code("own.py", tmp_path) is first
+    file.write_text("ANSWER = 2\n")
+    assert (import_code(str(file)).ANSWER, first.ANSWER) == (2, 1)
+    assert Path(first.__plait_file__) == file.resolve()
+
+
+def test_a_module_that_fails_is_imported_anew(tmp_path):
+    (tmp_path / "own.py").write_text("import pathlib\npathlib.Path(__file__).with_name('data').read_text()\n")
+    with pytest.raises(FileNotFoundError, match="data"):
+        import_code("own.py", tmp_path)
+    (tmp_path / "data").write_text("")
+    assert import_code("own.py", tmp_path)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.py"):
+        import_code("nothing.py", tmp_path)
