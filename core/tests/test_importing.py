@@ -35,5 +35,5 @@ def test_a_module_that_fails_is_imported_anew(tmp_path):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing.py"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.py"):
         import_code("nothing.py", tmp_path)

@@ -12,7 +12,7 @@ import torch
 from plait import PlaitError, Report, Run, hookimpl
 from plait.fields import doc, in_range, one_of
 from plait.report import Curve, Image, Panel, png
-from plait_graph.plugin import GraphTraining, told_as_plait_error
+from plait_graph.plugin import GraphTraining, are_two, told_as_plait_error
 from plait_graph.tasks import NodeObjective, Task
 from plait_graph.training import PlainUpdate, Update
 from torch import nn
@@ -120,10 +120,7 @@ class PerturbingTraining(GraphTraining):
         default=("*",), metadata=doc("patterns of the names of the tensors that are perturbed, such as encoder.*")
     )
 
-    @betas.validator
-    def _is_a_pair(self, attribute: Any, value: Any) -> None:
-        if not isinstance(value, (tuple, list)) or len(value) != 2:
-            raise PlaitError(f"betas is {value!r}; give two numbers, such as [0.9, 0.999]")
+    betas.validator(are_two)
 
     @perturb.validator
     def _is_a_list(self, attribute: Any, value: Any) -> None:

@@ -387,6 +387,12 @@ class GraphTraining:
         return objective
 
 
+def are_two(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    """Refuse what is no pair of numbers, for the fields ``betas``."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise PlaitError(f"{attribute.name} is {value!r}; give two numbers, such as [0.9, 0.999]")
+
+
 @attrs.frozen(kw_only=True)
 class AdamTraining(GraphTraining):
     """Plain training with Adam, or AdamW, on a graph or on episodes."""
@@ -396,10 +402,7 @@ class AdamTraining(GraphTraining):
     )
     decoupled: bool = attrs.field(default=False, metadata=doc("decoupled weight decay (AdamW)"))
 
-    @betas.validator
-    def _is_a_pair(self, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if not isinstance(value, (tuple, list)) or len(value) != 2:
-            raise PlaitError(f"betas is {value!r}; give two numbers, such as [0.9, 0.999]")
+    betas.validator(are_two)
 
     def make_update(self, model: nn.Module, seed: int) -> training.Update:
         kind = torch.optim.AdamW if self.decoupled else torch.optim.Adam
