@@ -47,6 +47,8 @@ def test_every_plugin_loads_from_its_wheel(environment, wheels):
     done = environment.run("plait", "doctor", ok=False)
     assert [line for line in done.stdout.splitlines() if line.startswith("wrong")] == []
     assert done.returncode == 0
+    synonyms = "from plait_clip.backdoor.synonyms import open_synonyms; print(*open_synonyms(None)('car'), sep=',')"
+    assert "automobile" in environment.run("python", "-c", synonyms).stdout.split(",")
     installed = environment.run("plait", "install", "ensir", "--from", wheels, ok=False)
     assert installed.returncode == 1  # this environment has no pip
     assert "pip could not install plait-ensir" in installed.stderr

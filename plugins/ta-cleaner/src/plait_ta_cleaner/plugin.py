@@ -71,8 +71,8 @@ class SubcaptionRules:
     synonyms: str = attrs.field(
         default=WORDNET,
         metadata=doc(
-            "wordnet (nltk's data or WordNet's files where installed), test-beds (of the small beds), or the path of a "
-            "JSON file {word: [synonyms]} or of a folder with WordNet's files"
+            "wordnet (WordNet 3.0, which comes with plait-clip), test-beds (of the small beds), or the path of a JSON file "
+            "{word: [synonyms]} or of a folder with WordNet's files"
         ),
     )
     tagger: str = attrs.field(
@@ -81,7 +81,9 @@ class SubcaptionRules:
     )
     word_list: Path | None = attrs.field(
         default=None,
-        metadata=doc("WordNet folder of the lexicon tagger; default: the installed one, else a list in the package"),
+        metadata=doc(
+            "folder with WordNet's files for the lexicon tagger; default: WordNet 3.0, which comes with plait-clip"
+        ),
     )
 
     def __attrs_post_init__(self) -> None:

@@ -190,8 +190,8 @@ class CleanClip(Training):
     synonyms: str = attrs.field(
         default=WORDNET,
         metadata=doc(
-            "for augmented captions: wordnet (nltk's data or WordNet's files where installed), test-beds (of the small beds), "
-            "or the path of a JSON file {word: [synonyms]} or of a folder with WordNet's files"
+            "for augmented captions: wordnet (WordNet 3.0, which comes with plait-clip), test-beds (of the small beds), or the "
+            "path of a JSON file {word: [synonyms]} or of a folder with WordNet's files"
         ),
     )
     eda_resample: Literal["once", "epoch"] = attrs.field(
