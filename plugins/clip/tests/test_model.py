@@ -7,6 +7,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from plait import PlaitError, Run
 from plait_clip import beds
 from plait_clip.examples import digit_pairs
@@ -15,6 +16,7 @@ from plait_clip.model import (
     ImageInput,
     ImageTextModel,
     OpenClipModel,
+    ProcessorInput,
     TransformersModel,
     WordTokenizer,
     architectures,
@@ -69,14 +71,16 @@ VISION = {
 }
 
 
-def hf_clip() -> TransformersModel:
+def hf_clip(image_input: ImageInput | None = None) -> TransformersModel:
     config = transformers.CLIPConfig(
         text_config=text_tower(bos_token_id=12, eos_token_id=13, pad_token_id=13),
         vision_config=VISION,
         projection_dim=8,
     )
     return TransformersModel(
-        transformers.CLIPModel(config).eval(), hf_tokenizer("[SEP]"), ImageInput(16, [0.5] * 3, [0.5] * 3)
+        transformers.CLIPModel(config).eval(),
+        hf_tokenizer("[SEP]"),
+        image_input or ImageInput(16, [0.5] * 3, [0.5] * 3),
     )
 
 
@@ -222,6 +226,21 @@ def test_transformers_folders_with_their_image_processor(run, tmp_path):
     x = torch.rand(2, 3, 16, 16)
     expected = model.model.get_image_features(pixel_values=(x - 0.4) / 0.3)
     torch.testing.assert_close(loaded.encode_image(x), getattr(expected, "pooler_output", expected))
+
+
+@pytest.mark.parametrize("name", ["CLIPImageProcessor", "CLIPImageProcessorPil", "CLIPImageProcessorFast"])
+def test_the_image_processor_is_saved_with_the_model(name, tmp_path):
+    if not hasattr(transformers, name):  # versions have two of the three
+        pytest.skip(f"this transformers has no {name}")
+    sizes = {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}}
+    processor = getattr(transformers, name)(**sizes, image_mean=[0.4] * 3, image_std=[0.3] * 3)
+    hf_clip(ProcessorInput(processor)).save_pretrained(tmp_path)
+    again = ImageTextModel.from_pretrained(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 50, 3), np.uint8))
+    theirs = processor(images=image, return_tensors="pt")["pixel_values"]
+    ours = again.image_input(torch.from_numpy(again.image_input.from_pil(image).copy())[None].float() / 255)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert list(transformers.AutoImageProcessor.from_pretrained(tmp_path).image_mean) == [0.4] * 3
 
 
 def test_fusion_scores_pairs_as_the_library_does():

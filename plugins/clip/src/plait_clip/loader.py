@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from plait_clip.model import ImageTextModel
+from plait_clip.model import ImageInput, ImageTextModel
 
 HELD_BYTES = 2 << 30
 
@@ -48,20 +49,15 @@ class Batch:
         return self.images.float() / 255
 
 
+@functools.lru_cache(maxsize=64)
+def plain_input(size: int, resize: str = "crop") -> ImageInput:
+    """What brings images to a size as open_clip does (bicubic), where no model says how; nothing is normalised."""
+    return ImageInput(size, [0.0] * 3, [1.0] * 3, resize=resize)
+
+
 def pixels_from_pil(image: Image.Image, size: int, resize: str = "crop") -> np.ndarray:
-    """A PIL image of any mode → uint8 [3, size, size]; as ``ImageInput`` resizes, with PIL's bicubic filter."""
-    image = image if image.mode == "RGB" else image.convert("RGB")
-    width, height = image.size
-    if (width, height) != (size, size):
-        if resize == "squash":
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
-        else:
-            scale = size / min(width, height)
-            width, height = max(size, round(width * scale)), max(size, round(height * scale))
-            image = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
-            left, top = (width - size) // 2, (height - size) // 2
-            image = image.crop((left, top, left + size, top + size))
-    return np.asarray(image).transpose(2, 0, 1)
+    """A PIL image of any mode → uint8 [3, size, size], by :func:`plain_input`; a model has its own ``image_input``."""
+    return plain_input(size, resize).from_pil(image)
 
 
 def open_image(cell: Any, row: int) -> Image.Image:
@@ -119,17 +115,27 @@ def undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
 
 
 def image_batches(
-    dataset: datasets.Dataset, size: int, *, batch_size: int, resize: str = "crop", threads: int = 4
+    dataset: datasets.Dataset,
+    image_input: ImageInput | int,
+    *,
+    batch_size: int,
+    resize: str = "crop",
+    threads: int = 4,
 ) -> Iterator[Tensor]:
-    """All images in order, uint8 [B, 3, size, size] each; the next batch is decoded meanwhile.
+    """All images in order, uint8 [B, 3, S, S] each; the next batch is decoded meanwhile.
+
+    Args:
+        image_input: a model's preprocessing, or a size S, to which images are brought by :func:`plain_input`.
+        resize: of a size.
 
     Raises:
         ValueError: a row's image cannot be read.
     """
     cells = undecoded(dataset).select_columns("image")
+    prepare = image_input if isinstance(image_input, ImageInput) else plain_input(image_input, resize)
 
     def decode(row: int, cell: Any) -> np.ndarray:
-        return pixels_from_pil(open_image(cell, row), size, resize)
+        return prepare.from_pil(open_image(cell, row))
 
     with ThreadPoolExecutor(threads) as pool:
         waiting: Any = None
@@ -212,7 +218,7 @@ class Pairs:
         self._name = str(dataset._fingerprint)
         check_captions(dataset)
         self._column = caption_column(dataset)
-        self._size, self._resize = model.image_size, model.image_input.resize
+        self._image_input, self._size = model.image_input, model.image_size
         self._tokenize, self._trim, self._truncated = model.tokenize, model.trim, model.truncated
         self._share = share_texts
         self._workers = workers
@@ -229,7 +235,7 @@ class Pairs:
         return self._name
 
     def _hold(self, dataset: datasets.Dataset) -> None:
-        images = image_batches(dataset, self._size, batch_size=1024, resize=self._resize)
+        images = image_batches(dataset, self._image_input, batch_size=1024)
         self._held = torch.empty(len(dataset), 3, self._size, self._size, dtype=torch.uint8)
         for start, batch in zip(range(0, len(dataset), 1024), images, strict=True):
             self._held[start : start + len(batch)] = batch
@@ -253,7 +259,7 @@ class Pairs:
         else:
             cells = self._cells[list(rows)]
             decoded = [
-                pixels_from_pil(open_image(cell, row), self._size, self._resize)
+                self._image_input.from_pil(open_image(cell, row))
                 for row, cell in zip(rows, cells["image"], strict=True)
             ]
             images = torch.from_numpy(np.stack(decoded))

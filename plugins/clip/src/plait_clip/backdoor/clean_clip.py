@@ -25,9 +25,9 @@ from torchvision.transforms import AutoAugment
 
 from plait_clip.backdoor.eda import Synonyms, eda
 from plait_clip.backdoor.losses import self_supervised_loss
-from plait_clip.loader import caption_column, open_image, pixels_from_pil, undecoded
+from plait_clip.loader import caption_column, open_image, undecoded
 from plait_clip.losses import clip_loss
-from plait_clip.model import ImageTextModel
+from plait_clip.model import ImageInput, ImageTextModel
 from plait_clip.training import LossFn, adamw, train, warmup_cosine
 
 # --- Step 1: the two views of a batch --------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def view_batches(
     steps_of_epoch(pairs, batch_size)
     generator = torch.Generator().manual_seed(seed_of("order", seed, epoch))
     loader = DataLoader(
-        _Views(undecoded(pairs), model.image_size, model.image_input.resize, seed, epoch, augment_images),
+        _Views(undecoded(pairs), model.image_input, seed, epoch, augment_images),
         batch_size=batch_size,
         sampler=torch.randperm(len(pairs), generator=generator).tolist()[skip * batch_size :],
         drop_last=True,
@@ -112,8 +112,7 @@ def view_batches(
 @dataclass(frozen=True)
 class _Views(Dataset):
     pairs: datasets.Dataset
-    size: int
-    resize: str
+    image_input: ImageInput
     seed: int
     epoch: int
     augment_images: bool
@@ -127,10 +126,10 @@ class _Views(Dataset):
         image = open_image(pair["image"], row).convert("RGB")
         captions = pair["captions"] if "captions" in pair else [pair["caption"]]
         chosen = random.Random(f"caption/{self.seed}/{self.epoch}/{row}").choice(captions)
-        item = {"row": row, "image": pixels_from_pil(image, self.size, self.resize), "caption": chosen}
+        item = {"row": row, "image": self.image_input.from_pil(image), "caption": chosen}
         if self.augment_images:
             augmented = auto_augment(image, seed_of("auto-augment", self.seed, self.epoch, row))
-            item["augmented_image"] = pixels_from_pil(augmented, self.size, self.resize)
+            item["augmented_image"] = self.image_input.from_pil(augmented)
         return item
 
 
