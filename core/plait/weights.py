@@ -1,6 +1,6 @@
 """Weights in files: one reader for every kit.
 
-:func:`read_weights` takes what people have: ``.safetensors`` (one file, or shards with their index), ``.pth``, ``.pt``,
+:func:`read_weights` gives a model's weights by name, :func:`read_checkpoint` all that is in a file. They take what people have: ``.safetensors`` (one file, or shards with their index), ``.pth``, ``.pt``,
 ``.ckpt`` and ``.bin`` of ``torch.save``, TorchScript archives, and folders that hold one of them. A file is told by its
 content, not by its suffix. Nothing is unpickled that could run code.
 """
@@ -15,15 +15,12 @@ import re
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from plait.errors import PlaitError
 from plait.optional import require
 
-if TYPE_CHECKING:
-    import torch
-
-    State = dict[str, torch.Tensor]
+State = dict[str, Any]  # of torch.Tensor; the core names torch nowhere
 
 # Entries of a checkpoint that hold a model, averaged weights before the plain ones they belong to: the averaged ones
 # are those that their authors evaluate.
@@ -90,7 +87,21 @@ def read_weights(path: Path | str, *, entry: str | None = None, expected: Collec
     if not path.is_file():
         raise WeightsError(f"{path} is not a file; give the path of a .safetensors, .pth, .pt, .ckpt or .bin file")
     state = _state(_read(path), path, entry)
+    if expected is not None:  # older files lack these counters, and modules do without
+        expected = [name for name in expected if not name.endswith("num_batches_tracked")]
     return _without_prefixes(state, path, expected)
+
+
+def read_checkpoint(path: Path | str) -> Any:
+    """Everything that ``torch.save`` put into a file, on the CPU: for what is not a model's weights, such as an optimizer.
+
+    Raises:
+        WeightsError: as :func:`read_weights`, for the file itself.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise WeightsError(f"{path} is not a file; give the path of a file of torch.save")
+    return _read_one(path)
 
 
 def is_torchscript(path: Path | str) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from plait import PlaitError
-from plait.weights import is_torchscript, read_weights
+from plait.weights import is_torchscript, read_checkpoint, read_weights
 from safetensors.torch import save_file
 
 
@@ -112,6 +112,14 @@ def test_expected_names_decide_about_prefixes(tmp_path, model):
     assert equal(read_weights(tmp_path / "net.pth", expected=model.state_dict()), model)
     torch.save({"state_dict": wrapped.state_dict() | {"loss.scale": torch.ones(1)}}, tmp_path / "lightning.ckpt")
     assert equal(read_weights(tmp_path / "lightning.ckpt", expected=model.state_dict()), model)
+
+
+def test_counters_that_older_files_lack_do_not_matter(tmp_path, model):
+    wrapped = torch.nn.ModuleDict({"model": model})
+    state = {name: value for name, value in wrapped.state_dict().items() if "num_batches" not in name}
+    torch.save(state, tmp_path / "net.pth")
+    wrapped.load_state_dict(read_weights(tmp_path / "net.pth", expected=wrapped.state_dict()))
+    model.load_state_dict(read_weights(tmp_path / "net.pth", expected=model.state_dict()))
 
 
 def test_options_and_numpy_numbers_beside_the_weights_do_no_harm(tmp_path, model):
@@ -232,6 +240,9 @@ def test_optimizers_alone_are_no_weights(tmp_path, model):
         torch.save(content, tmp_path / "optimizer.pt")
         with pytest.raises(PlaitError, match="the state of an optimizer"):
             read_weights(tmp_path / "optimizer.pt")
+    assert read_checkpoint(tmp_path / "optimizer.pt")["optimizer"]["param_groups"][0]["lr"] == 0.001
+    with pytest.raises(PlaitError, match="is not a file"):
+        read_checkpoint(tmp_path)
 
 
 def test_cut_safetensors_and_missing_files(tmp_path, model):
