@@ -1,8 +1,9 @@
 """Weights in files: one reader for every kit.
 
-:func:`read_weights` gives a model's weights by name, :func:`read_checkpoint` all that is in a file. They take what people have: ``.safetensors`` (one file, or shards with their index), ``.pth``, ``.pt``,
-``.ckpt`` and ``.bin`` of ``torch.save``, TorchScript archives, and folders that hold one of them. A file is told by its
-content, not by its suffix. Nothing is unpickled that could run code.
+:func:`read_weights` gives a model's weights by name, :func:`read_checkpoint` all that is in a file. They take what people
+have: ``.safetensors`` (one file, or shards with their index), ``.pth``, ``.pt``, ``.ckpt`` and ``.bin`` of ``torch.save``,
+TorchScript archives, and folders that hold one of them. A file is told by its content, not by its suffix. Nothing is
+unpickled that could run code.
 """
 
 from __future__ import annotations

@@ -280,6 +280,32 @@ def tar_samples(path: Path | str) -> Iterator[Sample]:
         yield Sample(key=key, parts=parts, where=f"{path}/{key}")
 
 
+def tar_shards(path: Path | str) -> dict[str, list[Path]]:
+    """Split → WebDataset tars, sorted; empty where there are none.
+
+    ``path`` is a tar, or a folder of tars; their splits are folders between (``train/0000.tar``) or words of their names
+    (``pets-train-0000.tar``), and ``""`` where there are none.
+
+    Raises:
+        FilesError: some of the tars belong to a split and others to none.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return {"": [path]} if path.suffix == ".tar" else {}
+    found: dict[str, list[Path]] = {}
+    for tar in sorted(path.glob("*.tar")):
+        words = [word for word in re.split(r"[-_.]", tar.stem) if _SPLITS.fullmatch(word)]
+        found.setdefault(words[0] if words else "", []).append(tar)
+    for tar in sorted(path.glob("*/*.tar")) if not found else []:
+        found.setdefault(tar.parent.name, []).append(tar)
+    if "" in found and len(found) > 1:
+        split = next(filter(None, found))
+        raise FilesError(
+            f"{found[split][0]} is of split {split} and {found[''][0]} of none; rename one, or move it away"
+        )
+    return found
+
+
 def _folder_names(folder: Path) -> dict[str, str]:
     def tell(error: OSError) -> None:
         raise FilesError(f"{error.filename} cannot be read: {error.strerror}") from error

@@ -30,6 +30,29 @@ _ORIENTATION = 0x0112
 _CLUTTER = {"thumbs.db", "desktop.ini", "__macosx"}
 
 
+def check_rules(transparency: object = "refuse", sixteen_bit: object = "refuse", greyscale: object = "repeat") -> None:
+    """Whether these are rules that :func:`decode` knows.
+
+    Raises:
+        ValueError: one is not; says what is allowed.
+    """
+    is_colour = (
+        isinstance(transparency, (tuple, list))
+        and len(transparency) == 3
+        and all(isinstance(level, int) and not isinstance(level, bool) and 0 <= level <= 255 for level in transparency)
+    )
+    if transparency not in ("refuse", "drop") and not is_colour:
+        raise ValueError(
+            f"transparency is {transparency!r}; allowed is 'refuse', 'drop' or a colour of three whole numbers from 0 to 255"
+        )
+    for name, value, choices in (
+        ("sixteen_bit", sixteen_bit, ("refuse", "scale")),
+        ("greyscale", greyscale, ("repeat", "refuse")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}; allowed is {' or '.join(map(repr, choices))}")
+
+
 class ImageError(PlaitError, ValueError):
     """Something cannot be used as an image: missing, damaged, cut off, or of a kind that was refused."""
 
@@ -69,7 +92,9 @@ def decode(
 
     Raises:
         ImageError: missing, not an image, cut off, of more than 8 bits, transparent or of another kind that is refused.
+        ValueError: a rule that does not exist.
     """
+    check_rules(transparency, sixteen_bit, greyscale)
     name = name or _name_of(source)
     picture = _open(source, name)
     wide = _is_wide(picture)
