@@ -103,6 +103,14 @@ def test_two_names_that_differ_in_form_alone(tmp_path, kind):
         Files(laid_out(tmp_path, kind, dict.fromkeys(names, png())))
 
 
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    folder = laid_out(tmp_path / "a", "folder", {"cat/a.png": png()})
+    other = laid_out(tmp_path / "b", "folder", {"b.png": png()})
+    (folder / "dog").symlink_to(other)
+    (folder / "cat" / "back").symlink_to(folder)
+    assert class_folders(Files(folder)) == {"": {"cat": ["cat/a.png"], "dog": ["dog/b.png"]}}
+
+
 def test_zips_of_windows_and_damaged_ones(tmp_path):
     path = laid_out(tmp_path, "zip", {"train\\cat\\a.png": png()})
     with Files(path) as files:

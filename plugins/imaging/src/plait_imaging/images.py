@@ -17,29 +17,23 @@ optional lossless copy of ``image`` before rounding.
 
 from __future__ import annotations
 
-import io
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset, Features, Image, List, Value
-from datasets.arrow_writer import ArrowWriter
-from PIL import Image as PILImage
 from plait import PlaitError
-
-from plait_imaging.decoding import decode_rgb
+from plait_vision import images as vision
+from plait_vision.files import composed
+from plait_vision.writing import BUFFER_BYTES, write_tables
 
 if TYPE_CHECKING:
     from plait import Run
 
 FLOAT_COLUMN = "image_float"
 FLOAT_FEATURE = List(List(List(Value("float32"))))
-SHARD_BYTES = 256 << 20
-BUFFER_BYTES = 16 << 20
 
 
 def to_float(image: torch.Tensor) -> torch.Tensor:
@@ -135,7 +129,7 @@ def write_images(
         if start != len(source):
             raise ValueError(f"{start} images for {len(source)} rows")
 
-    return write_tables(run, tables(), features)
+    return write_tables(run.folder, tables(), features)
 
 
 def map_images(
@@ -161,43 +155,15 @@ def map_images(
     return write_images(run, source, results(), column=column, keep_float=keep_float, keep_source_as=keep_source_as)
 
 
-def write_tables(run: Run, tables: Iterable[pa.Table], features: Features) -> Dataset:
-    """Write Arrow tables as shards of about 256 MB in a new folder under ``run.folder``; return them memory-mapped."""
-    folder = Path(tempfile.mkdtemp(prefix="images-", dir=run.folder))
-    shards: list[Path] = []
-    writer: ArrowWriter | None = None
-    written = 0
-    try:
-        for table in tables:
-            if writer is None:
-                shards.append(folder / f"{len(shards):05d}.arrow")
-                writer, written = ArrowWriter(path=str(shards[-1]), features=features), 0
-            writer.write_table(table)
-            written += table.nbytes
-            if written >= SHARD_BYTES:
-                writer.finalize()
-                writer = None
-    finally:
-        if writer is not None:
-            writer.finalize()
-    if not shards:
-        return Dataset.from_dict({name: [] for name in features}, features=features)
-    from datasets import concatenate_datasets
-
-    return concatenate_datasets([Dataset.from_file(str(shard)) for shard in shards])
-
-
 def encode_png(image: torch.Tensor) -> bytes:
     """uint8 ``[3, H, W]`` → PNG bytes."""
-    buffer = io.BytesIO()
-    PILImage.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(buffer, "PNG", compress_level=3)
-    return buffer.getvalue()
+    return vision.encode_png(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def names(dataset: Dataset) -> list[str]:
-    """The ``name`` of every row, or its number where the dataset has no such column."""
+    """The ``name`` of every row in Unicode's composed form, or its number where the dataset has no such column."""
     if "name" in dataset.column_names:
-        return list(dataset["name"])
+        return [composed(str(name)) for name in dataset.with_format(None)["name"]]
     return [str(row) for row in range(len(dataset))]
 
 
@@ -205,12 +171,7 @@ def sizes(dataset: Dataset, column: str = "image") -> Iterator[tuple[int, int]]:
     """Height and width of every image, from its header alone."""
     for rows, cells in _raw_batches(dataset, column, 16):
         for row, cell in zip(rows, cells, strict=True):
-            try:
-                picture = PILImage.open(io.BytesIO(_bytes(cell, column, row)))
-            except OSError as error:
-                raise PlaitError(f"column {column!r}, row {row}: not an image that Pillow can read") from error
-            turned = picture.getexif().get(0x0112, 1) >= 5
-            yield (picture.width, picture.height) if turned else (picture.height, picture.width)
+            yield vision.size(_cell(cell, column, row), _label(column, row))
 
 
 def check_same_scenes(datasets: Mapping[str, Dataset], column: str = "image") -> None:
@@ -283,19 +244,18 @@ def _raw_batches(dataset: Dataset, column: str, batch_size: int) -> Iterator[tup
         yield list(range(start, start + len(cells))), cells
 
 
-def _bytes(cell: Any, column: str, row: int) -> bytes:
-    if isinstance(cell, dict) and cell.get("bytes") is not None:
-        return cell["bytes"]
-    if isinstance(cell, dict) and cell.get("path"):
-        try:
-            return Path(cell["path"]).read_bytes()
-        except OSError as error:
-            raise PlaitError(f"column {column!r}, row {row}: {error.strerror} ({cell['path']})") from error
-    raise PlaitError(f"column {column!r}, row {row} holds no image; give a column of images")
+def _cell(cell: Any, column: str, row: int) -> Any:
+    if cell is not None and not (isinstance(cell, dict) and {"bytes", "path"} <= set(cell)):
+        raise PlaitError(f"{_label(column, row)} holds no image; give a column of images")
+    return cell
+
+
+def _label(column: str, row: int) -> str:
+    return f"column {column!r}, row {row}"
 
 
 def _decode(cell: Any, column: str, row: int) -> torch.Tensor:
-    picture = decode_rgb(_bytes(cell, column, row), f"column {column!r}, row {row}")
+    picture = vision.decode(_cell(cell, column, row), _label(column, row))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 

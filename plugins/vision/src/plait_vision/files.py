@@ -311,8 +311,11 @@ def _folder_names(folder: Path) -> dict[str, str]:
         raise FilesError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     found = {}
+    seen: set[str] = set()  # links may lead in circles
     for place, folders, names in os.walk(folder, onerror=tell, followlinks=True):
-        folders[:] = [name for name in folders if not is_hidden(name)]
+        seen.add(os.path.realpath(place))
+        inner = {name: os.path.realpath(os.path.join(place, name)) for name in folders}
+        folders[:] = [name for name in folders if not is_hidden(name) and inner[name] not in seen]
         for name in names:
             inside = (Path(place) / name).relative_to(folder).as_posix()
             found[inside] = inside

@@ -143,7 +143,7 @@ def as_cell(source: Source | None, name: str = "", **rules: Any) -> tuple[dict[s
     """A cell of a ``datasets.Image`` column, and the decoded image, checked by ``rules`` as in :func:`decode`.
 
     The cell has the source's own bytes where every decoder reads the same from them (8-bit RGB, upright), else a PNG of
-    what :func:`decode` gives. ``path`` is the image's name inside its source.
+    what :func:`decode` gives. Its ``path`` is None: ``datasets`` would read a file of that name instead.
     """
     name = name or _name_of(source)
     content = _bytes_of(source, name)
