@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from plait import PlaitError, hookimpl
 from plait.fields import doc, in_range, one_of, output_path
-from plait_clip.backdoor.plugin.defences import SUSPICIOUS, copy_of, part_of, scratch
+from plait_clip.backdoor.plugin.defences import SUSPICIOUS, copy_of, part_of, scratch, sound_copy
 from plait_clip.loader import Pairs as LoadedPairs
 from plait_clip.loader import caption_column
 from plait_clip.plugin.errors import as_plait_errors
@@ -230,7 +230,7 @@ class Ubt:
             raise PlaitError("rank_mode low_reference needs a clean model as reference; give one, or use top_poisoned")
         if not ranks_low:
             run.warn("pairs are ranked by the suspected model itself, which finds fewer of the poisoned ones")
-        ranker = copy_of(reference, run) if ranks_low else model
+        ranker = sound_copy(reference, run) if ranks_low else model
         folder = scratch(run, self, torch.nn.ModuleList([model, ranker]), data)
         similarity = ubt.similarities(
             ranker,

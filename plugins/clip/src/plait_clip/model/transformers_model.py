@@ -135,9 +135,10 @@ class TransformersModel(ImageTextModel):
                 model = loader.from_pretrained(source, revision=revision)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
             processor = transformers.AutoImageProcessor.from_pretrained(source, revision=revision)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # of many kinds: of files, of JSON, of safetensors
+            reason = _lfs_pointer(Path(source)) or (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"transformers cannot load {source}: {reason}") from error
+        _check_tokenizer(tokenizer, source)
         return cls(model, tokenizer, ProcessorInput(processor))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -168,6 +169,27 @@ class TransformersModel(ImageTextModel):
             processor = getattr(transformers, about["image_processor"]).from_pretrained(folder)
             return cls(model, tokenizer, ProcessorInput(processor), **extra)
         return cls(model, tokenizer, ImageInput(**about["image"]), **extra)
+
+
+def _check_tokenizer(tokenizer: Any, source: str) -> None:
+    """Where a folder lacks the files of its tokenizer, transformers makes one that knows no word.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
+        raise ValueError(
+            f"{source} holds no tokenizer, so that all texts would be equal; add the model's own tokenizer files "
+            "(tokenizer.json, or vocab.json and merges.txt)"
+        )
+
+
+def _lfs_pointer(folder: Path) -> str | None:
+    """What to say of a folder in which a file was not fetched."""
+    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+            return f"{path.name} is a Git LFS pointer, not the file; fetch it with 'git lfs pull'"
+    return None
 
 
 @contextlib.contextmanager

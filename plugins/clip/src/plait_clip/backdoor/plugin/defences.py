@@ -60,6 +60,22 @@ def copy_of(model: Any, run: Any) -> ImageTextModel:
     """A copy of the model to be trained, on the device of the run.
 
     Raises:
+        PlaitError: it is no image-text model, has weights that are not finite, or was trained with another loss than
+            the softmax loss of the defences.
+    """
+    copied = sound_copy(model, run)
+    if copied.logit_bias is not None:
+        raise PlaitError(
+            "the model has a logit bias, as SigLIP's, which are trained with the sigmoid loss; this defence trains with "
+            "CLIP's softmax loss and would make another model of it; give a model without a logit bias"
+        )
+    return copied
+
+
+def sound_copy(model: Any, run: Any) -> ImageTextModel:
+    """A copy of the model on the device of the run, to be looked at.
+
+    Raises:
         PlaitError: it is no image-text model, or has weights that are not finite.
     """
     if not isinstance(model, ImageTextModel):
