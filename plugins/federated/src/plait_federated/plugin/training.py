@@ -17,8 +17,17 @@ from plait.fields import doc, in_range
 from torch import nn
 
 from plait_federated import rounds
-from plait_federated.plugin.tables import client_members, inputs_of, joined, labels_of, split_of, train_of, user_errors
-from plait_federated.rounds import Gossip, Server
+from plait_federated.plugin.tables import (
+    client_members,
+    inputs_of,
+    joined,
+    labels_of,
+    split_of,
+    train_of,
+    user_errors,
+    with_numbered_classes,
+)
+from plait_federated.rounds import Gossip, Server, ServerWeights
 from plait_federated.settings import Settings
 from plait_federated.shards import Augmentation, Shards
 from plait_federated.topology import Graph, column_sums, second_eigenvalue
@@ -164,6 +173,9 @@ class Centralised(Federated):
 
     active_ratio: float = _positive(0.1, "probability that a client takes part in a round", 1)
     server_learning_rate: float = _positive(1.0, "step of the server towards the average of the clients")
+    weights: ServerWeights = attrs.field(
+        default="uniform", metadata=doc("of the clients in the average: uniform, or by the size of their data")
+    )
 
 
 def train(config: Federated, method: Gossip | Server, model: nn.Module, clients: Any, run: Any) -> Any:
@@ -176,7 +188,7 @@ def train(config: Federated, method: Gossip | Server, model: nn.Module, clients:
         raise PlaitError(f"model is a {type(model).__name__}; expected is a torch module")
     if run.seed >= 2**31:
         raise PlaitError(f"seed is {run.seed}; federated methods need one below 2**31")
-    clients = joined(clients)
+    clients = with_numbered_classes(joined(clients))
     split, test = train_of(clients), split_of(clients, "test")
     labels = torch.from_numpy(labels_of(split))
     with user_errors():
@@ -217,7 +229,7 @@ def train(config: Federated, method: Gossip | Server, model: nn.Module, clients:
             next(steps, None)
 
         outcome = training.run(on_round)
-    return _result(config, training, outcome, model)
+        return _result(config, training, outcome, model)
 
 
 def _checkpoints(config: Federated, split: Any, run: Any) -> Path:
@@ -278,7 +290,11 @@ def describe_graph(graph: Graph) -> str:
 
 def _read_graph(file: Path, num_clients: int) -> tuple[tuple[tuple[int, int], ...] | None, np.ndarray | None]:
     try:
-        table = np.load(file, allow_pickle=False) if file.suffix == ".npy" else np.loadtxt(file, delimiter=",", ndmin=2)
+        table = (
+            np.load(file, allow_pickle=False)
+            if file.suffix == ".npy"
+            else np.loadtxt(file, delimiter=",", ndmin=2, encoding="utf-8-sig")
+        )
     except (OSError, ValueError) as error:
         raise PlaitError(f"graph_file {str(file)!r} cannot be read: {error}") from error
     if table.shape == (num_clients, num_clients):
@@ -382,7 +398,8 @@ class FedAvg(Centralised):
 
     @hookimpl
     def aggregate(self, model, clients, run) -> Any:
-        return train(self, rounds.fedavg(self.active_ratio, self.server_learning_rate), model, clients, run)
+        method = rounds.fedavg(self.active_ratio, self.server_learning_rate, self.weights)
+        return train(self, method, model, clients, run)
 
 
 @attrs.frozen(kw_only=True)
@@ -394,7 +411,7 @@ class FedProx(Centralised):
     @hookimpl
     def aggregate(self, model, clients, run) -> Any:
         check_prox(self)
-        method = rounds.fedprox(self.active_ratio, self.server_learning_rate, self.prox_lambda)
+        method = rounds.fedprox(self.active_ratio, self.server_learning_rate, self.prox_lambda, self.weights)
         return train(self, method, model, clients, run)
 
 
@@ -406,9 +423,8 @@ class FedSAM(Centralised):
 
     @hookimpl
     def aggregate(self, model, clients, run) -> Any:
-        return train(
-            self, rounds.fedsam(self.active_ratio, self.server_learning_rate, self.sam_rho), model, clients, run
-        )
+        method = rounds.fedsam(self.active_ratio, self.server_learning_rate, self.sam_rho, self.weights)
+        return train(self, method, model, clients, run)
 
 
 @attrs.frozen(kw_only=True)
@@ -417,4 +433,5 @@ class Scaffold(Centralised):
 
     @hookimpl
     def aggregate(self, model, clients, run) -> Any:
-        return train(self, rounds.scaffold(self.active_ratio, self.server_learning_rate), model, clients, run)
+        method = rounds.scaffold(self.active_ratio, self.server_learning_rate, self.weights)
+        return train(self, method, model, clients, run)
