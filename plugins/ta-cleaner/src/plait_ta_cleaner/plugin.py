@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import attrs
 import datasets
-import torch
 from plait import PlaitError, Report, hookimpl
 from plait.fields import doc, in_range, one_of
 from plait_clip.backdoor.plugin.defences import (
@@ -22,6 +21,7 @@ from plait_clip.backdoor.plugin.defences import (
     copy_of,
     logger,
     part_of,
+    restored_optimizer,
     scratch,
     synonyms_of,
 )
@@ -191,6 +191,7 @@ class TaCleaner(SubcaptionRules, CleanClip):
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> Any:
         """A cleaned copy of the model, from the trusted pairs in ``data`` (a dataset, or its part ``clean``)."""
         pairs, model = part_of(data, CLEAN, "ta-cleaner"), copy_of(model, run)
+        state = restored_optimizer(self.optimizer_checkpoint, model)
         notes = self._overlap_notes(data)
         with as_plait_errors():
             captions = first_captions(pairs)
@@ -216,7 +217,7 @@ class TaCleaner(SubcaptionRules, CleanClip):
                     negative_scope=self.negative_scope,
                     negative_loss=self.negative_loss,
                 ),
-                self.options(official=self.compat == "cleanclip", optimizer_state=self._optimizer_state()),
+                self.options(official=self.compat == "cleanclip", optimizer_state=state),
                 seed=run.derived_seed(),
                 num_workers=self.workers,
                 checkpoint=scratch(run, self, model, pairs) / "training.pt",
@@ -224,14 +225,6 @@ class TaCleaner(SubcaptionRules, CleanClip):
             )
         self._count_subcaptions(captions, draw, n_subtext, notes, run)
         return model.eval()
-
-    def _optimizer_state(self) -> Mapping[str, Any] | None:
-        if self.optimizer_checkpoint is None:
-            return None
-        checkpoint = torch.load(self.optimizer_checkpoint, map_location="cpu", weights_only=True)
-        if "optimizer" not in checkpoint:
-            raise ValueError(f"optimizer_checkpoint {self.optimizer_checkpoint} has no entry 'optimizer'")
-        return checkpoint["optimizer"]
 
     def _draw(self, pairs: datasets.Dataset, captions: Sequence[str], run: Any) -> algorithm.Draw:
         if self.subcaptions == "columns":

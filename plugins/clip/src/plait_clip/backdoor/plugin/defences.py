@@ -20,10 +20,11 @@ import torch
 from plait import PlaitError, hookimpl
 from plait.configuration import plain
 from plait.fields import doc, in_range, one_of
+from plait.weights import read_checkpoint
 
 from plait_clip import beds
 from plait_clip.backdoor import baselines
-from plait_clip.backdoor.clean_clip import FineTuning, clean_clip, steps_of_epoch
+from plait_clip.backdoor.clean_clip import FineTuning, clean_clip, official_optimizer_state, steps_of_epoch
 from plait_clip.backdoor.eda import Synonyms
 from plait_clip.backdoor.poison import IS_BACKDOOR
 from plait_clip.backdoor.synonyms import mapped_synonyms, open_synonyms
@@ -221,7 +222,8 @@ class CleanClip(Training):
     optimizer_checkpoint: Path | None = attrs.field(
         default=None,
         metadata=doc(
-            "with compat cleanclip: a .pt file whose entry optimizer holds the state that training starts from"
+            "with compat cleanclip: a checkpoint of the authors' training (.pt with state_dict and optimizer), from whose "
+            "optimizer's state training starts"
         ),
     )
 
@@ -233,7 +235,7 @@ class CleanClip(Training):
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
         pairs, model = part_of(data, CLEAN, "clean-clip"), copy_of(model, run)
         folder = scratch(run, self, model, pairs)
-        state = None if self.optimizer_checkpoint is None else _optimizer_state(self.optimizer_checkpoint)
+        state = restored_optimizer(self.optimizer_checkpoint, model)
         with as_plait_errors():
             on_step = logger(run, self.num_steps(len(pairs)), "CleanCLIP")
             clean_clip(
@@ -252,16 +254,19 @@ class CleanClip(Training):
         return model.eval()
 
 
-def _optimizer_state(path: Path) -> Mapping[str, Any]:
+def restored_optimizer(path: Path | None, model: ImageTextModel) -> dict[str, Any] | None:
+    """The optimizer's state that a field ``optimizer_checkpoint`` names, for :class:`FineTuning`.
+
+    Raises:
+        PlaitError: the file cannot be read, or belongs to another model.
+    """
+    if path is None:
+        return None
+    content = read_checkpoint(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise PlaitError(f"optimizer_checkpoint {path} cannot be read: {error}") from error
-    if not isinstance(checkpoint, Mapping) or "optimizer" not in checkpoint:
-        raise PlaitError(
-            f"optimizer_checkpoint {path} has no entry 'optimizer'; give a checkpoint of the training itself"
-        )
-    return checkpoint["optimizer"]
+        return official_optimizer_state(content, model)
+    except ValueError as error:
+        raise PlaitError(f"optimizer_checkpoint {path} cannot be used: {error}") from error
 
 
 @attrs.frozen(kw_only=True)
