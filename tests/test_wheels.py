@@ -27,7 +27,7 @@ def value(report: str, table: str, row: str) -> float:
 @pytest.mark.slow
 def test_the_quickstart_runs_from_wheels(environment, wheels):
     """The small-scale check of EnsIR (Sun et al., NeurIPS 2024), both directions: better than what it is compared with."""
-    for name in ("plait-0", "plait_imaging-", "plait_ensir-"):
+    for name in ("plait-0", "plait_vision-", "plait_imaging-", "plait_ensir-"):
         environment.install(next(wheels.glob(f"{name}*.whl")))
     (environment.work / "quickstart.yaml").write_text((ROOT / "pipelines" / "quickstart.yaml").read_text())
     environment.run("plait", "run", "quickstart.yaml", "matrix.seed=[0]")

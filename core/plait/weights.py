@@ -2,8 +2,8 @@
 
 :func:`read_weights` gives a model's weights by name, :func:`read_checkpoint` all that is in a file. They take what people
 have: ``.safetensors`` (one file, or shards with their index), ``.pth``, ``.pt``, ``.ckpt`` and ``.bin`` of ``torch.save``,
-TorchScript archives, and folders that hold one of them. A file is told by its content, not by its suffix. Nothing is
-unpickled that could run code.
+TorchScript archives, and folders that hold one of them. A file is told by its content, not by its suffix. No pickle is
+read that could run code, and no network of a TorchScript archive is called.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def _in_folder(folder: Path) -> Path:
 
 def _read(path: Path) -> Any:
     """What is in a file: tensors by name, or whatever ``torch.save`` wrote."""
-    if shard := _SHARD.match(path.name):
+    shard = _SHARD.match(path.name)
+    if shard and int(shard["total"]) > 1:
         index = path.with_name(f"{shard['stem']}{shard['suffix']}.index.json")
         if not index.is_file():
             number, total = int(shard["number"]), int(shard["total"])
@@ -224,8 +225,8 @@ def _harmless() -> Iterator[Any]:
     with contextlib.suppress(PlaitError):
         numpy = require("numpy")
         yield numpy.dtype
-        for kind in (numpy.float64, numpy.float32, numpy.int64, numpy.bool_):
-            yield type(numpy.dtype(kind))
+        for code in "?" + numpy.typecodes["AllInteger"] + numpy.typecodes["AllFloat"]:
+            yield type(numpy.dtype(code))
         scalar = numpy.float64(0).__reduce__()[0]
         yield scalar
         yield scalar, "numpy.core.multiarray.scalar"
@@ -256,7 +257,8 @@ def _state(content: Any, path: Path, entry: str | None) -> State:
     known = [name for name in ENTRIES if name in candidates]
     plain = list(dict.fromkeys(name.removesuffix("_ema") for name in known or candidates))
     if len(plain) == 1:
-        return candidates[(known or list(candidates))[0]]
+        averaged = f"{plain[0]}_ema"
+        return candidates[averaged if averaged in candidates else plain[0]]
     if plain:
         raise WeightsError(f"{path} holds several models: {', '.join(known or candidates)}; say which entry to take")
     tensors = _tensors(content)

@@ -66,7 +66,7 @@ def test_a_wrapper_in_a_wrapper(tmp_path, model):
     assert equal(read_weights(tmp_path / "net.pth"), model)
 
 
-@pytest.mark.parametrize("pair", [("params", "params_ema"), ("model", "model_ema"), ("state_dict", "state_dict_ema")])
+@pytest.mark.parametrize("pair", [("params", "params_ema"), ("model", "model_ema"), ("net", "net_ema")])
 def test_averaged_weights_are_taken_before_plain_ones_unless_asked_otherwise(tmp_path, model, pair):
     plain, averaged = ({"weight": torch.full((2,), value)} for value in (1.0, 2.0))
     for order in (pair, pair[::-1]):
@@ -123,7 +123,7 @@ def test_counters_that_older_files_lack_do_not_matter(tmp_path, model):
 
 
 def test_options_and_numpy_numbers_beside_the_weights_do_no_harm(tmp_path, model):
-    about = {"args": argparse.Namespace(lr=0.1), "best": np.float64(0.5), "epoch": np.int64(3)}
+    about = {"args": argparse.Namespace(lr=0.1), "best": np.float64(0.5), "epoch": np.int64(3), "n": np.int32(3)}
     torch.save({"model": model.state_dict(), **about}, tmp_path / "net.pth")
     assert equal(read_weights(tmp_path / "net.pth"), model)
 

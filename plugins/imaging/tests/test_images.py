@@ -45,6 +45,21 @@ def test_what_no_level_stands_for_is_refused(bad):
         )
 
 
+def test_the_255_scale_is_told_from_overshoots():
+    levels = torch.full((3, 4, 4), 90.0)
+    with pytest.raises(ValueError, match=r"values from 90 to 90 where \[0, 1\] is needed, as on the 0–255 scale"):
+        images.to_uint8(levels)
+    with pytest.raises(PlaitError, match=r"image n0 came out with values from 90 .*; nothing was written"):
+        images.write_images(Run(), dataset_of(random_arrays((4, 4))), [levels])
+    assert images.to_uint8(torch.full((3, 4, 4), 1.4)).unique().tolist() == [255]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_all_levels_survive_in_every_precision_that_has_them(dtype):
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(images.to_uint8(images.to_float(levels).to(dtype)), levels)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
@@ -137,6 +152,8 @@ def test_missing_column_and_what_is_no_dataset():
         list(images.read_batches(source, "target"))
     with pytest.raises(PlaitError, match=r"data\.train is a list"):
         images.over_splits({"train": [1]}, lambda dataset, split: dataset)
+    with pytest.raises(PlaitError, match="data has no splits"):
+        images.over_splits({}, lambda dataset, split: dataset)
 
 
 def test_images_that_cannot_be_read_are_named_by_column_and_row():

@@ -223,6 +223,12 @@ def test_bad_networks_and_files(tmp_path):
         def forward(self, x):
             return x / 0
 
+    class OnLevels(nn.Module):
+        def forward(self, x):
+            return 255 * x
+
+    with pytest.raises(PlaitError, match=r"image n0 came out with values from .*, as on the 0–255 scale"):
+        TorchModel().restore(model=OnLevels(), data=data, run=Run())
     with pytest.raises(PlaitError, match="image n0 came out with NaN or infinity"):
         TorchModel().restore(model=Broken(), data=data, run=Run())
 

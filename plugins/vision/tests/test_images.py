@@ -130,6 +130,13 @@ def test_16_bits_are_refused_or_scaled():
     assert decode(b"P6 1 1 255\n" + bytes(3)).mode == "RGB"
 
 
+def test_bitmaps_of_16_bits_for_all_channels_are_no_16_bit_images():
+    masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    header = struct.pack("<IiiHHIIiiII", 40, 1, 1, 1, 16, 3, 4, 0, 0, 0, 0)
+    content = struct.pack("<2sIHHI", b"BM", 14 + 40 + 12 + 4, 0, 0, 14 + 40 + 12) + header + masks
+    assert np.array(decode(content + struct.pack("<HH", 0xF800, 0))).tolist() == [[[255, 0, 0]]]
+
+
 @pytest.mark.parametrize("kind", ["TIFF"])
 def test_floats_and_lab_are_refused(kind):
     with pytest.raises(ImageError, match="is a floating-point image"):

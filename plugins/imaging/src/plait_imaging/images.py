@@ -17,6 +17,7 @@ optional lossless copy of ``image`` before rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +46,14 @@ def to_uint8(image: torch.Tensor) -> torch.Tensor:
     """Float in [0, 1] → uint8, clipped and rounded to the nearest level (halves to even); uint8 unchanged.
 
     Raises:
-        ValueError: the image holds NaN or infinity, which no level stands for.
+        ValueError: the image holds NaN or infinity, which no level stands for, or is on the 0–255 scale.
     """
     if image.dtype == torch.uint8:
         return image
-    if not torch.isfinite(image).all():
-        raise ValueError("the image holds NaN or infinity")
+    if problem := _problem(image):
+        raise ValueError(f"the image holds {problem}")
+    if image.dtype in (torch.float16, torch.bfloat16):
+        image = image.float()  # else the levels themselves are rounded
     return image.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
@@ -100,7 +103,7 @@ def write_images(
         keep_source_as: put the image of ``source`` into this column, unless it is there already.
 
     Raises:
-        PlaitError: an image holds NaN or infinity (the row and its name are given).
+        PlaitError: an image holds NaN or infinity, or is on the 0–255 scale (its name is given).
         ValueError: more or fewer images than rows.
     """
     stale = FLOAT_COLUMN if column == "image" else None
@@ -187,12 +190,13 @@ def check_same_scenes(datasets: Mapping[str, Dataset], column: str = "image") ->
     base_names, base_sizes = names(base), list(sizes(base, column))
     for model, dataset in others:
         own = names(dataset)
-        missing = [name for name in base_names if name not in set(own)]
+        known, wanted = set(own), set(base_names)
+        missing = [name for name in base_names if name not in known]
         if missing:
             raise PlaitError(
                 f"{model} lacks {len(missing)} of the images of {first}: {_some(missing)}; restore them too"
             )
-        surplus = [name for name in own if name not in set(base_names)]
+        surplus = [name for name in own if name not in wanted]
         if surplus or len(own) != len(base_names):
             raise PlaitError(
                 f"{model} has {len(own)} images and {first} {len(base_names)}"
@@ -218,6 +222,8 @@ def over_splits(data: Any, function: Callable[[Dataset, str], Dataset]) -> Any:
         PlaitError: something in ``data`` is not a dataset with images in column ``image``.
     """
     if isinstance(data, Mapping):
+        if not data:
+            raise PlaitError("data has no splits; give at least one dataset with an image column")
         return {split: function(_checked(dataset, f"data.{split}"), split) for split, dataset in data.items()}
     return function(_checked(data, "data"), "")
 
@@ -266,8 +272,8 @@ def _in_buffers(images: Iterable[torch.Tensor], source: Dataset) -> Iterator[lis
     for row, image in enumerate(images):
         if image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f"row {row} is of shape {tuple(image.shape)}; [3, H, W] is needed")
-        if image.dtype != torch.uint8 and not torch.isfinite(image).all():
-            raise PlaitError(f"image {names(source)[row]} came out with NaN or infinity; nothing was written")
+        if image.dtype != torch.uint8 and (problem := _problem(image)):
+            raise PlaitError(f"image {names(source)[row]} came out with {problem}; nothing was written")
         buffer.append(image.detach().cpu())
         held += image.numel() * image.element_size()
         if held >= BUFFER_BYTES:
@@ -275,6 +281,16 @@ def _in_buffers(images: Iterable[torch.Tensor], source: Dataset) -> Iterator[lis
             buffer, held = [], 0
     if buffer:
         yield buffer
+
+
+def _problem(image: torch.Tensor) -> str | None:
+    """What bars a float image from being written, in words."""
+    low, high = (float(value) for value in image.aminmax()) if image.numel() else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "NaN or infinity"
+    if high > 1 and image.mean(dtype=torch.float32) > 2:  # overshoots do not double the brightness
+        return f"values from {low:.4g} to {high:.4g} where [0, 1] is needed, as on the 0–255 scale"
+    return None
 
 
 def _encoded(batch: list[torch.Tensor]) -> pa.Array:

@@ -97,7 +97,7 @@ def decode(
     check_rules(transparency, sixteen_bit, greyscale)
     name = name or _name_of(source)
     picture = _open(source, name)
-    wide = _is_wide(picture)
+    bits = _bits(picture)
     try:
         # Users' own pictures are not to be changed, nor read from their files again: what was drawn into them counts.
         picture = ImageOps.exif_transpose(picture)
@@ -107,7 +107,9 @@ def decode(
 
     if picture.mode == "F":
         raise ImageError(f"{name} is a floating-point image and images are 8 bits here; convert it to 8-bit PNG")
-    if wide or picture.mode.startswith("I"):
+    if bits == 12:
+        raise ImageError(f"{name} is a 12-bit image and images are 8 bits here; convert it to 8-bit PNG")
+    if bits > 8 or picture.mode.startswith("I"):
         if sixteen_bit == "refuse":
             raise ImageError(
                 f"{name} is a 16-bit image and images are 8 bits here; convert it to 8-bit PNG or set sixteen_bit: scale"
@@ -232,15 +234,18 @@ def _damaged(name: str, error: Exception) -> ImageError:
     return ImageError(f"{name} cannot be decoded ({error}); the file is damaged or cut off, copy it again")
 
 
-def _is_wide(picture: Image.Image) -> bool:
-    """Whether the file has more than 8 bits a channel, also where Pillow reduces them silently."""
+def _bits(picture: Image.Image) -> int:
+    """How many bits a channel of the file has, also where Pillow reduces them silently: 8 (or fewer), 12 or 16."""
     for tile in getattr(picture, "tile", []):
         raw = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
-        if any(isinstance(part, str) and (";16" in part or ";12" in part) for part in raw):
-            return True
+        text = " ".join(part for part in raw if isinstance(part, str))
+        if ";12" in text:
+            return 12
+        if ";16" in text and picture.format != "BMP":  # there it is the bits of all channels
+            return 16
         if picture.format == "PPM" and any(isinstance(part, int) and part > 255 for part in raw):
-            return True
-    return False
+            return 16
+    return 8
 
 
 def _scaled_to_8_bit(picture: Image.Image, name: str) -> Image.Image:
@@ -267,4 +272,4 @@ def _opaque(picture: Image.Image, name: str, transparency: Transparency) -> Imag
 def _is_plain(content: bytes) -> bool:
     picture = Image.open(io.BytesIO(content))
     upright = picture.getexif().get(_ORIENTATION, 1) == 1
-    return picture.mode == "RGB" and upright and not _is_wide(picture) and "transparency" not in picture.info
+    return picture.mode == "RGB" and upright and _bits(picture) == 8 and "transparency" not in picture.info
