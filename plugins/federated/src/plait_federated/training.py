@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,6 +45,19 @@ class Outcome:
     reported: Tensor
     history: list[Record]
     engine: str
+
+
+def follow(
+    method: Gossip | Server,
+    model: nn.Module,
+    shards: Shards,
+    settings: Settings,
+    *,
+    on_round: Callable[[Record], None] = lambda record: None,
+    **options: Any,
+) -> Outcome:
+    """Train a model by one rule; ``options`` are those of :class:`Training`, ``on_round`` is told every round's record."""
+    return Training(model, shards, method, settings, **options).run(on_round)
 
 
 class Training:
