@@ -180,7 +180,7 @@ def labels_from_table(
         FilesError: a column is missing; a row names no image or one that is not there, or names one twice; an image
             has no row.
     """
-    images = files.images
+    images, known = files.images, set(files.names)
     places: dict[str, list[str]] = {}
     for name in images:
         for short in {
@@ -195,7 +195,7 @@ def labels_from_table(
     for line, row in read_table(table, delimiter=delimiter, encoding=encoding):
         wanted = composed(_cell(row, file_column, _FILE_COLUMNS, "files", table, line)).removeprefix("./")
         label = composed(_cell(row, label_column, _LABEL_COLUMNS, "labels", table, line))
-        candidates = [wanted] if wanted in files.names else places.get(wanted, [])
+        candidates = [wanted] if wanted in known else places.get(wanted, [])
         if len(candidates) != 1:
             what = "is not an image of" if not candidates else f"may be {' or '.join(candidates[:3])} in"
             raise FilesError(f"{table}, line {line}: {wanted!r} {what} {files.path}; write its path inside the folder")
