@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from plait import PlaitError
 from plait_wemoe import plugin
-from plait_wemoe.four_tasks import TASKS, four_tasks
-from plait_wemoe.images import ImageColumn, ShuffledBatches
 from plait_wemoe.columns import Reading
+from plait_wemoe.four_tasks import TASKS, four_tasks
 from plait_wemoe.heads import CosineHead, head_places, split_head
-from plait_wemoe.tasks import IndividualModels, MultiTaskModel
+from plait_wemoe.images import ImageColumn, ShuffledBatches
+from plait_wemoe.tasks import IndividualModels
 from timm.models.vision_transformer import VisionTransformer
 
 METHODS = {

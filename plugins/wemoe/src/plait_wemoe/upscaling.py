@@ -54,8 +54,8 @@ from plait_wemoe.states import (
 from plait_wemoe.static import scaled_sum
 from plait_wemoe.storing import load_module, save_module
 
-_BLOCK = r"(?P<block>(?:.*\.)?(?:layers|resblocks|blocks|layer|block|h)\.\d+(?:\.layer\.\d+)?)\."
-# Module names of known families: CLIP, ViT (transformers, timm, open_clip), T5, BERT. Modules with the same
+_BLOCK = r"(?P<block>(?:.*\.)?(?:layers|resblocks|blocks|layer|block|h)\.(?:encoder_layer_)?\d+(?:\.layer\.\d+)?)\."
+# Module names of known families: CLIP, ViT (transformers, timm, open_clip, torchvision), T5, BERT. Modules with the same
 # ``block`` share coefficients; the router reads what enters the first of them.
 PATTERNS = {
     "mlp": _BLOCK + r"(?:mlp|ffn|feed_forward|DenseReluDense|intermediate\.dense|output\.dense)",
