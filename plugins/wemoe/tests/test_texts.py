@@ -105,7 +105,7 @@ def test_a_mask_counts_by_name_by_position_and_in_a_mapping(mixture):
 
     mixture = copy.deepcopy(mixture)
     mixture.backbone = OfMapping(mixture.backbone)
-    assert torch.allclose(mixture.routing_weights(inputs)[:, 0], alone, atol=1e-4)
+    assert torch.allclose(mixture.routing_weights({"input_ids": IDS, "attention_mask": MASK})[:, 0], alone, atol=1e-4)
 
 
 def test_a_row_whose_tokens_are_all_masked_stays_finite_and_leaves_the_others_alone(mixture):
