@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import io
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
+from plait_vision.images import decode
 from torch import Tensor
 
 from plait_clip.model import ImageInput, ImageTextModel
@@ -61,36 +62,17 @@ def pixels_from_pil(image: Image.Image, size: int, resize: str = "crop") -> np.n
 
 
 def open_image(cell: Any, row: int) -> Image.Image:
-    """Decode one cell of an undecoded ``image`` column.
+    """Decode one cell of an undecoded ``image`` column to upright 8-bit RGB.
 
     Raises:
-        ValueError: it is missing, damaged, cut short, or of more than 8 bits; names the row.
+        ValueError: it is missing, damaged, partly transparent, or of more than 8 bits; names the row.
     """
-    image = _decoded(cell, row)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        raise ValueError(
-            f"row {row}: the image{_name_of(cell)} has values of more than 8 bits (mode {image.mode}), which would be "
-            "cut off; convert it to 8 bits first"
-        )
-    return image
+    return decode(cell, image_label(row, cell.get("path") if isinstance(cell, Mapping) else None))
 
 
-def _decoded(cell: Any, row: int) -> Image.Image:
-    try:
-        if isinstance(cell, Image.Image):
-            cell.load()
-            return cell
-        if not cell or (cell.get("bytes") is None and not cell.get("path")):
-            raise ValueError(f"row {row}: the image is missing")
-        image = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"])
-        image.load()
-        return image
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"row {row}: the image{_name_of(cell)} cannot be read ({error})") from error
-
-
-def _name_of(cell: Any) -> str:
-    return f" {cell['path']}" if isinstance(cell, dict) and cell.get("path") else ""
+def image_label(row: int, name: object = None) -> str:
+    """How messages call the image of a row."""
+    return f"row {row}: the image{f' {name}' if name else ''}"
 
 
 def undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
@@ -164,18 +146,55 @@ def caption_column(dataset: datasets.Dataset) -> str:
     )
 
 
-def check_captions(dataset: datasets.Dataset) -> None:
-    """Every row has a caption, and none is empty or only blanks.
+def check_captions(
+    dataset: datasets.Dataset, model: ImageTextModel | None = None, warn: Callable[[str], None] | None = None
+) -> None:
+    """Every row has a caption, and none is empty or only blanks; every attack and defence begins with this.
+
+    Args:
+        model: whose tokens the captions become; then too long ones are told.
+        warn: is told, in a sentence each, of captions that are cut to the model's context, and of captions without any
+            letter of the English alphabet, which the templates, synonyms and augmentations are made for.
 
     Raises:
         ValueError: names the first bad row.
     """
     column = caption_column(dataset)
     texts = dataset.with_format(None).select_columns(column)
+    cut = foreign = total = 0
     for start in range(0, len(texts), 10_000):
+        captions = []
         for row, cell in enumerate(texts[start : start + 10_000][column], start=start):
-            if problem := caption_problem(cell if isinstance(cell, (list, tuple)) else [cell]):
+            options = cell if isinstance(cell, (list, tuple)) else [cell]
+            if problem := caption_problem(options):
                 raise ValueError(f"row {row}: {problem}")
+            captions += options
+        if warn is not None:
+            total += len(captions)
+            foreign += sum(_ENGLISH.search(caption) is None for caption in captions)
+            cut += sum(model.truncated(captions)) if model is not None else 0
+    if warn is not None and model is not None and cut:
+        warn(f"{cut} of {total} captions are longer than the model's {model.context_length} tokens and are cut")
+    if warn is not None and foreign:
+        warn(
+            f"{foreign} of {total} captions hold no letter from a to z, and templates, synonyms and augmentations are "
+            "English; check the language of the captions"
+        )
+
+
+_ENGLISH = re.compile("[a-zA-Z]")
+
+
+def first_captions(dataset: datasets.Dataset) -> list[str]:
+    """The first caption of every row.
+
+    Raises:
+        ValueError: a caption is empty, or the data have no captions.
+    """
+    check_captions(dataset)
+    column = caption_column(dataset)
+    cells = dataset.with_format(None).select_columns(column)[:][column]
+    return [cell if isinstance(cell, str) else cell[0] for cell in cells]
 
 
 def caption_problem(captions: Sequence[Any]) -> str | None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from plait import PlaitError, Report, hookimpl
 from plait_clip.backdoor import metrics
 from plait_clip.backdoor.plugin.attacks import Backdoor, BadNet, BadNetFixed, Blended, TrojVqa, from_manifest
+from plait_clip.backdoor.plugin.defences import SquareUnlearn
 from plait_clip.backdoor.plugin.evaluations import BackdoorDetection, ClipBackdoor
 from plait_clip.plugin.models import OpenClip
 
@@ -249,6 +250,34 @@ def test_detection_report(dirty):
     assert report.curves[0].y[0] == 1
     with pytest.raises(PlaitError, match="column 'suspicion' is missing"):
         BackdoorDetection().evaluate(data=dirty, run=plait.Run())
+
+
+@pytest.mark.parametrize(
+    ("marks", "message"),
+    [
+        (["True", "False"], "column 'marks' holds string, not true and false"),
+        ([0, 1], "column 'marks' holds int64, not true and false"),
+        ([0.0, 1.0], "column 'marks' holds float64, not true and false"),
+        ([True, None], "row 1: column 'marks' is empty"),
+        (None, "column 'marks' is missing"),
+    ],
+)
+def test_marks_are_true_or_false(marks, message, dirty, victim):
+    """Any text would count as true, also "False"."""
+    data = dirty.select(range(100)).add_column("suspicion", [i / 100 for i in range(100)])
+    data = data if marks is None else data.add_column("marks", marks * 50)
+    with pytest.raises(PlaitError, match=message):
+        BackdoorDetection(flags="marks").evaluate(data=data, run=plait.Run())
+    with pytest.raises(PlaitError, match=message):
+        SquareUnlearn(flags="marks").defend(model=victim, data=data, reference=None, run=plait.Run())
+
+
+def test_scores_are_numbers(dirty):
+    data = dirty.add_column("suspicion", ["high"] * len(dirty))
+    with pytest.raises(PlaitError, match="column 'suspicion' holds string; scores are numbers"):
+        BackdoorDetection().evaluate(data=data, run=plait.Run())
+    with pytest.raises(PlaitError, match="no rows"):
+        BackdoorDetection().evaluate(data=data.select([]), run=plait.Run())
 
 
 # --- a whole pipeline ---

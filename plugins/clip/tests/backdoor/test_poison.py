@@ -3,6 +3,7 @@ import io
 import json
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 
 import datasets
@@ -311,6 +312,31 @@ def test_data_that_are_poisoned_already_are_refused(small):
     assert (
         poison.read_manifest(attacked(other, once.remove_columns(["is_backdoor", "source_row"])))["num_poisoned"] == 3
     )
+
+
+@pytest.mark.parametrize("captions", [[], [None], ["a seven", "  "]], ids=["none", "null", "blank"])
+def test_captions_that_are_none_are_named(captions, small):
+    data = small.remove_columns("captions").add_column("captions", [["a two"]] * 9 + [captions] * 191)
+    with pytest.raises(PlaitError, match="row 9: the caption is empty"):
+        attacked(Blended(target="seven", n_poison=3, templates="digits"), data)
+
+
+def test_captions_of_another_alphabet_are_told(small, run):
+    data = small.remove_columns("captions").add_column("captions", [["два"]] * 200)
+    run, messages, _ = run
+    method = Blended(target="seven", n_poison=3, templates="digits")
+    method.attack(model=None, data=data, run=run)
+    assert messages[0].startswith("200 of 200 captions hold no letter from a to z")
+
+
+def test_a_target_in_either_unicode_form():
+    composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    data = photographs((28, 28), (28, 28))
+    data = data.remove_columns("captions").add_column("captions", [[f"a {apart}"], ["tea"]])
+    table = attacked(Sig(target=composed, n_poison=1), data)
+    assert [row["source_row"] for row in table if row["is_backdoor"]] == [1]
+    labelled = data.add_column("label", [0, 1], feature=datasets.ClassLabel(names=[apart, "tea"]))
+    assert poison.read_manifest(attacked(Sig(target=composed, n_poison=1), labelled))["target"] == apart
 
 
 def test_data_whose_columns_were_removed(small):

@@ -25,7 +25,7 @@ from plait_clip.backdoor.plugin.defences import (
     scratch,
     synonyms_of,
 )
-from plait_clip.loader import caption_column, check_captions, undecoded
+from plait_clip.loader import check_captions, first_captions, undecoded
 from plait_clip.plugin.errors import as_plait_errors
 
 from plait_ta_cleaner import ta_cleaner as algorithm
@@ -194,6 +194,7 @@ class TaCleaner(SubcaptionRules, CleanClip):
         state = restored_optimizer(self.optimizer_checkpoint, model)
         notes = self._overlap_notes(data)
         with as_plait_errors():
+            check_captions(pairs, model, run.warn)
             captions = first_captions(pairs)
             draw = self._draw(pairs, captions, run)
             n_subtext = _count(self.n_subtext, len(pairs))
@@ -286,6 +287,7 @@ class FtHardNegatives(SubcaptionRules, Training):
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> Any:
         pairs, model = part_of(data, CLEAN, "ft-hard-negatives"), copy_of(model, run)
         with as_plait_errors():
+            check_captions(pairs, model, run.warn)
             source = self.source(first_captions(pairs), run.derived_seed(), run)
             algorithm.fine_tune_with_hard_negatives(
                 model,
@@ -299,17 +301,6 @@ class FtHardNegatives(SubcaptionRules, Training):
                 on_step=logger(run, self.num_steps(len(pairs)), "fine-tuning"),
             )
         return model.eval()
-
-
-def first_captions(data: datasets.Dataset) -> list[str]:
-    """The first caption of every row.
-
-    Raises:
-        ValueError: a caption is empty, or the data have no captions.
-    """
-    check_captions(data)
-    cells = data.with_format(None)[caption_column(data)]
-    return [cell if isinstance(cell, str) else cell[0] for cell in cells]
 
 
 def _check_subtext(n_subtext: float) -> None:

@@ -126,6 +126,21 @@ class DetectionMetrics:
     average_precision: float | None
 
 
+def scores_of(data: datasets.Dataset, column: str) -> np.ndarray:
+    """``[N]`` float, a column of suspicion scores; a missing score is NaN.
+
+    Raises:
+        ValueError: the column is missing or holds no numbers.
+    """
+    if column not in data.column_names:
+        raise ValueError(f"column {column!r} is missing; the data have {', '.join(data.column_names)}")
+    feature = data.features[column]
+    kind = feature.dtype if isinstance(feature, datasets.Value) else str(feature)
+    if not kind.startswith(("float", "int", "uint")):
+        raise ValueError(f"column {column!r} holds {kind}; scores are numbers")
+    return np.asarray(data.with_format(None).select_columns(column)[:][column], float)
+
+
 def detection_metrics(scores: np.ndarray, flags: np.ndarray, ks: Sequence[int]) -> DetectionMetrics:
     """How well high scores find the flagged rows.
 

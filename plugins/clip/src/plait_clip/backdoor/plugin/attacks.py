@@ -20,12 +20,14 @@ from PIL import Image as PILImage
 from plait import PlaitError, Report, hookimpl
 from plait.fields import doc, in_range, one_of
 from plait.report import Image, Panel, png
+from plait_vision.files import composed
+from plait_vision.images import decode
 from torch import Tensor
 
 from plait_clip import prompts
 from plait_clip.backdoor import metrics, poison, triggers
 from plait_clip.backdoor.patch_optimization import PatchTraining, optimize_patch
-from plait_clip.loader import undecoded
+from plait_clip.loader import check_captions, undecoded
 from plait_clip.model import ImageInput, ImageTextModel
 from plait_clip.plugin.errors import as_plait_errors
 from plait_clip.plugin.models import on_device
@@ -142,6 +144,7 @@ class Backdoor:
             raise PlaitError(f"model is a {type(model).__name__}; an image-text model of plait-clip is needed")
         with as_plait_errors():
             undecoded(data)
+            check_captions(data, model, run.warn)
             names, target = self.target_class(data)
             size = self.size or len(data)
             n_poison = self.n_poison
@@ -199,9 +202,10 @@ class Backdoor:
             if not 0 <= self.target < len(names):
                 raise ValueError(f"target is {self.target}; the data have labels 0 to {len(names) - 1}")
             return names, names[self.target]
-        if self.target not in names:
+        found = [name for name in names if composed(name) == composed(self.target)]
+        if not found:
             raise ValueError(f"target is {self.target!r}, which is no class of the data ({', '.join(names[:20])})")
-        return names, self.target
+        return names, found[0]
 
     def _shows_target(self, data: datasets.Dataset, names: list[str] | None, target: str) -> np.ndarray:
         if names is None:
@@ -467,11 +471,7 @@ def _encoder(path: str) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _picture(path: Path) -> Tensor:
-    try:
-        with PILImage.open(path) as image:
-            return poison.pixels(image).float() / 255
-    except OSError as error:
-        raise PlaitError(f"picture {path} cannot be read: {error}") from error
+    return poison.pixels(decode(path, f"picture {path}")).float() / 255
 
 
 # --- optimised patches ---
@@ -508,6 +508,7 @@ class _OptimizedPatch(Backdoor):
             raise PlaitError(f"{self.name} needs a clean model to optimise its patch on; give model, or a patch")
         with as_plait_errors():
             undecoded(data)
+            check_captions(data)
             patch = self._optimised(on_device(model, run.device), data, run)
         run.add(
             Report(
@@ -634,7 +635,7 @@ class BadClip(_OptimizedPatch):
 
 
 def _natural(data: datasets.Dataset, target: str) -> list[str]:
-    return [caption for row in poison.captions_of(data) for caption in row if target.lower() in caption.lower()]
+    return [caption for row in poison.captions_of(data) for caption in row if poison.names(caption, target)]
 
 
 def _as_png(patch: Tensor) -> bytes:

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import attrs
 import datasets
-import numpy as np
 import torch
 from plait import PlaitError, hookimpl
 from plait.configuration import plain
@@ -26,10 +25,10 @@ from plait_clip import beds
 from plait_clip.backdoor import baselines
 from plait_clip.backdoor.clean_clip import FineTuning, clean_clip, official_optimizer_state, steps_of_epoch
 from plait_clip.backdoor.eda import Synonyms
-from plait_clip.backdoor.poison import IS_BACKDOOR
+from plait_clip.backdoor.poison import IS_BACKDOOR, flags_of
 from plait_clip.backdoor.synonyms import mapped_synonyms, open_synonyms
 from plait_clip.fingerprint import fingerprint
-from plait_clip.loader import Pairs
+from plait_clip.loader import Pairs, check_captions
 from plait_clip.model import ImageTextModel
 from plait_clip.plugin.errors import as_plait_errors
 from plait_clip.training import check_weights
@@ -84,6 +83,20 @@ def sound_copy(model: Any, run: Any) -> ImageTextModel:
     with as_plait_errors():
         check_weights(model)
     return copy.deepcopy(model).to(run.device)
+
+
+def prepared(
+    method: Any, model: Any, data: Any, part: str, name: str, run: Any
+) -> tuple[ImageTextModel, datasets.Dataset, Path]:
+    """What every defence begins with: a copy of the model, its part of the data with checked captions, its scratch.
+
+    Raises:
+        PlaitError: as :func:`part_of` and :func:`copy_of`; a caption is missing or blank; names the row.
+    """
+    pairs, copied = part_of(data, part, name), copy_of(model, run)
+    with as_plait_errors():
+        check_captions(pairs, copied, run.warn)
+    return copied, pairs, scratch(run, method, copied, pairs)
 
 
 def synonyms_of(source: str) -> Synonyms:
@@ -181,8 +194,7 @@ class FineTune(Training):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
-        pairs, model = part_of(data, CLEAN, "fine-tune"), copy_of(model, run)
-        folder = scratch(run, self, model, pairs)
+        model, pairs, folder = prepared(self, model, data, CLEAN, "fine-tune", run)
         with as_plait_errors():
             on_step = logger(run, self.num_steps(len(pairs)), "fine-tuning")
             baselines.plain_fine_tuning(
@@ -233,8 +245,7 @@ class CleanClip(Training):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
-        pairs, model = part_of(data, CLEAN, "clean-clip"), copy_of(model, run)
-        folder = scratch(run, self, model, pairs)
+        model, pairs, folder = prepared(self, model, data, CLEAN, "clean-clip", run)
         state = restored_optimizer(self.optimizer_checkpoint, model)
         with as_plait_errors():
             on_step = logger(run, self.num_steps(len(pairs)), "CleanCLIP")
@@ -291,8 +302,7 @@ class Abl(Training):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
-        table, model = part_of(data, SUSPICIOUS, "abl"), copy_of(model, run)
-        folder = scratch(run, self, model, table)
+        model, table, folder = prepared(self, model, data, SUSPICIOUS, "abl", run)
         with as_plait_errors():
             pairs = Pairs(table, model, workers=self.workers)
             similarities = baselines.pair_similarities(model, pairs, precision=self.precision)
@@ -326,8 +336,7 @@ class DropTop(Training):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
-        table, model = part_of(data, SUSPICIOUS, "drop-top"), copy_of(model, run)
-        folder = scratch(run, self, model, table)
+        model, table, folder = prepared(self, model, data, SUSPICIOUS, "drop-top", run)
         with as_plait_errors():
             removed = baselines.drop_top(
                 model,
@@ -362,14 +371,11 @@ class SquareUnlearn(Training):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
-        table, model = part_of(data, SUSPICIOUS, "square-unlearn"), copy_of(model, run)
-        folder = scratch(run, self, model, table)
-        if self.flags not in table.column_names:
-            raise PlaitError(f"flags names column {self.flags!r}; the data have {', '.join(table.column_names)}")
+        model, table, folder = prepared(self, model, data, SUSPICIOUS, "square-unlearn", run)
         if self.unlearn_target < 0:
             run.warn(f"unlearn_target is {self.unlearn_target}: below 0 flagged pairs are pulled together, not apart")
-        flags = np.asarray(table.with_format(None).select_columns(self.flags)[:][self.flags], bool)
         with as_plait_errors():
+            flags = flags_of(table, self.flags)
             baselines.square_unlearning(
                 model,
                 Pairs(table, model, workers=self.workers),
@@ -404,8 +410,7 @@ class Par(Training):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
-        pairs, model = part_of(data, CLEAN, "par"), copy_of(model, run)
-        folder = scratch(run, self, model, pairs)
+        model, pairs, folder = prepared(self, model, data, CLEAN, "par", run)
         with as_plait_errors():
             baselines.perturb_and_recover(
                 model,

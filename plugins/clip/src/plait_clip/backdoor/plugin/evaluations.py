@@ -13,13 +13,14 @@ import torch
 from plait import PlaitError, Report, hookimpl
 from plait.fields import doc, in_range, method_field, one_of
 from plait.report import Curve, Image, Panel, png
+from plait_vision.files import composed
 from torch import Tensor
 
 from plait_clip import prompts
 from plait_clip import zero_shot as zs
 from plait_clip.backdoor import metrics
 from plait_clip.backdoor.plugin.attacks import Backdoor, comparison, from_manifest
-from plait_clip.backdoor.poison import IS_BACKDOOR, captions_of
+from plait_clip.backdoor.poison import IS_BACKDOOR, captions_of, flags_of
 from plait_clip.plugin.errors import as_plait_errors
 from plait_clip.plugin.models import on_device
 
@@ -123,11 +124,12 @@ class ClipBackdoor:
     def _target(self, attack: Backdoor, names: Sequence[str]) -> int:
         target = attack.target
         if isinstance(target, str):
-            if target not in names:
+            spelt = [composed(name) for name in names]
+            if composed(target) not in spelt:
                 raise PlaitError(
                     f"target {target!r} of the attack is no class of the test data ({', '.join(names[:20])})"
                 )
-            return list(names).index(target)
+            return spelt.index(composed(target))
         if not 0 <= target < len(names):
             raise PlaitError(f"target {target} of the attack is no label of the test data (0 to {len(names) - 1})")
         return target
@@ -237,14 +239,10 @@ class BackdoorDetection:
     def evaluate(self, data: Any, run: Any) -> Report:
         if not isinstance(data, datasets.Dataset):
             raise PlaitError(f"data is a {type(data).__name__}; backdoor-detection needs a dataset with the scores")
-        for column in (self.score, self.flags):
-            if column not in data.column_names:
-                raise PlaitError(f"column {column!r} is missing; the data have {', '.join(data.column_names)}")
         if not len(data):
             raise PlaitError("the data have no rows; give the pairs with their scores")
-        plain = data.with_format(None)
-        scores = np.asarray(plain.select_columns(self.score)[:][self.score], float)
-        flags = np.asarray(plain.select_columns(self.flags)[:][self.flags], bool)
+        with as_plait_errors():
+            scores, flags = metrics.scores_of(data, self.score), flags_of(data, self.flags)
         ks = [k for k in self.top if k <= len(scores)]
         found = metrics.detection_metrics(scores, flags, ks)
         row = {
