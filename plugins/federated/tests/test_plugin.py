@@ -3,6 +3,7 @@
 import io
 import unicodedata
 import zipfile
+from functools import partial
 
 import numpy as np
 import plait
@@ -446,6 +447,17 @@ def test_mistakes_are_told(call, message):
 
 def partitioned(data, **fields):
     return Partition(**{"num_clients": 2} | fields).transform(data, plait.Run())
+
+
+def test_models_without_answers_get_no_accuracy():
+    evaluate = partial(FederatedAccuracy().evaluate, data=rows(), run=plait.Run())
+    broken = torch.nn.Linear(4, 2)
+    with torch.no_grad():
+        broken.bias[0] = float("nan")
+    with pytest.raises(plait.PlaitError, match="model sick has loss nan"):
+        evaluate(model={"sick": broken})
+    with pytest.raises(plait.PlaitError, match="label 1 does not fit a model of 1 outputs"):
+        evaluate(model=torch.nn.Linear(4, 1))
 
 
 def test_classes_that_are_named_but_do_not_occur():

@@ -41,11 +41,18 @@ class Evaluator:
 
 @torch.no_grad()
 def accuracy_and_loss(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int = 1024) -> tuple[float, float]:
-    """Share of right top-1 answers in [0, 1], and the cross-entropy averaged over samples, without penalties."""
+    """Share of right top-1 answers in [0, 1], and the cross-entropy averaged over samples, without penalties.
+
+    Raises:
+        ValueError: a label is none of the model's outputs.
+    """
+    highest = int(labels.max())
     correct = loss = 0.0
     for begin in range(0, len(labels), batch_size):
         y = labels[begin : begin + batch_size]
         logits = as_logits(model(as_float(inputs[begin : begin + batch_size]))).float()
+        if highest >= logits.shape[1]:
+            raise ValueError(f"label {highest} does not fit a model of {logits.shape[1]} outputs")
         correct += (logits.argmax(1) == y).sum().item()
         loss += F.cross_entropy(logits, y, reduction="sum").item()
     return correct / len(labels), loss / len(labels)
