@@ -279,7 +279,7 @@ def test_a_damaged_image_is_named_also_by_worker_processes(model, small, run):
     rows[37]["image"]["bytes"] = rows[37]["image"]["bytes"][:-40]
     data = datasets.Dataset.from_list(rows, features=small.features)
     for fields in ({}, {"held_gigabytes": 0.0}, {"held_gigabytes": 0.0, "workers": 2}):
-        with pytest.raises(PlaitError, match="row 37: the image cannot be read"):
+        with pytest.raises(PlaitError, match="row 37: the image cannot be decoded"):
             short(**fields).optimize(model=model, data=data, run=run[0])
 
 

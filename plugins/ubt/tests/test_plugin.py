@@ -214,6 +214,17 @@ def test_the_overfitted_model_is_kept_on_request(suspect, reference, poisoned, t
     assert "stronger backdoor" in warnings[0]
 
 
+def test_models_of_the_sigmoid_loss_rank_but_are_not_cleaned(make_model, poisoned):
+    """Their logit bias is no part of CLIP's softmax loss, with which both trainings train."""
+    sigmoid = make_model(1)
+    sigmoid.model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
+    method = Ubt(**SETTINGS, detection="reference")
+    with pytest.raises(PlaitError, match="logit bias, as SigLIP's"):
+        method.defend(sigmoid, poisoned, make_model(), Run())
+    cleaned = method.defend(make_model(), poisoned, sigmoid, Run())
+    assert not same(weights(cleaned), weights(make_model()))
+
+
 def test_captions_without_letters(make_model, poisoned):
     data = poisoned.remove_columns("captions").add_column("captions", [["红 方块"]] * 160)
     warnings = []

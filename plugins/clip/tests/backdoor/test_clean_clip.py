@@ -100,6 +100,16 @@ def test_palette_and_cmyk_images_are_augmented(model):
     assert batch.augmented_images.shape == (4, 3, 8, 8)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_damaged_image_is_named_in_one_sentence(num_workers, small, model):
+    rows = small.select(range(64)).cast_column("image", datasets.Image(decode=False)).to_list()
+    rows[37]["image"]["bytes"] = rows[37]["image"]["bytes"][:-40]
+    data = datasets.Dataset.from_list(rows, features=small.features)
+    with pytest.raises(ValueError, match=r"^row 37: the image cannot be decoded .*\Z") as error:
+        epoch_of(data, model, num_workers=num_workers)
+    assert "\n" not in str(error.value)
+
+
 def test_fewer_pairs_than_a_batch(small, model):
     with pytest.raises(ValueError, match="200 pairs, fewer than one batch of 256"):
         epoch_of(small, model, batch_size=256)

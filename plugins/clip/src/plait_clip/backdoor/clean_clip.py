@@ -98,6 +98,8 @@ def view_batches(
         generator=generator,
     )
     for batch in loader:
+        if isinstance(batch, str):
+            raise ValueError(batch)
         if synonyms is None:
             yield batch
             continue
@@ -120,7 +122,13 @@ class _Views(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
+    def __getitem__(self, row: int) -> dict[str, Any] | str:
+        try:
+            return self._views(row)
+        except ValueError as error:  # its sentence, without a worker's traceback
+            return str(error)
+
+    def _views(self, row: int) -> dict[str, Any]:
         pair = self.pairs[row]
         # To RGB first: AutoAugment fails on palette and CMYK images.
         image = open_image(pair["image"], row).convert("RGB")
@@ -133,7 +141,14 @@ class _Views(Dataset):
         return item
 
 
-def _collate(epoch: int, items: Sequence[Mapping[str, Any]]) -> ViewBatch:
+def _collate(epoch: int, found: Sequence[dict[str, Any] | str]) -> ViewBatch | str:
+    """The batch, or what is wrong with one of its rows."""
+    items: list[dict[str, Any]] = []
+    for item in found:
+        if isinstance(item, str):
+            return item
+        items.append(item)
+
     def images(name: str) -> Tensor | None:
         return torch.from_numpy(np.stack([item[name] for item in items])) if name in items[0] else None
 
