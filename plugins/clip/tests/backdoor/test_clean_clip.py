@@ -93,7 +93,7 @@ def test_images_are_augmented_anew_in_every_epoch(small, model):
 
 
 def test_palette_and_cmyk_images_are_augmented(model):
-    images = [Image.new(mode, (12, 9)) for mode in ("P", "CMYK", "RGBA", "L")]
+    images = [Image.new(mode, (12, 9)) for mode in ("P", "CMYK", "L")] + [Image.new("RGBA", (12, 9), (9, 9, 9, 255))]
     features = datasets.Features(image=datasets.Image(), captions=datasets.List(datasets.Value("string")))
     pairs = datasets.Dataset.from_dict({"image": images, "captions": [["a photo", "a picture"]] * 4}, features=features)
     (batch,) = epoch_of(pairs, model, batch_size=4)
