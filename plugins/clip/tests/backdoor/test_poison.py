@@ -294,6 +294,9 @@ def test_the_manifest_says_how_images_were_prepared(cropping_model):
         image_input = attack.image_input(cropping_model)
         assert image_input.size == (28 if model is not None else 224)
         assert image_input.resize == ("crop" if model is not None else "squash")
+        # Data that are poisoned by the same attack go the same way, also without the model.
+        again = attacked(attack, photographs((40, 60), (60, 40)))
+        assert {image.shape for image in images_of(again)} == {(image_input.size, image_input.size, 3)}
 
 
 def test_a_wrong_model_is_refused(small):

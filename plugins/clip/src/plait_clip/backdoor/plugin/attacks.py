@@ -125,11 +125,16 @@ class Backdoor:
 
     def image_input(self, model: ImageTextModel) -> ImageInput:
         """What brings images to size before the trigger, which belongs to what the model sees."""
-        if self.input_config is not None and self.input_config != model.image_input.config():
+        chosen = self._chosen_input()
+        # The model's own object where it does the same: it may be transformers' image processor.
+        same = chosen is None or chosen.config() == model.image_input.config()
+        return model.image_input if same else chosen
+
+    def _chosen_input(self) -> ImageInput | None:
+        """What the fields say of it."""
+        if self.input_config is not None:
             return ImageInput(**self.input_config)
-        if self.image_size is not None and self.input_config is None:
-            return poison.squashed(self.image_size)
-        return model.image_input
+        return None if self.image_size is None else poison.squashed(self.image_size)
 
     # --- the poisoned data ---
 
@@ -158,10 +163,8 @@ class Backdoor:
             seed = run.derived_seed("trigger")
             if model is not None:
                 image_input = self.image_input(model)
-            elif self.image_size is not None:
-                image_input = poison.squashed(self.image_size)
             else:
-                image_input = poison.papers_input(data, rows or [0])
+                image_input = self._chosen_input() or poison.papers_input(data, rows or [0])
             table = poison.poisoned_table(
                 data,
                 selection,
