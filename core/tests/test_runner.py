@@ -393,3 +393,32 @@ steps:
     assert Path("witness.txt").read_text().split() == ["two"]
     plait.run("p.yaml")
     assert Path("witness.txt").read_text().split() == ["two", "one"]
+
+
+def test_nothing_is_written_into_what_is_stored(workplace):
+    Path("m.py").write_text("""
+import attrs
+import datasets
+from plait import hookimpl
+@attrs.frozen
+class Make:
+    @hookimpl
+    def load_data(self, run):
+        return datasets.Dataset.from_dict({"x": [1, 2, 3]})
+@attrs.frozen
+class Map:
+    @hookimpl
+    def transform(self, data, run):
+        data.sort("x", reverse=True)
+        return data.map(lambda row: {"x": row["x"] + 1}).filter(lambda row: row["x"] > 2)
+""")
+    Path("p.yaml").write_text(
+        "plait: 1\nsteps:\n  a: {load-data: './m.py:Make'}\n  b: {transform: './m.py:Map', from: {data: a}}\n"
+    )
+    result = plait.run("p.yaml")
+    assert result["b"]["x"] == [3, 4]
+    for entry in Store().entries():
+        files = {str(path.relative_to(entry.folder)) for path in entry.folder.rglob("*") if path.is_file()}
+        assert files == {*entry.meta["files"], "meta.json"}
+        assert not any(path.stat().st_mode & 0o222 for path in entry.folder.rglob("*"))
+    assert Store().verify() == {}
