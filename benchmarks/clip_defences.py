@@ -30,7 +30,7 @@ def main() -> None:
 
     clean = Digits().load_data(Run())["train"]
     attack = BadNetFixed(target="seven", n_poison=28, templates="digits", patch_size=2, margin=0, first=1)
-    poisoned = attack.attack(clean, Run())
+    poisoned = attack.attack(None, clean, Run())
     model, reference = (OpenClip().load_model(None, Run(seed=seed)) for seed in range(2))
     training = {"num_epochs": options.epochs, "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 0.1}
     rules = {"synonyms": "test-beds"}

@@ -23,9 +23,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from plait_fgsam.baselines import SAM
 from plait_fgsam.fgsam import FGSAM, FGSAMPlus
 from plait_fgsam.plugin import TwoLossUpdate
-from plait_fgsam.sam import SAM
 from plait_graph.datasets import csbm_graph
 from plait_graph.models import GNN, seeded
 from plait_graph.splits import split_per_class

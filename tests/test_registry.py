@@ -25,7 +25,7 @@ PAPERS = [
     "ubt",
     "ta-cleaner",
 ]
-KITS = ["clip", "imaging", "graph", "diffusion", "federated"]
+KITS = ["vision", "clip", "imaging", "graph", "diffusion", "federated"]
 
 
 def test_all_papers_and_kits_are_known():

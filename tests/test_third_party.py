@@ -71,7 +71,7 @@ steps:
 
 @pytest.fixture
 def installed(environment, wheels):
-    environment.install(next(wheels.glob("plait-0*.whl")), next(wheels.glob("plait_imaging-*.whl")))
+    environment.install(*(next(wheels.glob(f"{name}-*.whl")) for name in ("plait", "plait_vision", "plait_imaging")))
     package = environment.work / "other-package"
     (package / "other").mkdir(parents=True)
     (package / "pyproject.toml").write_text(PYPROJECT)

@@ -27,7 +27,7 @@ def value(report: str, table: str, row: str) -> float:
 @pytest.mark.slow
 def test_the_quickstart_runs_from_wheels(environment, wheels):
     """The small-scale check of EnsIR (Sun et al., NeurIPS 2024), both directions: better than what it is compared with."""
-    for name in ("plait-0", "plait_imaging-", "plait_ensir-"):
+    for name in ("plait-0", "plait_vision-", "plait_imaging-", "plait_ensir-"):
         environment.install(next(wheels.glob(f"{name}*.whl")))
     (environment.work / "quickstart.yaml").write_text((ROOT / "pipelines" / "quickstart.yaml").read_text())
     environment.run("plait", "run", "quickstart.yaml", "matrix.seed=[0]")
@@ -47,6 +47,8 @@ def test_every_plugin_loads_from_its_wheel(environment, wheels):
     done = environment.run("plait", "doctor", ok=False)
     assert [line for line in done.stdout.splitlines() if line.startswith("wrong")] == []
     assert done.returncode == 0
+    synonyms = "from plait_clip.backdoor.synonyms import open_synonyms; print(*open_synonyms(None)('car'), sep=',')"
+    assert "automobile" in environment.run("python", "-c", synonyms).stdout.split(",")
     installed = environment.run("plait", "install", "ensir", "--from", wheels, ok=False)
     assert installed.returncode == 1  # this environment has no pip
     assert "pip could not install plait-ensir" in installed.stderr

@@ -3,6 +3,7 @@ import io
 import json
 import struct
 import tarfile
+import unicodedata
 
 import datasets
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from plait import PlaitError
 from plait_clip import beds, prompts, records
-from plait_clip.loader import undecoded
+from plait_clip.loader import image_batches, undecoded
 from plait_clip.plugin.data import ClassFolder, Digits, FashionMnist, ImageText
 
 
@@ -133,11 +134,12 @@ def test_bad_rows_are_named(folder, run):
     good = "images/a.jpg,fine"
     cases = {
         "row 1: the image .*gone.jpg": csv_of(folder, "image,caption", good, "gone.jpg,x"),
-        "row 0: the image .*noise.jpg cannot be read": None,
-        "row 1: the image .*cut.jpg cannot be read": None,
-        "row 1: the image .*cut.png cannot be read": None,
+        "row 0: the image .*noise.jpg is not an image of a known kind": None,
+        "row 1: the image .*cut.jpg cannot be decoded": None,
+        "row 1: the image .*cut.png cannot be decoded": None,
         "row 1: the image is missing": None,
         "row 1: the caption is empty": None,
+        "line 3: the row has 3 cells and the header 2": None,
         "no rows": None,
         "no column for the caption": None,
         "no column 'words'": None,
@@ -149,6 +151,7 @@ def test_bad_rows_are_named(folder, run):
         ["image,caption", good, "cut.png,x"],
         ["image,caption", good, ",x"],
         ["image,caption", good, "images/b.png,  "],
+        ["image,caption", good, "images/b.png,a dog, asleep"],
         ["image,caption"],
         ["image,label", "images/a.jpg,3"],
         ["image,caption", good],
@@ -174,7 +177,157 @@ def test_bad_rows_are_named(folder, run):
 def test_images_of_more_than_eight_bits_are_refused(levels, tmp_path, run):
     Image.fromarray(levels).save(tmp_path / "deep.tif")
     source = csv_of(tmp_path, "image,caption", "deep.tif,x")
-    with pytest.raises(PlaitError, match=r"row 0: the image .*deep\.tif has values of more than 8 bits"):
+    with pytest.raises(PlaitError, match=r"row 0: the image .*deep\.tif is a (16-bit|floating-point) image"):
+        ImageText(source=source).load_data(run=run[0])
+    if levels.dtype == np.uint16:
+        data = ImageText(source=source, sixteen_bit="scale").load_data(run=run[0])
+        assert np.asarray(data[0]["image"])[..., 0].tolist() == [[0, 255]]
+
+
+def saved_with(folder, *images, **columns):
+    """A saved dataset of encoded images."""
+    cells = [{"bytes": content, "path": None} for content in images]
+    features = datasets.Features(
+        image=datasets.Image(), captions=datasets.List(datasets.Value("string")),
+        **{name: datasets.Value("string" if isinstance(values[0], str) else "int64") for name, values in columns.items()},
+    )  # fmt: skip
+    table = {"image": cells, "captions": [["x"]] * len(images), **columns}
+    datasets.Dataset.from_dict(table, features=features).save_to_disk(folder)
+    return str(folder)
+
+
+def test_transparent_images_are_refused_or_laid_over_a_colour(tmp_path, run):
+    half = Image.new("RGBA", (4, 4), (200, 0, 0, 255))
+    half.paste((0, 200, 0, 0), (0, 0, 2, 4))
+    half.save(tmp_path / "half.png")
+    sources = {
+        "row 0: the image .*half.png is partly transparent": csv_of(tmp_path, "image,caption", "half.png,x"),
+        "row 1: the image is partly transparent": saved_with(
+            tmp_path / "saved", picture(), (tmp_path / "half.png").read_bytes()
+        ),
+    }
+    for message, source in sources.items():
+        with pytest.raises(PlaitError, match=message):
+            ImageText(source=source).load_data(run=run[0])
+        white = ImageText(source=source, transparency=(255, 255, 255)).load_data(run=run[0])
+        assert np.asarray(white[-1]["image"])[0].tolist() == [[255] * 3, [255] * 3, [200, 0, 0], [200, 0, 0]]
+        dropped = ImageText(source=source, transparency="drop").load_data(run=run[0])
+        assert np.asarray(dropped[-1]["image"])[0, 0].tolist() == [0, 200, 0]
+    with pytest.raises(PlaitError, match="transparency is 'white'"):
+        ImageText(source="x", transparency="white")
+
+
+def test_images_are_upright_for_every_reader(tmp_path, run):
+    turned = Image.new("RGB", (8, 4), (0, 0, 0))
+    turned.paste((255, 255, 255), (0, 0, 2, 4))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    turned.save(tmp_path / "turned.png", exif=exif)
+    listed = ImageText(source=csv_of(tmp_path, "image,caption", "turned.png,x")).load_data(run=run[0])
+    assert listed[0]["image"].size == (4, 8)
+    for data in (listed, saved_with(tmp_path / "saved", (tmp_path / "turned.png").read_bytes())):
+        data = data if isinstance(data, datasets.Dataset) else ImageText(source=data).load_data(run=run[0])
+        (batch,) = image_batches(data, 8, batch_size=1, resize="squash")
+        assert batch[0, 0, 0].min() == 255
+        assert batch[0, 0, -1].max() == 0
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_lists_in_encodings_and_with_delimiters(encoding, delimiter, folder, run):
+    lines = ["image,caption", "images/a.jpg,café"]
+    (folder / "list.csv").write_text("\n".join(lines).replace(",", delimiter), encoding=encoding)
+    if encoding == "latin-1":
+        with pytest.raises(PlaitError, match=r"list\.csv, line 2: byte 0xe9 is not utf-8"):
+            ImageText(source=str(folder / "list.csv")).load_data(run=run[0])
+    fields = {"encoding": encoding} if encoding == "latin-1" else {}
+    data = ImageText(source=str(folder / "list.csv"), **fields).load_data(run=run[0])
+    assert data[0]["captions"] == ["café"]
+
+
+def test_quotes_may_be_ordinary_characters(folder, run):
+    source = csv_of(folder, "image\tcaption", 'images/a.jpg\t"a" dog', 'images/b.png\ta 5" disk')
+    with pytest.raises(PlaitError, match="set quotes: false"):
+        ImageText(source=source).load_data(run=run[0])
+    data = ImageText(source=source, quotes=False).load_data(run=run[0])
+    assert [captions[0] for captions in data["captions"]] == ['"a" dog', 'a 5" disk']
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_json_of_another_encoding_names_its_file(suffix, folder, run):
+    record = '{"image": "images/a.jpg", "caption": "café"}'
+    path = folder / f"latin.{suffix}"
+    path.write_text(f"[{record}]" if suffix == "json" else record, encoding="latin-1")
+    with pytest.raises(PlaitError, match=rf"latin\.{suffix}.*: byte 0xe9 is not utf-8; save the file as UTF-8"):
+        ImageText(source=str(path)).load_data(run=run[0])
+    path.write_text(f"[{record}]" if suffix == "json" else record, encoding="utf-8-sig")
+    assert ImageText(source=str(path)).load_data(run=run[0])[0]["captions"] == ["café"]
+
+
+def test_json_of_another_layout_is_one_sentence(folder, run):
+    (folder / "odd.json").write_text(json.dumps({"images": [{"id": 1}], "annotations": [{"caption": "x"}]}))
+    with pytest.raises(PlaitError, match="not COCO's or Karpathy's layout: 'image_id' is missing"):
+        ImageText(source=str(folder / "odd.json")).load_data(run=run[0])
+    (folder / "odd.jsonl").write_text("[1, 2]\n")
+    with pytest.raises(PlaitError, match="line 1: this is not a JSON object"):
+        ImageText(source=str(folder / "odd.jsonl")).load_data(run=run[0])
+
+
+def test_saved_datasets_with_labels_as_text(tmp_path, run):
+    source = saved_with(tmp_path / "saved", picture(), picture(), picture(), label=["dog", "cat", "dog"])
+    data = ImageText(source=source).load_data(run=run[0])
+    assert data.features["label"].names == ["cat", "dog"]
+    assert data["label"][:] == [1, 0, 1]
+    named = ImageText(source=source, class_names=("dog", "cat")).load_data(run=run[0])
+    assert named["label"][:] == [0, 1, 0]
+
+
+def test_folders_and_shards_of_splits(folder, run):
+    for split, name in (("train", "a.jpg"), ("test", "c.jpg")):
+        (folder / "split" / split).mkdir(parents=True)
+        (folder / "split" / split / name).write_bytes((folder / "images" / name).read_bytes())
+        (folder / "split" / split / "metadata.csv").write_text(f"file_name,text\n{name},a {split} image\n")
+        (folder / "shards" / split).mkdir(parents=True)
+        (folder / "shards" / split / "0000.tar").write_bytes((folder / "shard.tar").read_bytes())
+    parts = ImageText(source=str(folder / "split")).load_data(run=run[0])
+    assert {split: part["captions"][:] for split, part in parts.items()} == {
+        "train": [["a train image"]],
+        "test": [["a test image"]],
+    }
+    assert parts["test"]["file_name"][:] == ["c.jpg"]
+    parts = ImageText(source=str(folder / "shards")).load_data(run=run[0])
+    assert {split: part["label"][:] for split, part in parts.items()} == {"train": [0, 1, 2], "test": [0, 1, 2]}
+
+
+def test_what_systems_leave_in_archives_is_no_image(tmp_path, run):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
+        for name in ("cat/x.jpg", "dog/y.jpg"):
+            archive.writestr(name, picture())
+            archive.writestr(f"__MACOSX/{name.replace('/', '/._')}", b"Mac OS X")
+    data = ClassFolder(folder=tmp_path / "pets.zip").load_data(run=run[0])
+    assert data["file_name"][:] == ["cat/x.jpg", "dog/y.jpg"]
+
+
+def test_names_in_either_unicode_form_are_one(tmp_path, run):
+    composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    (tmp_path / "classes" / apart).mkdir(parents=True)
+    (tmp_path / "classes" / "tea").mkdir()
+    for name in (apart, "tea"):
+        (tmp_path / "classes" / name / "1.jpg").write_bytes(picture())
+    data = ClassFolder(folder=tmp_path / "classes", class_names={composed: "coffee house"}).load_data(run=run[0])
+    assert data.features["label"].names == ["coffee house", "tea"]
+    (tmp_path / f"{apart}.jpg").write_bytes(picture())
+    source = csv_of(tmp_path, "image,caption", f"{composed}.jpg,x")
+    assert len(ImageText(source=source).load_data(run=run[0])) == 1
+
+
+def test_marks_of_poison_are_numbers_or_truth_values(folder, run):
+    source = csv_of(folder, "image,caption,is_backdoor", "images/a.jpg,x,1", "images/b.png,y,false")
+    assert ImageText(source=source).load_data(run=run[0])["is_backdoor"][:] == [True, False]
+    source = csv_of(folder, "image,caption,is_backdoor", "images/a.jpg,x,yes")
+    with pytest.raises(PlaitError, match="row 0: is_backdoor is 'yes'; expected one of 1,"):
         ImageText(source=source).load_data(run=run[0])
 
 
@@ -213,7 +366,7 @@ def test_class_folders(tmp_path, run):
     with pytest.raises(PlaitError, match="row 2: the image"):
         ClassFolder(folder=tmp_path / "train").load_data(run=run[0])
     assert len(ClassFolder(folder=tmp_path / "train", on_bad_image="skip").load_data(run=run[0])) == 3
-    with pytest.raises(PlaitError, match="no class folders"):
+    with pytest.raises(PlaitError, match="no images in class folders"):
         ClassFolder(folder=tmp_path / "train" / "cat").load_data(run=run[0])
     with pytest.raises(PlaitError, match="'dgo'"):
         ClassFolder(folder=tmp_path, class_names={"dgo": "x"}).load_data(run=run[0])
@@ -319,7 +472,7 @@ def test_saved_datasets_are_checked_too(folder, run):
     rows = [dict(row, image={"bytes": b"junk" if i == 1 else picture(), "path": None}) for i, row in enumerate(data)]
     features = datasets.Features({**data.features, "image": datasets.Image()})
     datasets.Dataset.from_list(rows, features=features).save_to_disk(folder / "bad")
-    with pytest.raises(PlaitError, match="row 1: the image cannot be read"):
+    with pytest.raises(PlaitError, match="row 1: the image is not an image"):
         ImageText(source=str(folder / "bad")).load_data(run=run[0])
     kept = ImageText(source=str(folder / "bad"), on_bad_image="skip").load_data(run=run[0])
     assert kept["caption"][:] == ["a red one", "ünï"]

@@ -7,6 +7,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from plait import PlaitError, Run
 from plait_clip import beds
 from plait_clip.examples import digit_pairs
@@ -15,6 +16,7 @@ from plait_clip.model import (
     ImageInput,
     ImageTextModel,
     OpenClipModel,
+    ProcessorInput,
     TransformersModel,
     WordTokenizer,
     architectures,
@@ -69,14 +71,16 @@ VISION = {
 }
 
 
-def hf_clip() -> TransformersModel:
+def hf_clip(image_input: ImageInput | None = None) -> TransformersModel:
     config = transformers.CLIPConfig(
         text_config=text_tower(bos_token_id=12, eos_token_id=13, pad_token_id=13),
         vision_config=VISION,
         projection_dim=8,
     )
     return TransformersModel(
-        transformers.CLIPModel(config).eval(), hf_tokenizer("[SEP]"), ImageInput(16, [0.5] * 3, [0.5] * 3)
+        transformers.CLIPModel(config).eval(),
+        hf_tokenizer("[SEP]"),
+        image_input or ImageInput(16, [0.5] * 3, [0.5] * 3),
     )
 
 
@@ -224,6 +228,21 @@ def test_transformers_folders_with_their_image_processor(run, tmp_path):
     torch.testing.assert_close(loaded.encode_image(x), getattr(expected, "pooler_output", expected))
 
 
+@pytest.mark.parametrize("name", ["CLIPImageProcessor", "CLIPImageProcessorPil", "CLIPImageProcessorFast"])
+def test_the_image_processor_is_saved_with_the_model(name, tmp_path):
+    if not hasattr(transformers, name):  # versions have two of the three
+        pytest.skip(f"this transformers has no {name}")
+    sizes = {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}}
+    processor = getattr(transformers, name)(**sizes, image_mean=[0.4] * 3, image_std=[0.3] * 3)
+    hf_clip(ProcessorInput(processor)).save_pretrained(tmp_path)
+    again = ImageTextModel.from_pretrained(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 50, 3), np.uint8))
+    theirs = processor(images=image, return_tensors="pt")["pixel_values"]
+    ours = again.image_input(torch.from_numpy(again.image_input.from_pil(image).copy())[None].float() / 255)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert list(transformers.AutoImageProcessor.from_pretrained(tmp_path).image_mean) == [0.4] * 3
+
+
 def test_fusion_scores_pairs_as_the_library_does():
     model = hf_blip()
     images = torch.rand(3, 3, 16, 16)
@@ -297,33 +316,118 @@ def openai_style(vision: dict) -> dict:
     ],
     ids=["vit", "resnet"],
 )
-def test_cleanclip_checkpoints_tell_their_architecture(vision, run, tmp_path):
-    config = openai_style(vision)
+@pytest.mark.parametrize("quick_gelu", [True, False])
+def test_openais_files_tell_their_architecture_and_others_are_asked_for_it(vision, quick_gelu, run, tmp_path):
+    config = {**openai_style(vision), "quick_gelu": quick_gelu}
     original = build(config).eval()
     state = {f"module.{name}": tensor for name, tensor in original.state_dict().items()}
     torch.save({"epoch": 3, "name": "x", "state_dict": state, "optimizer": {"state": {}}}, tmp_path / "epoch_3.pt")
-    model = OpenClip(checkpoint=tmp_path / "epoch_3.pt").load_model(data=None, run=run[0])
-    assert model.config == config
+    # Its weights look the same with either activation.
+    with pytest.raises(PlaitError, match=r"neither its activation nor its heads.*quick_gelu: true"):
+        OpenClip(checkpoint=tmp_path / "epoch_3.pt").load_model(data=None, run=run[0])
+    model = OpenClip(config=config, checkpoint=tmp_path / "epoch_3.pt").load_model(data=None, run=run[0])
+    same_as(original, model)
+    if quick_gelu:
+        marks = {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}
+        marked = original.state_dict() | {name: torch.tensor(value) for name, value in marks.items()}
+        torch.save(marked, tmp_path / "openai.pt")
+        model = OpenClip(checkpoint=tmp_path / "openai.pt").load_model(data=None, run=run[0])
+        assert model.config == config
+        same_as(original, model)
+
+
+def same_as(original: nn.Module, model: OpenClipModel) -> None:
     x = torch.rand(2, 3, model.image_size, model.image_size)
     torch.testing.assert_close(model.encode_image(x), original.encode_image(model.image_input(x)), rtol=0, atol=0)
+    tokens = model.tokenize(TEXTS)
+    torch.testing.assert_close(model.encode_tokens(tokens), original.encode_text(tokens), rtol=0, atol=0)
 
 
-def test_torchscript_checkpoints_are_read(tmp_path):
+def test_a_question_names_the_architectures_of_these_shapes(run, tmp_path):
+    from safetensors.torch import save_file
+
+    config = architectures.with_image_size(architectures.open_clip_architecture("ViT-B-32"), None)
+    config["vision_cfg"]["layers"] = config["text_cfg"]["layers"] = 12
+    with torch.device("meta"):
+        shapes = build(config).state_dict()
+    # Only what shapes are read off.
+    kept = {name: tensor for name, tensor in shapes.items() if "resblocks" not in name or "in_proj_weight" in name}
+    save_file(
+        {name: torch.zeros(tensor.shape, dtype=torch.float16) for name, tensor in kept.items()},
+        tmp_path / "b.safetensors",
+    )
+    with pytest.raises(PlaitError, match="give its architecture too: ViT-B-32 or ViT-B-32-quickgelu"):
+        OpenClip(checkpoint=tmp_path / "b.safetensors").load_model(data=None, run=run[0])
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        lambda state: state,
+        lambda state: {"model_state_dict": {f"_orig_mod.{name}": tensor for name, tensor in state.items()}},
+        lambda state: {"state_dict": {f"model.{name}": tensor for name, tensor in state.items()}},
+        lambda state: {"params_ema": state, "params": {name: tensor * 0 for name, tensor in state.items()}},
+    ],
+    ids=["plain", "compiled", "lightning", "averaged"],
+)
+@pytest.mark.parametrize("suffix", ["pt", "ckpt", "pth"])
+def test_checkpoints_as_people_have_them(stored, suffix, run, tmp_path):
+    original = tiny()
+    torch.save(stored(dict(original.model.state_dict())), tmp_path / f"tiny.{suffix}")
+    model = OpenClip(architecture="tiny", checkpoint=tmp_path / f"tiny.{suffix}").load_model(data=None, run=run[0])
+    for name, tensor in original.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_openais_torchscript_archives_are_read(run, tmp_path):
     config = openai_style({"layers": 1, "width": 64, "patch_size": 16, "image_size": 32})
     original = build(config).eval()
+    for name, value in (("input_resolution", 32), ("context_length", 77), ("vocab_size", 49408)):
+        if hasattr(original, name):
+            delattr(original, name)
+        original.register_buffer(name, torch.tensor(value))
+    del original.attn_mask  # no buffer in OpenAI's own code
+    archive = torch.jit.trace_module(original, {"encode_image": torch.rand(1, 3, 32, 32)})
+    archive.save(str(tmp_path / "jit.pt"))
+    model = OpenClip(checkpoint=tmp_path / "jit.pt").load_model(data=None, run=run[0])
+    assert model.config == config
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(model.encode_image(x), original.encode_image(model.image_input(x)))
 
-    class Holder(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.visual = original.visual.conv1
-            self.logit_scale = original.logit_scale
 
-        def forward(self, x):
-            return self.visual(x) * self.logit_scale
+@pytest.mark.parametrize(("name", "quick"), [("ViT-B-32", True), ("ViT-B-32-quickgelu", True)])
+def test_the_weights_of_a_tag_say_which_activation_they_have(name, quick, run, tmp_path, monkeypatch):
+    """Tags as open_clip knows them; the download is a file of random weights."""
+    config = architectures.open_clip_architecture("ViT-B-32")
+    small = {**config["vision_cfg"], "layers": 1, "width": 64, "patch_size": 16, "image_size": 32}
+    config = {**config, "vision_cfg": small, "text_cfg": {**config["text_cfg"], "width": 64, "heads": 1, "layers": 1}}
+    original = build({**config, "quick_gelu": quick}).eval()
+    torch.save(original.state_dict(), tmp_path / "weights.pt")
+    monkeypatch.setattr(architectures, "download_pretrained", lambda found: str(tmp_path / "weights.pt"))
+    monkeypatch.setattr(architectures, "get_model_config", lambda asked: dict(config))
+    model = OpenClip(architecture=name, pretrained="openai").load_model(data=None, run=run[0])
+    assert model.config["quick_gelu"] is quick
+    same_as(original, model)
+    # LAION's own weights of this architecture have GELU.
+    gelu = build(config).eval()
+    torch.save(gelu.state_dict(), tmp_path / "weights.pt")
+    if name == "ViT-B-32":
+        same_as(gelu, OpenClip(architecture=name, pretrained="laion2b_s34b_b79k").load_model(data=None, run=run[0]))
 
-    torch.jit.trace(Holder(), torch.rand(1, 3, 32, 32)).save(str(tmp_path / "jit.pt"))
-    state = architectures.read_checkpoint(tmp_path / "jit.pt")
-    assert set(state) == {"visual.weight", "logit_scale"}
+
+def test_a_transformers_folder_needs_its_tokenizer(run, tmp_path):
+    model = hf_clip()
+    model.model.save_pretrained(tmp_path)
+    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    transformers.CLIPImageProcessor(**sizes).save_pretrained(tmp_path)
+    with pytest.raises(PlaitError, match=r"no tokenizer|cannot load"):
+        TransformersClip(source=str(tmp_path)).load_model(run=run[0])
+    model.tokenizer.save_pretrained(tmp_path)
+    assert TransformersClip(source=str(tmp_path)).load_model(run=run[0]).context_length == 12
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(PlaitError, match=r"model\.safetensors is a Git LFS pointer"):
+        TransformersClip(source=str(tmp_path)).load_model(run=run[0])
 
 
 def test_architecture_from_json_and_inline_and_checkpoint(run, tmp_path):
@@ -359,12 +463,14 @@ def test_words_of_the_data_make_the_vocabulary(run, digits):
 def test_users_mistakes_are_one_sentence(run, tmp_path):
     run = run[0]
     (tmp_path / "junk.pt").write_bytes(b"junk")
+    (tmp_path / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     torch.save({"state_dict": {"conv.weight": torch.zeros(2)}}, tmp_path / "other.pt")
     (tmp_path / "empty").mkdir()
     cases = {
         "did you mean ViT-B-32": OpenClip(architecture="ViT-B32"),
-        "no such file": OpenClip(checkpoint=tmp_path / "missing.pt"),
-        "cannot be read": OpenClip(checkpoint=tmp_path / "junk.pt"),
+        "is not a file": OpenClip(checkpoint=tmp_path / "missing.pt"),
+        "is not a file of weights": OpenClip(checkpoint=tmp_path / "junk.pt"),
+        "Git LFS pointer": OpenClip(architecture="tiny", checkpoint=tmp_path / "pointer.pt"),
         "give its architecture": OpenClip(checkpoint=tmp_path / "other.pt"),
         "neither plait.json": OpenClip(checkpoint=tmp_path / "empty"),
         "does not fit": OpenClip(architecture="tiny", checkpoint=tmp_path / "other.pt"),

@@ -1,13 +1,15 @@
 """The rule: hand-computed rounds, equivalences, clip scopes, stability, containers."""
 
-from functools import partial
+import subprocess
+import sys
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from plait_dfedcata.dfedcata import State, aggregate, aggregate_peer, dfedcata, oledfl, split_prox_step
-from plait_dfedcata.stability import growth, largest_beta, stability, sweep_matrix
+from plait_dfedcata.baselines import oledfl_rule
+from plait_dfedcata.dfedcata import dfedcata, rule, split_prox_step
+from plait_dfedcata.stability import StabilityError, growth, largest_beta, stability, sweep_matrix
 from plait_federated.rounds import Columns, Gossip, dfedavg, sequential_round, synchronous_round
 from plait_federated.steps import Local, prox_step
 from plait_federated.topology import Graph
@@ -38,7 +40,7 @@ def two_steps(method):
 )
 @pytest.mark.parametrize("clip_scope", ["split", "joint"])
 def test_two_clients_by_hand(round_of, anchor, expected, clip_scope):
-    method = dfedcata(0.5, 0.5, anchor, clip_scope)
+    method = rule(0.5, 0.5, anchor, clip_scope)
     state = {"local": torch.tensor([[1.0], [3.0]])}
     if method.keeps_mixed:
         state["mixed"] = torch.tensor([[1.2], [2.8]])
@@ -78,22 +80,22 @@ def training_of(method, make_training, **options):
 
 @pytest.mark.parametrize("anchor", ["own_previous", "mixed_previous"])
 def test_no_extrapolation_and_no_prox_is_dfedavg_bitwise(make_training, anchor):
-    ours = training_of(dfedcata(0.0, 0.0, anchor, "split"), make_training, folder="ours")
+    ours = training_of(rule(0.0, 0.0, anchor, "split"), make_training, folder="ours")
     assert torch.equal(ours, training_of(dfedavg(), make_training, folder="dfedavg"))
 
 
 def test_oledfl_is_dfedcata_without_prox(make_training):
     options = {"update_order": "sequential"}
-    ours = training_of(dfedcata(0.4, 0.0, "own_previous", "split"), make_training, folder="ours", **options)
-    assert torch.equal(ours, training_of(oledfl(0.4, 0.0), make_training, folder="oledfl", **options))
-    assert not torch.equal(ours, training_of(oledfl(0.4, 0.1), make_training, folder="sam", **options))
+    ours = training_of(rule(0.4, 0.0, "own_previous", "split"), make_training, folder="ours", **options)
+    assert torch.equal(ours, training_of(oledfl_rule(0.4, 0.0), make_training, folder="oledfl", **options))
+    assert not torch.equal(ours, training_of(oledfl_rule(0.4, 0.1), make_training, folder="sam", **options))
 
 
 def test_synchronous_own_previous_is_only_another_mixing_matrix(make_training):
     beta, graph = 0.4, Graph(name="ring", num_clients=6)
-    ours = training_of(dfedcata(beta, 0.1, "own_previous", "split"), make_training, graph=graph, folder="ours")
+    ours = training_of(rule(beta, 0.1, "own_previous", "split"), make_training, graph=graph, folder="ours")
     mixing = (1 + beta) * graph.mixing(0) - beta * np.eye(6)  # has negative weights, so no Graph takes it
-    other = make_training(dfedcata(0.0, 0.1, "own_previous", "split"), graph=graph, folder="other")
+    other = make_training(rule(0.0, 0.1, "own_previous", "split"), graph=graph, folder="other")
     object.__setattr__(other, "graph", Fixed(mixing))
     torch.testing.assert_close(ours, other.run().state["local"], atol=1e-5, rtol=0)
 
@@ -108,31 +110,38 @@ class Fixed:
         return self.matrix
 
 
+def gossip(method, state, mixing, train=lambda clients, start: start):
+    """A synchronous round in which ``train`` is all of local training."""
+    return synchronous_round(method, state, mixing, Columns(state["local"].shape[1]), train)
+
+
 def test_doubly_stochastic_mixing_keeps_the_average_of_own_previous_starts():
     z = torch.randn(10, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mixing = torch.tensor(Graph(name="random", num_clients=10, active_ratio=0.5, weights="metropolis").mixing(0))
-    start, _ = aggregate(z, mixing, State(), beta=0.9, anchor="own_previous")
+    start = gossip(rule(0.9, 0.0, "own_previous", "split"), {"local": z}, mixing)["local"]
     torch.testing.assert_close(start.mean(0), z.mean(0))
 
 
 def test_full_averaging_gives_all_clients_one_start():
     z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    mixing = torch.full((5, 5), 0.2)
-    state = State()
-    for _ in range(3):
-        start, state = aggregate(z, mixing, state, beta=0.9, anchor="mixed_previous")
+    mixing, method = torch.full((5, 5), 0.2), rule(0.9, 0.0, "mixed_previous", "split")
+
+    def spread(clients, start):
         torch.testing.assert_close(start, start[:1].expand(5, -1))
-        z = start + torch.arange(5.0)[:, None]
-    equal = torch.ones(5, 3)
-    state = State()
+        return start + torch.arange(5.0)[:, None]
+
+    state = {"local": z, "mixed": z.mean(0).expand(5, -1)}
+    for _ in range(3):
+        state = gossip(method, state, mixing, spread)
+    state = method.initial_state(torch.ones(3), 5)
     for _ in range(4):
-        equal, state = aggregate(equal, mixing, state, beta=0.9, anchor="mixed_previous")
-    torch.testing.assert_close(equal, torch.ones(5, 3))
+        state = gossip(method, state, mixing)
+    torch.testing.assert_close(state["local"], torch.ones(5, 3))
 
 
 @pytest.mark.parametrize("anchor", ["own_previous", "mixed_previous"])
 def test_all_engines_and_resuming_agree(make_training, anchor):
-    method = dfedcata(0.4, 0.05, anchor, "split")
+    method = rule(0.4, 0.05, anchor, "split")
     for order in ("synchronous", "sequential"):
         loop = make_training(method, folder=f"loop-{order}", update_order=order, rounds=4).run()
         stacked = make_training(method, folder=f"stacked-{order}", update_order=order, rounds=4, engine="stacked").run()
@@ -144,7 +153,7 @@ def test_all_engines_and_resuming_agree(make_training, anchor):
 
 
 def test_peers_agree_with_the_loop(make_training):
-    method = dfedcata(0.9, 0.05, "mixed_previous", "split")
+    method = rule(0.9, 0.05, "mixed_previous", "split")
     graph = Graph(name="random", num_clients=6, active_ratio=0.5, weights="metropolis")
     loop = make_training(method, graph=graph, folder="loop").run()
     peers = make_training(method, graph=graph, folder="peers", engine="peers", ranks=3).run()
@@ -188,7 +197,7 @@ def test_growth_on_fresh_random_graphs(n, ratio, order, anchor, expected):
 @pytest.mark.parametrize("anchor", ["own_previous", "mixed_previous"])
 def test_growth_is_what_gossip_on_drawn_graphs_does(anchor):
     graph = Graph(name="random", num_clients=60, active_ratio=0.1)
-    method = dfedcata(0.9, 0.0, anchor, "split")
+    method = rule(0.9, 0.0, anchor, "split")
     z = torch.randn(60, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     state = {"local": z} | ({"mixed": z} if method.keeps_mixed else {})
     for index in range(50):
@@ -202,7 +211,7 @@ def test_growth_is_what_gossip_on_drawn_graphs_does(anchor):
 def test_the_verdict_on_a_ring_is_what_gossip_does(beta, stable):
     graph = Graph(name="ring", num_clients=20)
     assert (stability(graph.mixing(0), beta, "own_previous", "synchronous") < 1) == stable
-    method = Gossip(None, dfedcata(beta, 0.0, "own_previous", "split").start)
+    method = Gossip(None, rule(beta, 0.0, "own_previous", "split").start)
     mixing = torch.tensor(graph.mixing(0))
     z = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     state = {"local": z - z.mean(0)}
@@ -220,7 +229,7 @@ def test_the_matrix_of_a_round_is_the_round(order, anchor, name):
     mixing = Graph(name=name, num_clients=9).mixing(0)
     generator = torch.Generator().manual_seed(0)
     z, previous = torch.randn(2, 9, 2, generator=generator, dtype=torch.float64).unbind(0)
-    method = dfedcata(0.7, 0.0, anchor, "split")
+    method = rule(0.7, 0.0, anchor, "split")
     play = sequential_round if order == "sequential" else synchronous_round
     state = {"local": z} | ({"mixed": previous} if method.keeps_mixed else {})
     after = play(method, state, torch.tensor(mixing), Columns(2), lambda clients, start: start)
@@ -247,45 +256,26 @@ def test_the_largest_stable_beta():
     assert largest_beta(lambda beta: 0.5) == pytest.approx(0.99)
 
 
-# For programs with a transport of their own ------------------------------------------------------------------------
+# All of it --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("anchor", ["own_previous", "mixed_previous"])
-def test_tables_mappings_and_single_peers_agree(anchor):
-    generator = torch.Generator().manual_seed(0)
-    mixing = torch.tensor(Graph(name="random", num_clients=5, active_ratio=0.8).mixing(0), dtype=torch.float32)
-    tables = torch.randn(3, 5, 7, generator=generator)
-    table_state = mapping_state = State()
-    peer_states = [State()] * 5
-    for table in tables:
-        models = [{"a": row[:4].view(2, 2), "b": row[4:]} for row in table]
-        start, table_state = aggregate(table, mixing, table_state, beta=0.7, anchor=anchor)
-        mapped, mapping_state = aggregate(models, mixing.to_sparse(), mapping_state, beta=0.7, anchor=anchor)
-        torch.testing.assert_close(torch.stack([torch.cat([m["a"].flatten(), m["b"]]) for m in mapped]), start)
-        for peer in range(5):
-            others = {j: float(mixing[peer, j]) for j in range(5) if j != peer and mixing[peer, j] > 0}
-            received = {j: table[j] for j in others}
-            one, peer_states[peer] = aggregate_peer(
-                table[peer], received, others, peer_states[peer], beta=0.7, anchor=anchor
-            )
-            torch.testing.assert_close(one, start[peer])
-    assert table_state.round == 3
-
-
-def test_bad_models_are_named():
-    mixing = torch.full((2, 2), 0.5)
-    call = partial(aggregate, mixing=mixing, state=State(), beta=0.5, anchor="own_previous")
-    with pytest.raises(ValueError, match="tensor a of peer 1"):
-        call([{"a": torch.ones(2)}, {"a": torch.ones(3)}])
-    with pytest.raises(ValueError, match="peer 1 has other tensors"):
-        call([{"a": torch.ones(2)}, {"b": torch.ones(2)}])
-    with pytest.raises(ValueError, match="peer 1 is not finite in round 0"):
-        call(torch.tensor([[1.0], [float("nan")]]))
-    with pytest.raises(ValueError, match="mixing matrix"):
-        aggregate(torch.ones(3, 1), mixing, State(), beta=0.5, anchor="own_previous")
-    with pytest.raises(ValueError, match="rows that sum to 1"):
-        aggregate(torch.ones(2, 1), 2 * mixing, State(), beta=0.5, anchor="own_previous")
-    with pytest.raises(ValueError, match=r"from peers \[1\]"):
-        aggregate_peer(torch.ones(1), {1: torch.ones(1)}, {2: 0.5}, State(), beta=0.5, anchor="own_previous")
-    with pytest.raises(ValueError, match="peer 1 sent"):
-        aggregate_peer(torch.ones(1), {1: torch.ones(2)}, {1: 0.5}, State(), beta=0.5, anchor="own_previous")
+def test_one_call_runs_the_method_and_needs_no_plait(make_training, tmp_path):
+    parts = make_training(dfedavg(), rounds=4)  # for its model, shards, settings and graph
+    seen, rounds = [], []
+    options = {"graph": parts.graph, "beta": 0.4, "engine": "loop", "on_stability": seen.append}
+    outcome = dfedcata(
+        parts.model, parts.shards, parts.settings, folder=tmp_path / "own", on_round=rounds.append, **options
+    )
+    theirs = make_training(rule(0.4, 0.05, "own_previous", "split"), rounds=4, folder="theirs").run()
+    assert torch.equal(outcome.reported, theirs.reported)
+    assert torch.equal(outcome.reported, outcome.state["local"].mean(0))
+    assert [record["round"] for record in rounds] == [1, 2, 3, 4]
+    assert str(seen[0]).startswith("own_previous, synchronous order, beta 0.4, ring graph")
+    with pytest.raises(StabilityError, match=r"beta 0\.9, ring graph .* has stability radius 1\.\d+; .*; take beta: "):
+        dfedcata(parts.model, parts.shards, parts.settings, folder=tmp_path / "no", **options | {"beta": 0.9})
+    assert not seen[1].is_stable
+    for wrong, message in (({"beta": 1.0}, "beta is 1.0"), ({"prox_lambda": 11.0}, "must be below 1")):
+        with pytest.raises(ValueError, match=message):
+            dfedcata(parts.model, parts.shards, parts.settings, folder=tmp_path / "no", **options | wrong)
+    script = "import sys, plait_dfedcata.dfedcata, plait_dfedcata.baselines; sys.exit('plait' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

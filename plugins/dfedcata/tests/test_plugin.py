@@ -81,6 +81,18 @@ def test_an_unstable_combination_runs_when_it_is_allowed(digits):
     assert distances[-1] > 3 * distances[1]
 
 
+def test_models_that_run_away_are_no_result(digits):
+    """Allowed to be unstable, on a ring of 20 peers: the weights grow 1.5-fold a round."""
+    method = DFedCata(
+        topology="ring", update_order="synchronous", anchor="own_previous", allow_unstable=True, rounds=120, **COMMON
+    )
+    seen = []
+    run = plait.Run(on_log=lambda values, step: seen.append(step))
+    with pytest.raises(plait.PlaitError, match=r"the models are \S+ away from their start, .* they diverge; lower"):
+        method.aggregate(**problem(digits, seed=0), run=run)
+    assert 6 < len(seen) < 40
+
+
 def test_a_run_tells_its_preset_and_radius(digits):
     run = plait.Run()
     DFedCata(rounds=1, **COMMON).aggregate(**problem(digits, seed=0), run=run)

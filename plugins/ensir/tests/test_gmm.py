@@ -455,12 +455,95 @@ class TestRefusals:
             Settings(bin_width=0)
         with pytest.raises(ValueError, match="sum 1"):
             Settings(default_weight=(0.5, 0.6))
+        with pytest.raises(ValueError, match="sum 1"):
+            Settings(default_weight=(math.nan, 1.0))
         with pytest.raises(ValueError, match="at least 2 models"):
             Estimator(["alone"])
         with pytest.raises(ValueError, match="2 numbers for 3 models"):
             Estimator(["a", "b", "c"], Settings(default_weight=(0.5, 0.5)))
         with pytest.raises(ValueError, match="larger bin_width"):
             Estimator("abcd", Settings(bin_width=3))
+
+    @pytest.mark.parametrize(
+        ("fields", "words"),
+        [
+            ({"channels": "share"}, "channels is 'share'; allowed is 'separate' or 'shared'"),
+            ({"initial_weights": "even"}, "initial_weights is 'even'; allowed is 'agreement' or 'uniform'"),
+            ({"variance_center": "froze"}, "variance_center is 'froze'"),
+            ({"empty_cells": "last"}, "empty_cells is 'last'"),
+            ({"dtype": "float16"}, "dtype is 'float16'; allowed is 'float64' or 'float32'"),
+            ({"min_samples": 1}, "min_samples is 1; allowed is a number from 2 on"),
+            ({"min_samples": math.nan}, "min_samples is nan"),
+            ({"max_iterations": 0}, "max_iterations is 0"),
+            ({"tolerance": -1e-9}, "tolerance is -1e-09"),
+            ({"tolerance": math.nan}, "tolerance is nan"),
+            ({"epsilon": 0}, "epsilon is 0"),
+        ],
+    )
+    def test_misspelt_choices_and_numbers_that_no_table_is_made_with(self, fields, words):
+        with pytest.raises(ValueError, match=words):
+            Settings(**fields)
+
+    def test_a_misspelt_choice_of_em_alone(self):
+        one = torch.ones(1, 2)
+        with pytest.raises(ValueError, match="variance_center is 'froze'; allowed is"):
+            fit_mixtures(one, one, one, one, one / 2, variance_center="froze")
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_floats_that_round_the_levels(self, dtype):
+        levels = torch.arange(256).float().view(1, 16, 16) / 255
+        table = estimate([levels, levels], levels)
+        with pytest.raises(
+            ValueError, match=f"a has dtype {str(dtype)[6:]}, which rounds the 8-bit levels; give uint8"
+        ):
+            estimate([levels.to(dtype), levels], levels, ["a", "b"])
+        with pytest.raises(ValueError, match="1 has dtype"):
+            table.apply([levels, levels.to(dtype)])
+        assert torch.equal(table.apply([levels.double(), levels]), table.apply([levels, levels]))
+
+    def test_floats_on_the_255_scale(self):
+        *x, y = scene(16, num_models=2)
+        table = estimate(x, y)
+        for scale in (lambda image: image.float(), lambda image: image.float() + 0.25):
+            with pytest.raises(
+                ValueError, match=r"target has values from .*, as on the 0–255 scale; give uint8, or divide"
+            ):
+                estimate(x, scale(y))
+            with pytest.raises(ValueError, match=r"1 has values from .*, as on the 0–255 scale"):
+                table.apply([x[0], scale(x[1])])
+        dark = torch.tensor([[[0.0, 0.0, 1.0, 2.0]]])
+        with pytest.raises(ValueError, match="as on the 0–255 scale"):
+            estimate([dark, dark], dark)
+        # A bright image that a network overshoots is none of these.
+        bright = torch.full((1, 4, 4), 1.02)
+        assert estimate([bright, bright], bright).count.sum() == 16
+
+    @pytest.mark.parametrize("settings", [Settings(), Settings(channels="shared"), Settings(clip_input=False)])
+    def test_a_refused_portion_leaves_nothing_behind(self, monkeypatch, settings):
+        monkeypatch.setattr("plait_ensir.gmm._UPDATE_BLOCK", 50)
+        a, b, y = (image.float() / 255 for image in scene(17, num_models=2, size=16))
+        broken = y.clone()
+        broken[-1, -1, -1] = math.nan
+        estimator = Estimator(["a", "b"], settings)
+        for refused in ([[a, b], broken], [[broken, b], y], [[a, b[:1]], y], [[a, b.half()], y], [[a, 255 * b], y]):
+            with pytest.raises(ValueError, match=r"NaN|shape|dtype|255"):
+                estimator.update(*refused)
+            with pytest.raises(ValueError, match="no reference images"):
+                estimator.finish()
+        estimator.update([a, b], y)
+        with pytest.raises(ValueError, match="NaN"):
+            estimator.update([a, b], broken)
+        alone = estimate([a, b], y, ["a", "b"], settings)
+        for name, buffer in estimator.finish().state_dict().items():
+            assert torch.equal(buffer, alone.state_dict()[name]), name
+
+    def test_tables_that_hold_no_numbers(self):
+        table = estimate([torch.zeros(1, 2, 2)] * 2, torch.zeros(1, 2, 2))
+        about = {"models": "ab", "settings": table.settings, "num_images": 1}
+        with pytest.raises(ValueError, match="the table holds NaN or infinity"):
+            Table(table.lut * math.nan, table.count, table.source, table.updates, **about)
+        with pytest.raises(ValueError, match=r"source has shape \[3, 1\]; expected \[64, 1\]"):
+            Table(table.lut, table.count, table.source[:3], table.updates, **about)
 
     def test_images(self):
         x = torch.zeros(3, 4, 4)
@@ -549,6 +632,12 @@ class TestFiles:
             load_pth(tmp_path / "holes.pth", ["a", "b", "c"])
         torch.save(torch.zeros(3), tmp_path / "tensor.pth")
         (tmp_path / "text.pth").write_text("nothing")
-        for name in ("tensor.pth", "text.pth"):
-            with pytest.raises(ValueError, match="not a table of the authors' code"):
-                load_pth(tmp_path / name, ["a", "b", "c"])
+        (tmp_path / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n")
+        for name, words in (
+            ("tensor", "not a table of the authors' code"),
+            ("text", "not a file of weights"),
+            ("lfs", "Git LFS pointer"),
+            ("none", "not a file"),
+        ):
+            with pytest.raises(ValueError, match=rf"{name}\.pth is .*{words}"):
+                load_pth(tmp_path / f"{name}.pth", ["a", "b", "c"])

@@ -200,7 +200,7 @@ class TestRefusals:
             (EnsIR(), two, table, "same models in the same order"),
             (EnsIR(table=tmp_path / "t.safetensors"), candidates, reference, "give one of them"),
             (EnsIR(table=tmp_path / "missing.safetensors"), candidates, None, "missing.safetensors"),
-            (EnsIR(table=tmp_path / "bad.pth"), candidates, None, "not a table of the authors' code"),
+            (EnsIR(table=tmp_path / "bad.pth"), candidates, None, r"bad\.pth is not a file of weights"),
         ]
         for method, given, known, words in cases:
             with pytest.raises(PlaitError, match=words):

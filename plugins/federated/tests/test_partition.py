@@ -1,5 +1,7 @@
 """Partitions of labelled data."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -36,6 +38,66 @@ def test_dirichlet_with_a_huge_alpha_is_near_uniform_and_with_a_small_one_is_not
     assert even.min() > 30  # 50 expected
     assert even.max() < 72
     assert uneven.min() == 0
+
+
+@pytest.mark.parametrize("alpha", [1e-320, 1e-9, 1e-4, 1e-3, 0.01])
+@pytest.mark.parametrize("exact_rng", [False, True])
+def test_with_a_tiny_alpha_a_client_has_one_class_and_any(alpha, exact_rng):
+    labels = np.arange(4000) % 5
+    shards = partition.sampled_dirichlet(labels, 80, alpha, 0, exact_rng=exact_rng)
+    histogram = partition.label_histogram(labels, shards)
+    largest = histogram.max(1) / histogram.sum(1)
+    assert np.median(largest) == 1
+    assert alpha >= 1e-3 or largest.min() == 1
+    favourites = np.bincount(histogram.argmax(1), minlength=5)
+    assert favourites.min() >= 6  # 16 expected
+
+
+def test_priors_of_small_alphas_have_the_moments_of_dirichlet():
+    """Mean 1/C and variance (1/C)(1 − 1/C)/(C·alpha + 1) of each part."""
+    for alpha in (1e-5, 1e-3, 0.02, 0.3, 5.0, 1e150):
+        drawn = partition.symmetric_dirichlet(alpha, 3, 4000, np.random.RandomState(0))
+        np.testing.assert_allclose(drawn.sum(1), 1, atol=1e-12)
+        np.testing.assert_allclose(drawn.mean(0), 1 / 3, atol=0.025)
+        np.testing.assert_allclose(drawn.var(0), 2 / 9 / (3 * alpha + 1), atol=0.012)
+
+
+def test_ordinary_priors_are_those_of_numpy():
+    ours = partition.symmetric_dirichlet(0.3, 10, 50, np.random.RandomState(4))
+    assert (ours == np.random.RandomState(4).dirichlet([0.3] * 10, size=50)).all()
+
+
+def test_with_a_tiny_alpha_a_disjoint_class_goes_to_one_client():
+    labels = np.arange(600) % 30
+    histogram = partition.label_histogram(labels, partition.disjoint_dirichlet(labels, 3, 1e-6, 0))
+    assert ((histogram > 0).sum(0) == 1).all()
+    assert histogram.sum() == 600
+
+
+def test_classes_without_samples_do_not_matter_where_none_is_drawn():
+    labels = np.array([0, 3, 3, 0, 7, 7])
+    for shards in (partition.iid(labels, 2, 0), partition.stratified(labels, 2, 0)):
+        assert partition.label_histogram(labels, shards).sum(0).tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match="class 1 has no sample"):
+        partition.sampled_dirichlet(labels, 2, 1.0, 0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(partition.iid, num_clients=3),
+        partial(partition.stratified, num_clients=3),
+        partial(partition.sampled_dirichlet, num_clients=3, alpha=1.0),
+        partial(partition.disjoint_dirichlet, num_clients=3, alpha=1.0),
+        partial(partition.sampled_pathological, num_clients=3, classes_per_client=1),
+        partial(partition.disjoint_pathological, num_clients=3, classes_per_client=1),
+    ],
+)
+def test_every_scheme_refuses_what_no_one_can_learn_from(make):
+    with pytest.raises(ValueError, match=r"row 2 has label -1; .*leave unlabelled samples out"):
+        make(np.array([0, 1, -1, 2]), seed=0)
+    with pytest.raises(ValueError, match="num_clients is 3; allowed is 2 to the number of samples, 2"):
+        make(np.array([0, 1]), seed=0)
 
 
 def test_a_class_that_runs_out_is_used_again():
@@ -83,6 +145,10 @@ def test_disjoint_partitions_use_every_sample_once(num_clients, seed):
         (lambda: partition.sampled_pathological(LABELS, 5, 11, 0), "classes per client is 11"),
         (lambda: partition.disjoint_pathological(LABELS, 3, 2, 0), "cannot hold 10 classes"),
         (lambda: partition.disjoint_dirichlet(LABELS[:30], 25, 0.01, 0), "left one of 25 clients empty"),
+        (
+            lambda: partition.disjoint_pathological(np.array([0, 0, 1]), 3, 2, 0),
+            "class 0 has 2 samples for the 3 clients",
+        ),
     ],
 )
 def test_impossible_partitions_are_refused(call, message):

@@ -1,19 +1,22 @@
 """The hooks: data in, model out, reports, errors that name the mistake."""
 
 import io
+import unicodedata
 import zipfile
+from functools import partial
 
 import numpy as np
 import plait
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from PIL import Image as Pillow
 from plait import codecs
 from plait_federated.models import ARCHITECTURES, Classifier
 from plait_federated.plugin.data import Digits8x8, ImageClasses, Partition
 from plait_federated.plugin.evaluation import FederatedAccuracy, FederatedGraph, FederatedRounds
 from plait_federated.plugin.models import FederatedModel
+from plait_federated.plugin.tables import inputs_of
 from plait_federated.plugin.training import (
     DPSGD,
     DFedAvg,
@@ -224,6 +227,11 @@ def test_graphs_from_files(tmp_path):
         DFedAvg(topology="custom", graph_file=tmp_path / "other.csv").graph(4, seed=0)
     with pytest.raises(plait.PlaitError, match="cannot be read"):
         DFedAvg(topology="custom", graph_file=tmp_path / "missing.csv").graph(4, seed=0)
+    (tmp_path / "marked.csv").write_text("0,1\n1,2\n", encoding="utf-8-sig")  # as spreadsheets save it
+    assert DFedAvg(topology="custom", graph_file=tmp_path / "marked.csv").graph(3, seed=0).adjacency(0).sum() == 4
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object))
+    with pytest.raises(plait.PlaitError, match="cannot be read: Object arrays"):
+        DFedAvg(topology="custom", graph_file=tmp_path / "objects.npy").graph(3, seed=0)
 
 
 @pytest.fixture
@@ -257,6 +265,52 @@ def test_images_of_a_folder_and_of_a_zip_are_the_same_and_train(image_folder, tm
     )
     method = DFedAvg(rounds=1, batch_size=4, local_epochs=1, topology="full", augment_padding=2, output="all")
     assert method.aggregate(model=model, clients=clients, run=run)["history"][0]["gradient_steps"] == 3
+
+
+def test_images_are_read_by_the_decoder_of_all_kits(image_folder):
+    """Upright, with hidden files passed over and the one at fault named; names in one form of Unicode."""
+    turned = Pillow.open(image_folder / "train" / "cat" / "0.png")
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(image_folder / "train" / "cat" / "0.png", exif=exif)
+    upright = np.rot90(np.asarray(turned), -1)
+    (image_folder / "train" / "cat" / "._1.png").write_bytes(b"left behind by another system")
+    for split, form in (("train", "NFC"), ("test", "NFD")):
+        (image_folder / split / "dog").rename(image_folder / split / unicodedata.normalize(form, "chién"))
+    data = ImageClasses(path=image_folder).load_data(run=plait.Run())
+    assert data["train"].features["label"].names == ["cat", "chién"]
+    assert (len(data["train"]), len(data["test"])) == (12, 4)
+    assert (np.asarray(data["train"][0]["image"]) == upright).all()
+    assert (inputs_of(data["train"], None)[0].numpy() == upright.transpose(2, 0, 1)).all()
+    assert torch.equal(inputs_of(data["train"].with_format("numpy"), None), inputs_of(data["train"], None))
+
+    Pillow.new("RGBA", (16, 16), (0, 0, 0, 9)).save(image_folder / "test" / "cat" / "1.png")
+    with pytest.raises(plait.PlaitError, match=r"test/cat/1\.png is partly transparent"):
+        ImageClasses(path=image_folder).load_data(run=plait.Run())
+    (image_folder / "test" / "cat" / "1.png").write_bytes(b"no image")
+    with pytest.raises(plait.PlaitError, match=r"test/cat/1\.png is not an image"):
+        ImageClasses(path=image_folder).load_data(run=plait.Run())
+
+
+def test_splits_that_are_not_read_are_told(image_folder):
+    (image_folder / "test").rename(image_folder / "val")
+    warnings = []
+    data = ImageClasses(path=image_folder).load_data(run=plait.Run(on_warning=warnings.append))
+    assert list(data) == ["train"]
+    assert "not read: val" in warnings[0]
+    (image_folder / "train").rename(image_folder / "training")
+    with pytest.raises(plait.PlaitError, match="no images under train/<class>/; its splits are training, val"):
+        ImageClasses(path=image_folder).load_data(run=plait.Run())
+
+
+@pytest.mark.parametrize("column", [{"decode": True}, {"decode": False}])
+def test_unusable_images_in_columns_are_named_by_row(column):
+    images = [png_bytes((4, 4)), {"bytes": b"no image", "path": None}]
+    kinds = Features({"image": Image(**column), "label": Value("int64"), "client": Value("int64")})
+    data = Dataset.from_dict({"image": images, "label": [0, 1], "client": [0, 1]}, features=kinds)
+    with pytest.raises(plait.PlaitError, match="image of row 1 is not an image"):
+        train_on(data)
+    assert inputs_of(data.select([0]), None).shape == (1, 3, 4, 4)
 
 
 def test_own_client_column_and_user_model():
@@ -372,12 +426,73 @@ def rows(**changes):
         (lambda: FederatedModel(architecture="lenet").load_model(rows(), plait.Run()), "square images"),
         (lambda: Classifier("lenet", 3, 8, 10), "too small"),
         (lambda: FederatedRounds().evaluate(data=[1], run=plait.Run()), "output: all"),
-        (lambda: ImageClasses(path="nowhere").load_data(run=plait.Run()), "neither a folder nor a zip"),
+        (lambda: ImageClasses(path="nowhere").load_data(run=plait.Run()), "nowhere does not exist; give a folder"),
+        (lambda: train_on(rows(label=[0, 1, 1, -1])), "row 3 has label -1; .*leave unlabelled rows out"),
+        (lambda: train_on(rows(label=[0, 1, None, 1])), "column label holds missing values"),
+        (lambda: train_on(rows(features=[[0.0] * 4] * 3 + [[float("nan")] * 4])), "NaN or infinite values in row 3"),
+        (lambda: train_on({"train": rows(), "test": rows().select([])}), "split test of the data has no rows"),
+        (lambda: train_on([rows(), rows().select([])]), "dataset of client 1 has no rows"),
+        (lambda: train_on([rows(), rows(label=None)]), "dataset of client 1 has other columns than that of client 0"),
+        (lambda: partitioned(rows()), "data has a column client, so it is partitioned already"),
+        (lambda: partitioned(rows(client=None, label=[0, 1, -1, 1])), "row 2 has label -1"),
+        (lambda: partitioned(rows(client=None), num_clients=5), "num_clients is 5; allowed is 2 to .* samples, 4"),
+        (lambda: partitioned(rows(client=None), num_clients=5, scheme="stratified"), "num_clients is 5; allowed is 2"),
+        (lambda: partitioned(rows(client=None, label=[0, 2, 0, 2])), "class 1 has no sample"),
     ],
 )
 def test_mistakes_are_told(call, message):
     with pytest.raises((plait.PlaitError, ValueError), match=message):
         call()
+
+
+def partitioned(data, **fields):
+    return Partition(**{"num_clients": 2} | fields).transform(data, plait.Run())
+
+
+def test_models_without_answers_get_no_accuracy():
+    evaluate = partial(FederatedAccuracy().evaluate, data=rows(), run=plait.Run())
+    broken = torch.nn.Linear(4, 2)
+    with torch.no_grad():
+        broken.bias[0] = float("nan")
+    with pytest.raises(plait.PlaitError, match="model sick has loss nan"):
+        evaluate(model={"sick": broken})
+    with pytest.raises(plait.PlaitError, match="label 1 does not fit a model of 1 outputs"):
+        evaluate(model=torch.nn.Linear(4, 1))
+
+
+def test_classes_that_are_named_but_do_not_occur():
+    """Of four classes the first and the last have no sample."""
+    labels = Features({"label": ClassLabel(names=["a", "b", "c", "d"]), "features": Sequence(Value("float32"))})
+    data = Dataset.from_dict({"label": [1, 2] * 4, "features": [[0.0]] * 8}, features=labels)
+    even = partitioned(data, scheme="iid")["train"]
+    assert even.features["label"].names == ["a", "b", "c", "d"]
+    with pytest.raises(plait.PlaitError, match=r"class 3 \(d\) has no sample; scheme dirichlet draws all classes"):
+        partitioned(data)
+
+
+def test_classes_may_be_texts():
+    data = rows(client=None, label=["b", "a", "b", "a"])
+    test = rows(client=None, label=["b", "b", "a", "a"])
+    clients = partitioned({"train": data, "test": test}, scheme="iid")
+    assert clients["train"].features["label"].names == clients["test"].features["label"].names == ["a", "b"]
+    assert clients["test"]["label"][:] == [1, 1, 0, 0]
+    model = torch.nn.Linear(4, 2)
+    by_number, by_name = (train_on(rows(label=names), model) for names in ([1, 0, 1, 0], ["b", "a", "b", "a"]))
+    assert torch.equal(by_name.bias, by_number.bias)
+    with pytest.raises(plait.PlaitError, match="column label holds string; classes are whole numbers"):
+        FederatedAccuracy().evaluate(model=torch.nn.Linear(4, 2), data=test, run=plait.Run())
+
+
+def test_clients_may_weigh_by_size(digits):
+    clients = Partition(num_clients=5, scheme="dirichlet", sampling="disjoint").transform(data=digits, run=plait.Run())
+    model = FederatedModel(architecture="mlp").load_model(data=clients, run=plait.Run())
+    fields = {"active_ratio": 1.0} | SHORT
+    plain, uniform, by_size = (
+        FedAvg(**weights, **fields).aggregate(model, clients, plait.Run()).head.weight
+        for weights in ({}, {"weights": "uniform"}, {"weights": "size"})
+    )
+    assert torch.equal(plain, uniform)
+    assert not torch.allclose(plain, by_size, atol=1e-3)
 
 
 def test_images_of_different_sizes_are_refused():

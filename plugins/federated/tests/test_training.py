@@ -11,6 +11,9 @@ from plait_federated.engines import LoopEngine, StackedEngine, fastest_engine
 from plait_federated.evaluation import (
     DivergenceError,
     check_dispersion,
+    check_finite,
+    check_growth,
+    check_history,
     consensus_distance,
     diverging,
     rounds_to_target,
@@ -137,6 +140,37 @@ def test_scaffold_by_hand():
     assert after["server"].item() == pytest.approx(-1.25)  # two steps of 0.5 · (1 + 0.25)
     assert after["control"].flatten().tolist() == pytest.approx([0, -0.25 + 1.25 / (2 * 0.5)])
     assert after["server_control"].item() == pytest.approx(0.25 + 1.0 / 2)
+
+
+def test_clients_weigh_by_size_or_all_alike():
+    """Clients of 1, 2 and 5 samples end at 1, 2 and 3; only the last two are active."""
+    active, sizes, server = np.array([1, 2]), torch.tensor([1, 2, 5]), torch.tensor([[0.5]])
+    ends = torch.tensor([[1.0], [2.0], [3.0]])
+
+    def train(clients, start, offset=None):
+        return ends[clients]
+
+    method = rounds.fedavg(0.5, 2.0)
+    state = {"server": server, "local": torch.zeros(3, 1)}
+    plain = rounds.fedavg_round(method, state, active, train)["server"]
+    assert plain.item() == pytest.approx(0.5 + 2 * (1.5 + 2.5) / 2)
+    by_size = rounds.fedavg_round(method, state, active, train, sizes)["server"]
+    assert by_size.item() == pytest.approx(0.5 + 2 * (2 * 1.5 + 5 * 2.5) / 7)
+    state |= {"server_control": torch.zeros(1, 1), "control": torch.zeros(3, 1)}
+    after = rounds.scaffold_round(rounds.scaffold(0.5, 2.0), state, active, train, torch.ones(2), 1.0, sizes)
+    assert after["server"].item() == by_size.item()
+    assert after["server_control"].item() == pytest.approx(-(2 * 1.5 + 5 * 2.5) / 8)
+
+
+@pytest.mark.parametrize("make", [rounds.fedavg, rounds.scaffold])
+def test_clients_of_one_size_weigh_alike(make_training, make_shards, make):
+    results = {}
+    for sizes in ((9,) * 6, (4, 1, 13, 8, 3, 9)):
+        for weights in ("uniform", "size"):
+            training = make_training(make(0.7, 1.0, weights), shards=make_shards(sizes), folder=f"{weights}{sizes}")
+            results[weights, sizes[0]] = training.run().reported
+    torch.testing.assert_close(results["size", 9], results["uniform", 9], atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(results["size", 4], results["uniform", 4], atol=1e-4)
 
 
 def test_active_clients_are_drawn_again_until_there_is_one():
@@ -306,6 +340,61 @@ def test_rounds_to_target_and_divergence():
         check_dispersion([{"round": t + 1, "consensus_distance": 20.0**t} for t in range(4)])
 
 
+def history_of(*distances):
+    return [{"round": t + 1, "drift_from_init": distance**2} for t, distance in enumerate(distances)]
+
+
+def test_growth_over_the_whole_run():
+    steady = history_of(*(2.0 * t for t in range(1, 500)))
+    creeping = history_of(*(1.1**t for t in range(1, 120)))
+    for length in range(1, len(steady) + 1):
+        check_growth(steady[:length], start_norm=3.0)
+    check_growth(creeping[:60], start_norm=3.0)
+    with pytest.raises(DivergenceError, match="they diverge; lower learning_rate"):
+        check_growth(creeping[:110], start_norm=3.0)
+    with pytest.raises(DivergenceError, match=r"after round 1, .* moved them by 5e\+05"):  # within one round
+        check_growth(history_of(5e5), start_norm=3.0)
+    check_growth(history_of(0.0, 0.0, 1e-3), start_norm=0.0)  # adapters start at zero
+
+
+@pytest.mark.parametrize("name", ["dfedavg", "momentum", "sam", "prox", "scaffold", "fedavg", "server"])
+@pytest.mark.parametrize("engine", ["loop", "stacked"])
+def test_no_method_returns_models_that_ran_away(make_training, name, engine):
+    """A rate at which weight decay alone makes weights grow 3-fold a step, or a server that overshoots."""
+    method = METHODS.get(name) or rounds.fedavg(1.0, 80.0)
+    wild = {"weight_decay": 0.1} if name == "server" else {"learning_rate": 4.0, "weight_decay": 1.0}
+    training = make_training(method, rounds=40, engine=engine, folder=f"{name}-{engine}", **wild)
+    with pytest.raises(DivergenceError, match="lower learning_rate"):
+        training.run()
+
+
+def test_nothing_that_is_not_finite_passes(make_training, model):
+    states = {
+        "the mixed model of client 2": {"local": torch.ones(3, 1), "mixed": torch.tensor([[1], [1], [float("inf")]])},
+        "the model of client 1": {
+            "server": torch.full((1, 1), float("nan")),
+            "local": torch.tensor([[1], [np.nan], [1]]),
+        },
+        "the model of the server": {"server": torch.full((1, 1), float("inf")), "local": torch.ones(3, 1)},
+        "the control variate of the server": {"local": torch.ones(3, 1), "server_control": torch.full((1, 1), np.nan)},
+    }
+    for named, state in states.items():
+        with pytest.raises(DivergenceError, match=f"{named} is not finite after round 8"):
+            check_finite(state, range(3), 7)
+    with pytest.raises(DivergenceError, match="loss is inf after round 1"):
+        check_history([{"round": 1, "loss": float("inf")}], 1.0)
+    with torch.no_grad():
+        model[2].bias[1] = float("nan")
+    with pytest.raises(ValueError, match=r"2\.bias of the model holds NaN"):
+        make_training(network=model)
+
+
+def test_trained_values_that_a_half_precision_model_cannot_hold_are_refused(model):
+    layout = Layout(model)
+    with pytest.raises(ValueError, match=r"0\.weight overflows float16"):
+        layout.load(model.half(), torch.full((layout.num_parameters,), 1e5))
+
+
 def test_models_that_explode_are_named(make_training):
     with pytest.raises(DivergenceError, match="client 0 is not finite after round 1"):
         make_training(learning_rate=1e38, max_grad_norm=None, weight_decay=1.0).run()
@@ -316,6 +405,10 @@ def test_mismatched_parts_are_refused(make_training, make_shards, model):
         make_training(graph=Graph(name="ring", num_clients=4))
     with pytest.raises(ValueError, match="label 2 does not fit a model of 2 outputs"):
         make_training(network=nn.Linear(8, 2))
+    shards = make_shards()
+    shards.labels[3] = -1
+    with pytest.raises(ValueError, match="label -1 does not fit a model of 3 outputs"):
+        make_training(shards=shards)
     with pytest.raises(ValueError, match="no neighbours"):
         make_training(METHODS["fedavg"], engine="peers")
     with pytest.raises(ValueError, match="allow_wavefront"):

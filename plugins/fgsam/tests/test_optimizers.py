@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plait_fgsam.baselines import AESAM, ESAM, SAM, LookSAM
 from plait_fgsam.fgsam import FGSAM, FGSAMPlus
 from plait_fgsam.perturbing import orthogonal_part, stretched
-from plait_fgsam.sam import AESAM, ESAM, SAM, LookSAM
 
 SGD = torch.optim.SGD
 

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
+from plait_fgsam.baselines import AESAM, SAM, LookSAM
 from plait_fgsam.fgsam import FGSAM, FGSAMPlus
-from plait_fgsam.sam import AESAM, SAM, LookSAM
 from torch.nn.functional import cross_entropy
 
 

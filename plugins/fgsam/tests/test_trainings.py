@@ -1,10 +1,15 @@
 """FGSAM, FGSAM+ and the baselines as trainings of the graph kit; the picture of sharpness."""
 
+import subprocess
+import sys
+from functools import partial
+
 import pytest
 import torch
 import torch_geometric.nn as pyg
 from plait import PlaitError, Run
-from plait_fgsam.fgsam import FGSAM, FGSAMPlus
+from plait_fgsam.fgsam import FGSAM, FGSAMPlus, fgsam
+from plait_fgsam.peer import peer_losses
 from plait_fgsam.plugin import (
     AESAMTraining,
     ASAMTraining,
@@ -16,7 +21,6 @@ from plait_fgsam.plugin import (
     MixTraining,
     PeerMLPTraining,
     SAMTraining,
-    peer_losses,
 )
 from plait_fgsam.sharpness import sharpness
 from plait_graph import tasks
@@ -106,7 +110,7 @@ def test_few_shot_peer_sees_no_edges(model_of, graph):
 
     with peer_mlp(model):
         on_whole_graph = task.losses(model)
-    torch.testing.assert_close(peer_losses(model, task), on_whole_graph, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(peer_losses(model, task.row_losses), on_whole_graph, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(task.losses(model), on_whole_graph, atol=1e-4)
 
 
@@ -331,9 +335,9 @@ def test_models_that_need_edge_values_have_a_peer(graph):
     trained = FGSAMPlusTraining(num_updates=30).optimize(model, data, Run())
     assert NodeAccuracy().evaluate(trained, data, model, Run()).value("gain") > 15
     task = tasks.NodeObjective(data, CPU).whole
-    losses = peer_losses(model, task)
+    losses = peer_losses(model, task.row_losses)
     data.edge_weight, data.edge_attr = data.edge_weight + 1, data.edge_attr + 1
-    torch.testing.assert_close(losses, peer_losses(model, tasks.NodeObjective(data, CPU).whole))
+    torch.testing.assert_close(losses, peer_losses(model, tasks.NodeObjective(data, CPU).whole.row_losses))
 
 
 def test_models_without_a_peer_are_refused(graph):
@@ -453,6 +457,40 @@ def test_own_model_in_a_plain_loop(graph):
     assert model.training
 
 
+def test_one_call_is_a_loop_of_updates(graph):
+    """Three batches of rows, FGSAM+; and it needs no plait."""
+    from plait_fgsam.peer import identity_graph, peer_mlp
+
+    batches = torch.nonzero(graph.train_mask).flatten().chunk(3) * 2
+    trained = []
+    for in_one_call in (False, True):
+        torch.manual_seed(0)
+        model = pyg.GCN(16, 8, num_layers=2, out_channels=6, dropout=0.5)
+        optimizer = FGSAMPlus(model.parameters(), lr=0.01)
+
+        def gnn_loss(model, rows):
+            return torch.nn.functional.cross_entropy(model(graph.x, graph.edge_index)[rows], graph.y[rows])
+
+        def row_losses(model, rows):
+            logits = model(graph.x[rows], identity_graph(len(rows)))
+            return torch.nn.functional.cross_entropy(logits, graph.y[rows], reduction="none")
+
+        def mlp_loss(model, rows):
+            with peer_mlp(model):
+                return row_losses(model, rows).mean()
+
+        if in_one_call:
+            told = list(fgsam(optimizer, model, batches, gnn_loss, row_losses))
+            assert [info["exact"] for info in told] == [True, False] * 3
+        else:
+            for rows in batches:
+                optimizer.step(partial(gnn_loss, model, rows), partial(mlp_loss, model, rows))
+        trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*trained)
+    script = "import sys, plait_fgsam.fgsam, plait_fgsam.baselines; sys.exit('plait' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
 def test_bf16_autocast_trains_as_float32_does(graph):
     final = []
     for enabled in (False, True):
@@ -461,7 +499,7 @@ def test_bf16_autocast_trains_as_float32_does(graph):
         optimizer = FGSAMPlus(model.parameters(), lr=0.01)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             for _ in range(20):
-                optimizer.step(lambda: task.losses(model).mean(), lambda: peer_losses(model, task).mean())  # noqa: B023
+                optimizer.step(lambda: task.losses(model).mean(), lambda: peer_losses(model, task.row_losses).mean())  # noqa: B023
         assert all(p.dtype == torch.float32 for p in model.parameters())
         final.append(task.losses(model).mean().item())
     assert final[0] == pytest.approx(final[1], rel=0.02)

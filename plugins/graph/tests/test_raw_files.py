@@ -1,5 +1,7 @@
 """``pyg-graph`` on tiny graphs written in the raw formats of its data sets; nothing is downloaded."""
 
+import collections
+import os
 import pickle
 
 import numpy as np
@@ -8,13 +10,29 @@ import pytest
 import scipy.sparse
 import torch
 from plait import PlaitError, Run
+from plait_graph.datasets import pyg_graph
 from plait_graph.examples import graph, write_webkb
-from plait_graph.plugin import NodeSplit, PygGraph
+from plait_graph.plugin import GraphFile, NodeSplit, PygGraph
 from plait_graph.splits import MASKS
 
 
 def load(name, root, **fields):
     return PygGraph(name=name, root=root, **fields).load_data(Run())
+
+
+def write_planetoid(raw, name, order, protocol=4):
+    raw.mkdir(parents=True)
+    features = np.arange(3 * 513, dtype=np.float32).reshape(513, 3)
+    labels = np.eye(2, dtype=np.int32)[np.arange(513) // 2 % 2]
+    sparse = scipy.sparse.csr_matrix(features)
+    parts = {"x": sparse[:2], "allx": sparse[:510], "tx": sparse[510:]}
+    parts |= {"y": labels[:2], "ally": np.asfortranarray(labels[:510]), "ty": labels[510:]}
+    neighbours = collections.defaultdict(list)
+    neighbours.update({0: [1, 5], 1: [0, 0], 5: [0], 2: [2], 3: order[:1]})
+    for part, value in (parts | {"graph": neighbours}).items():
+        (raw / f"ind.{name.lower()}.{part}").write_bytes(pickle.dumps(value, protocol))
+    (raw / f"ind.{name.lower()}.test.index").write_text("".join(f"{node}\n" for node in order))
+    return features, labels
 
 
 def pairs(data):
@@ -50,19 +68,10 @@ def test_actor_lists_the_features_that_are_one(tmp_path):
 @pytest.mark.parametrize(
     ("name", "order"), [("Cora", [512, 510, 511]), ("Citeseer", [513, 510, 511]), ("Pubmed", [510, 511, 512])]
 )
-def test_planetoid(name, order, tmp_path):
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_planetoid(name, order, protocol, tmp_path):
     """Test nodes come in the order of their own index, in which Citeseer leaves some out (here 512)."""
-    raw = tmp_path / name / "raw"
-    raw.mkdir(parents=True)
-    features = np.arange(3 * 513, dtype=np.float32).reshape(513, 3)
-    labels = np.eye(2, dtype=np.int32)[np.arange(513) // 2 % 2]
-    sparse = scipy.sparse.csr_matrix(features)
-    parts = {"x": sparse[:2], "allx": sparse[:510], "tx": sparse[510:]}
-    parts |= {"y": labels[:2], "ally": labels[:510], "ty": labels[510:]}
-    parts |= {"graph": {0: [1, 5], 1: [0, 0], 5: [0], 2: [2], 3: order[:1]}}
-    for part, value in parts.items():
-        (raw / f"ind.{name.lower()}.{part}").write_bytes(pickle.dumps(value))
-    (raw / f"ind.{name.lower()}.test.index").write_text("".join(f"{node}\n" for node in order))
+    features, labels = write_planetoid(tmp_path / name / "raw", name, order, protocol)
     data = load(name, tmp_path)
     np.testing.assert_array_equal(data.x[order].numpy(), features[510:])
     np.testing.assert_array_equal(data.y[order].numpy(), labels[510:].argmax(1))
@@ -169,3 +178,119 @@ def test_missing_files_are_named_and_not_downloaded(tmp_path):
     (tmp_path / "texas" / "splits" / "texas_split_0.6_0.2_4.npz").unlink()
     with pytest.raises(PlaitError, match=r"lacks texas_split_0\.6_0\.2_4\.npz"):
         load("Texas", tmp_path)
+
+
+# -- files that would run something ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trap(tmp_path):
+    """An object whose unpickling makes a folder, and whether it has."""
+
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    yield Trap()
+    assert not (tmp_path / "sprung").exists()
+
+
+PLANETOID_PARTS = ("x", "tx", "allx", "y", "ty", "ally", "graph")
+
+
+@pytest.mark.parametrize("part", PLANETOID_PARTS)
+@pytest.mark.parametrize("inside", ["alone", "in an array", "as an attribute", "under a numpy name"])
+def test_pickles_of_planetoid_run_nothing(part, inside, trap, tmp_path):
+    write_planetoid(tmp_path / "Cora" / "raw", "Cora", [512, 510, 511])
+    value = trap
+    if inside == "in an array":
+        value = np.array([trap], dtype=object)
+    elif inside == "as an attribute":
+        value = scipy.sparse.csr_matrix(np.eye(2))
+        value.extra = trap
+    content = pickle.dumps(value, 0)
+    if inside == "under a numpy name":
+        content = b"cnumpy.testing\nrundocs\n(S'/nowhere.py'\ntR."
+    (tmp_path / "Cora" / "raw" / f"ind.cora.{part}").write_bytes(content)
+    with pytest.raises(PlaitError, match=rf"the raw files of Cora in .* cannot be read \(ind\.cora\.{part} names "):
+        load("Cora", tmp_path)
+
+
+def test_what_is_downloaded_runs_nothing_either(trap, tmp_path):
+    raw = tmp_path / "scratch" / "Cora" / "raw"  # where PyG finds it downloaded
+    write_planetoid(raw, "Cora", [512, 510, 511])
+    assert pyg_graph("Cora", None, tmp_path / "scratch").y.shape == (513,)
+    (raw / "ind.cora.graph").write_bytes(pickle.dumps(trap))
+    with pytest.raises(ValueError, match=r"ind\.cora\.graph names "):
+        pyg_graph("Cora", None, tmp_path / "scratch")
+
+
+def test_what_another_program_has_processed_is_not_loaded(trap, tmp_path):
+    write_planetoid(tmp_path / "Cora" / "raw", "Cora", [512, 510, 511])
+    for folder in (tmp_path / "Cora", tmp_path):
+        (folder / "processed").mkdir()
+        for file in ("data.pt", "pre_transform.pt", "pre_filter.pt"):
+            torch.save(trap, folder / "processed" / file)
+    assert load("Cora", tmp_path).y.shape == (513,)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1, 2], r"ind\.cora\.y holds a list; expected numbers"),
+        ({0: [1.5]}, r"ind\.cora\.y holds a dict; expected numbers"),
+        (np.array(["a", "b"]), r"ind\.cora\.y holds an array of type U1; expected numbers"),
+        (np.array([None]), r"ind\.cora\.y holds an array of type O8; expected numbers"),
+        (scipy.sparse.coo_matrix(np.eye(2)), r"ind\.cora\.y names scipy\.sparse\._coo\.coo_matrix"),
+        (None, r"ind\.cora\.y is not a whole pickle of numbers"),
+    ],
+)
+def test_pickles_of_other_things_are_refused(value, message, tmp_path):
+    write_planetoid(tmp_path / "Cora" / "raw", "Cora", [512, 510, 511])
+    content = b"\x80\x04no pickle" if value is None else pickle.dumps(value)
+    (tmp_path / "Cora" / "raw" / "ind.cora.y").write_bytes(content)
+    with pytest.raises(PlaitError, match=message):
+        load("Cora", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("Computers", "computers/amazon_electronics_computers.npz"),
+        ("Photo", "photo/amazon_electronics_photo.npz"),
+        ("CoraFull", "corafull/cora.npz"),
+        ("Texas", "texas/splits/texas_split_0.6_0.2_0.npz"),
+        ("Chameleon", "chameleon/splits/chameleon_split_0.6_0.2_0.npz"),
+        ("Actor", "film/splits/film_split_0.6_0.2_0.npz"),
+        ("Texas", "texas/raw/out1_graph_edges.txt"),
+        ("ogbn-arxiv", "arxiv/raw/edge.csv.gz"),
+    ],
+)
+def test_raw_files_of_no_kind_run_anything(name, file, trap, tmp_path):
+    for folder in ("texas", "chameleon", "film"):
+        write_webkb(tmp_path, folder, graph())
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_trap(path, trap)
+    with pytest.raises(PlaitError, match=f"{name} in .* cannot be read|is missing"):
+        load(name, tmp_path)
+
+
+@pytest.mark.parametrize("file", ["graph.pt", "graph.npz", "graph_network", "graph_train.mat"])
+def test_graph_files_run_nothing(file, trap, tmp_path):
+    for part in ("graph_network", "graph_train.mat", "graph_test.mat"):
+        (tmp_path / part).write_text("0 1")
+    write_trap(tmp_path / file, trap)
+    path = tmp_path / (file if not file.endswith(".mat") else "graph_network")
+    with pytest.raises(PlaitError, match="cannot be read"):
+        GraphFile(path=path).load_data(Run())
+
+
+def write_trap(path, trap):
+    if path.suffix == ".npz":
+        names = ("attr_data", "attr_indices", "attr_indptr", "attr_shape", "adj_data", "labels", *MASKS)
+        np.savez(path, **{name: np.array([trap], dtype=object) for name in names})
+    elif path.suffix == ".pt":
+        torch.save(trap, path)
+    else:
+        path.write_bytes(pickle.dumps(trap))

@@ -283,3 +283,8 @@ class TestInput:
         assert [row["model"] for row in report.rows] == ["good", "biased", "bad"]
         assert sum(row["weight"] for row in report.rows) == pytest.approx(1)
         assert report.value("weight", model="good") > report.value("weight", model="bad")
+
+
+def test_a_misspelt_regressor():
+    with pytest.raises(PlaitError, match="kind is 'forest'; allowed is 'hist-gradient-boosting'"):
+        Regressor(kind="forest")

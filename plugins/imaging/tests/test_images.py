@@ -1,7 +1,6 @@
 """Between datasets and tensors: nothing is lost, and what cannot be read is told in one sentence."""
 
-import contextlib
-import io
+import unicodedata
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from plait import PlaitError, Run
 from plait_imaging import images
-from plait_imaging.decoding import decode_rgb
+from plait_vision import writing
 
 
 def dataset_of(arrays, labels=None):
@@ -24,12 +23,6 @@ def dataset_of(arrays, labels=None):
 
 def random_arrays(*shapes):
     return [np.random.default_rng(i).integers(0, 256, (*shape, 3), dtype=np.uint8) for i, shape in enumerate(shapes)]
-
-
-def encoded(picture, kind="PNG"):
-    buffer = io.BytesIO()
-    picture.save(buffer, kind)
-    return buffer.getvalue()
 
 
 def test_all_levels_survive_the_way_to_floats_and_back():
@@ -50,6 +43,21 @@ def test_what_no_level_stands_for_is_refused(bad):
         images.write_images(
             Run(), dataset_of(random_arrays((4, 4), (4, 4))), [torch.zeros(3, 4, 4), torch.full((3, 4, 4), bad)]
         )
+
+
+def test_the_255_scale_is_told_from_overshoots():
+    levels = torch.full((3, 4, 4), 90.0)
+    with pytest.raises(ValueError, match=r"values from 90 to 90 where \[0, 1\] is needed, as on the 0–255 scale"):
+        images.to_uint8(levels)
+    with pytest.raises(PlaitError, match=r"image n0 came out with values from 90 .*; nothing was written"):
+        images.write_images(Run(), dataset_of(random_arrays((4, 4))), [levels])
+    assert images.to_uint8(torch.full((3, 4, 4), 1.4)).unique().tolist() == [255]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_all_levels_survive_in_every_precision_that_has_them(dtype):
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(images.to_uint8(images.to_float(levels).to(dtype)), levels)
 
 
 @settings(max_examples=25, deadline=None)
@@ -110,7 +118,7 @@ def test_selected_and_empty_datasets():
 
 
 def test_many_images_go_to_several_shards(monkeypatch):
-    monkeypatch.setattr(images, "SHARD_BYTES", 2000)
+    monkeypatch.setattr(writing, "SHARD_BYTES", 2000)
     monkeypatch.setattr(images, "BUFFER_BYTES", 1000)
     run, arrays = Run(), random_arrays(*[(20, 20)] * 9)
     written = images.map_images(run, dataset_of(arrays), lambda image, row: image, "same")
@@ -144,66 +152,29 @@ def test_missing_column_and_what_is_no_dataset():
         list(images.read_batches(source, "target"))
     with pytest.raises(PlaitError, match=r"data\.train is a list"):
         images.over_splits({"train": [1]}, lambda dataset, split: dataset)
+    with pytest.raises(PlaitError, match="data has no splits"):
+        images.over_splits({}, lambda dataset, split: dataset)
 
 
-def test_greyscale_is_repeated_or_refused():
-    data = encoded(PILImage.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4)))
-    pixels = np.array(decode_rgb(data, "a.png"))
-    assert np.array_equal(pixels, np.arange(12).reshape(3, 4, 1).repeat(3, axis=2))
-    with pytest.raises(PlaitError, match=r"a\.png is a greyscale image; .*greyscale: repeat"):
-        decode_rgb(data, "a.png", greyscale="refuse")
+def test_images_that_cannot_be_read_are_named_by_column_and_row():
+    cells = [{"bytes": images.encode_png(torch.zeros(3, 2, 2, dtype=torch.uint8)), "path": None}] * 2
+    for bad, sentence in (
+        ({"bytes": b"text", "path": None}, "is not an image"),
+        (None, "is missing"),
+        ({"bytes": None, "path": "/none/x.png"}, "cannot be read: No such file"),
+    ):
+        data = Dataset.from_dict({"image": [*cells, bad]}, features=Features({"image": Image()}))
+        for read in (images.read_batches, images.sizes):
+            with pytest.raises(PlaitError, match=f"column 'image', row 2 {sentence}"):
+                list(read(data))
+    with pytest.raises(PlaitError, match="column 'image', row 0 holds no image"):
+        list(images.read_batches(Dataset.from_dict({"image": ["x.png"]})))
 
 
-def test_16_bit_is_refused_or_scaled():
-    data = encoded(PILImage.fromarray(np.array([[0, 128, 129, 257, 65535]], dtype=np.uint16)))
-    with pytest.raises(PlaitError, match=r"a\.png is a 16-bit image .* sixteen_bit: scale"):
-        decode_rgb(data, "a.png")
-    assert np.array(decode_rgb(data, "a.png", sixteen_bit="scale"))[0, :, 0].tolist() == [0, 0, 1, 1, 255]
-
-
-def test_16_bit_colour_is_seen_although_pillow_reduces_it_silently():
-    # A PNG of one pixel, colour type 2, bit depth 16, put together by hand.
-    import struct
-    import zlib
-
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
-    pixel = zlib.compress(b"\0" + struct.pack(">HHH", 0x1234, 0xABCD, 0xFFFF))
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixel) + chunk(b"IEND", b"")
-    with pytest.raises(PlaitError, match="16-bit"):
-        decode_rgb(data, "a.png")
-    assert np.array(decode_rgb(data, "a.png", sixteen_bit="scale")).tolist() == [[[0x12, 0xAB, 0xFF]]]
-
-
-def test_transparency_is_refused_dropped_or_irrelevant():
-    pixels = np.full((2, 2, 4), 200, dtype=np.uint8)
-    with pytest.raises(PlaitError, match="partly transparent"):
-        decode_rgb(encoded(PILImage.fromarray(pixels)), "a.png")
-    dropped = decode_rgb(encoded(PILImage.fromarray(pixels)), "a.png", transparency="drop")
-    assert np.array(dropped).shape == (2, 2, 3)
-    pixels[..., 3] = 255
-    assert decode_rgb(encoded(PILImage.fromarray(pixels)), "a.png").mode == "RGB"
-
-
-def test_damaged_files():
-    whole = encoded(PILImage.fromarray(random_arrays((40, 40))[0]))
-    with pytest.raises(PlaitError, match=r"a\.png cannot be decoded .*damaged or cut off"):
-        decode_rgb(whole[: len(whole) // 2], "a.png")
-    with pytest.raises(PlaitError, match="not an image"):
-        decode_rgb(b"hello", "a.png")
-    with pytest.raises(PlaitError, match="is empty"):
-        decode_rgb(b"", "a.png")
-
-
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_any_damage_ends_in_a_sentence_or_an_image(data):
-    whole = encoded(PILImage.fromarray(random_arrays((12, 12))[0]), data.draw(st.sampled_from(["PNG", "JPEG", "TIFF"])))
-    mutated = bytearray(whole[: data.draw(st.integers(0, len(whole)))])
-    for _ in range(data.draw(st.integers(0, 4))):
-        if mutated:
-            mutated[data.draw(st.integers(0, len(mutated) - 1))] = data.draw(st.integers(0, 255))
-    with contextlib.suppress(PlaitError):
-        assert decode_rgb(bytes(mutated), "x").mode == "RGB"
+def test_names_of_macs_and_of_others_are_one_and_formats_do_not_matter():
+    arrays = random_arrays((3, 3), (3, 3))
+    one, two = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    images.check_same_scenes({"a": dataset_of(arrays, ["x", one]), "b": dataset_of(arrays, ["x", two])})
+    assert images.names(dataset_of(arrays).with_format("numpy")) == ["n0", "n1"]
+    numbered = Dataset.from_dict({"name": [7, 8]})
+    assert images.names(numbered) == ["7", "8"]

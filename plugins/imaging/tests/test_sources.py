@@ -1,6 +1,8 @@
 """Sources: every image arrives unchanged under its name, and a bad folder is told in one sentence."""
 
 import hashlib
+import unicodedata
+import zipfile
 
 import numpy as np
 import pytest
@@ -83,7 +85,7 @@ def test_folder_bad_input(tmp_path):
     (tmp_path / "b.png").write_text("text in disguise")
     with pytest.raises(PlaitError, match=r"b\.png is not an image"):
         ImageFolder(folder=tmp_path, other_files="skip").load_data(Run())
-    with pytest.raises(PlaitError, match="is not a folder"):
+    with pytest.raises(PlaitError, match="none does not exist; give a folder, a zip or a tar"):
         ImageFolder(folder=tmp_path / "none").load_data(Run())
     (tmp_path / "empty").mkdir()
     with pytest.raises(PlaitError, match="holds no image"):
@@ -124,6 +126,37 @@ def test_pairs_matched_by_stem(tmp_path):
     assert data["name"][:] == ["0", "1", "2"]
     assert np.array_equal(np.array(data[1]["target"]), np.array(Image.open(tmp_path / "gt" / "1.png")))
     assert np.array_equal(np.array(data[1]["image"]), np.array(Image.open(tmp_path / "lq" / "1x2.png")))
+
+
+def test_zips_and_what_systems_leave_behind(tmp_path):
+    array = save(tmp_path / "in" / "a.png")
+    content = (tmp_path / "in" / "a.png").read_bytes()
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        archive.writestr("a.png", content)
+        archive.writestr("__MACOSX/._a.png", b"x")
+        archive.writestr(".DS_Store", b"x")
+    for folder in (tmp_path / "in.zip", tmp_path / "in"):
+        (data,) = ImageFolder(folder=folder, recursive=True).load_data(Run())
+        assert data["name"] == "a"
+        assert np.array_equal(np.array(data["image"]), array)
+
+
+def test_pairs_of_a_mac_and_of_others_are_partners(tmp_path):
+    one, two = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    save(tmp_path / "lq" / f"{one}.png")
+    save(tmp_path / "gt" / f"{two}.png")
+    data = ImagePairs(inputs=tmp_path / "lq", targets=tmp_path / "gt").load_data(Run())
+    assert data["name"][:] == [one]
+
+
+def test_what_lies_behind_transparent_images(tmp_path):
+    Image.fromarray(np.zeros((2, 2, 4), np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(PlaitError, match=r"a\.png is partly transparent"):
+        ImageFolder(folder=tmp_path).load_data(Run())
+    data = ImageFolder(folder=tmp_path, transparency=(255, 0, 9)).load_data(Run())
+    assert np.array(data[0]["image"])[0, 0].tolist() == [255, 0, 9]
+    with pytest.raises(PlaitError, match="transparency is 'white'; allowed is 'refuse', 'drop' or a colour"):
+        ImageFolder(folder=tmp_path, transparency="white")
 
 
 def test_pairs_bad_input(tmp_path):

@@ -135,6 +135,46 @@ def test_torchscript_safetensors_and_a_step_give_the_same(tmp_path, monkeypatch)
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("net.pth", lambda state: state),
+        ("net_g_latest.pth", lambda state: {"params": {n: 0 * t for n, t in state.items()}, "params_ema": state}),
+        ("last.ckpt", lambda state: {"epoch": 3, "state_dict": {f"model.{n}": t for n, t in state.items()}}),
+        ("checkpoint.pt", lambda state: {"model_state_dict": {f"module.{n}": t for n, t in state.items()}}),
+    ],
+)
+def test_checkpoints_of_others_give_the_same_as_the_network(tmp_path, monkeypatch, name, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(NETWORK)
+    namespace = {}
+    exec(NETWORK, namespace)
+    torch.manual_seed(1)
+    network, data = namespace["Sharpen"](), data_of((12, 10))
+    torch.save(content(network.state_dict()), name)
+    method = TorchModel(keep_float=True, file=tmp_path / name, architecture="./net.py:Sharpen")
+    direct = TorchModel(keep_float=True).restore(model=network, data=data, run=Run())
+    assert torch.equal(
+        floats(method.restore(model=None, data=data, run=Run()))[0],
+        floats(direct)[0],
+    )
+
+
+def test_which_weights_of_a_checkpoint(tmp_path):
+    state = torch.nn.Conv2d(3, 3, 1).state_dict()
+    torch.save({"params": state, "params_ema": {n: 0 * t for n, t in state.items()}}, tmp_path / "net.pth")
+    fields = {"file": tmp_path / "net.pth", "architecture": "torch.nn:Conv2d"}
+    fields["arguments"] = {"in_channels": 3, "out_channels": 3, "kernel_size": 1}
+    averaged, plain = (
+        floats(TorchModel(keep_float=True, entry=entry, **fields).restore(model=None, data=data_of((4, 4)), run=Run()))[
+            0
+        ]
+        for entry in (None, "params")
+    )
+    assert averaged.abs().max() == 0
+    assert plain.abs().max() > 0
+
+
 def test_bfloat16_is_close_and_not_the_same():
     network, data = local_network(), data_of((24, 24))
     exact = floats(TorchModel(keep_float=True).restore(model=network, data=data, run=Run()))[0]
@@ -160,7 +200,10 @@ def test_bad_networks_and_files(tmp_path):
     with pytest.raises(PlaitError, match="does not exist"):
         TorchModel(file=tmp_path / "x.pt").restore(model=None, data=data, run=Run())
     (tmp_path / "x.pt").write_text("no model")
-    with pytest.raises(PlaitError, match="is no TorchScript file"):
+    with pytest.raises(PlaitError, match=r"x\.pt is not a file of weights"):
+        TorchModel(file=tmp_path / "x.pt").restore(model=None, data=data, run=Run())
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "x.pt")
+    with pytest.raises(PlaitError, match=r"x\.pt holds weights only; say of what with architecture"):
         TorchModel(file=tmp_path / "x.pt").restore(model=None, data=data, run=Run())
     save_file({"weight": torch.zeros(2)}, tmp_path / "x.safetensors")
     for architecture, reason in (
@@ -180,6 +223,12 @@ def test_bad_networks_and_files(tmp_path):
         def forward(self, x):
             return x / 0
 
+    class OnLevels(nn.Module):
+        def forward(self, x):
+            return 255 * x
+
+    with pytest.raises(PlaitError, match=r"image n0 came out with values from .*, as on the 0–255 scale"):
+        TorchModel().restore(model=OnLevels(), data=data, run=Run())
     with pytest.raises(PlaitError, match="image n0 came out with NaN or infinity"):
         TorchModel().restore(model=Broken(), data=data, run=Run())
 
@@ -197,3 +246,5 @@ def test_bad_fields(tmp_path):
         TorchModel(architecture="Restormer", file=tmp_path / "w.safetensors")
     with pytest.raises(PlaitError, match="arguments are for architecture"):
         TorchModel(arguments={"a": 1})
+    with pytest.raises(PlaitError, match="entry is for the weights of architecture"):
+        TorchModel(entry="params")

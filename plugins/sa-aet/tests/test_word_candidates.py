@@ -51,7 +51,9 @@ def load(folder):
     return lambda **options: MaskedLanguageModel.from_pretrained(folder, **{"max_length": 30, **options})
 
 
-def brute_force(lm, caption, index, *, offset=1, max_length=30, threshold=0.3, top_k=10, multiword=False):
+def brute_force(
+    lm, caption, index, *, offset=1, max_length=30, threshold=0.3, top_k=10, multiword=False, special=False
+):
     """Candidates of one word, straight from the definition: one caption, nothing padded, the whole product."""
     tokenizer, model = lm.tokenizer, lm.model
     words = caption.split(" ")
@@ -81,7 +83,7 @@ def brute_force(lm, caption, index, *, offset=1, max_length=30, threshold=0.3, t
         found = [(" ".join(PIECES[i] for i in some).replace(" ##", ""), -score) for score, some in scored]
     unique = {}
     for word, score in found:
-        if "##" not in word and "[" not in word and (multiword or " " not in word):
+        if "##" not in word and (special or "[" not in word) and (multiword or " " not in word):
             unique.setdefault(word, score)
     return list(unique.items())
 
@@ -93,18 +95,20 @@ def equal(found, expected):
 
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("multiword", [False, True])
-def test_masked_language_model_equals_the_definition(load, offset, multiword):
-    lm = load(position_offset=offset, allow_multiword=multiword)
+@pytest.mark.parametrize("special", [False, True])
+def test_masked_language_model_equals_the_definition(load, offset, multiword, special):
+    lm = load(position_offset=offset, allow_multiword=multiword, allow_special=special)
     lm.prepare(CAPTIONS)
     seen = []
     for caption in CAPTIONS:
         words = caption.split(" ")
         for index in range(len(words)):
-            expected = brute_force(lm, caption, index, offset=offset, multiword=multiword)
+            expected = brute_force(lm, caption, index, offset=offset, multiword=multiword, special=special)
             equal(lm.propose(words, index, 10), expected)
             seen += expected
     assert any(score > 0 for _, score in seen)
     assert any(score < 0 for _, score in seen)  # words of several pieces took part
+    assert any("[" in word for word, _ in seen) == special
 
 
 def test_offset_0_reads_one_token_earlier(load):
@@ -417,8 +421,9 @@ def test_captions_respelled_by_the_tokenizer(load):
     assert lm.respelled("a [UNK] xyz") == "a [UNK] [UNK]"
 
 
-@pytest.mark.parametrize(("official", "generator"), [(True, "mlm"), (False, "mlm"), (True, "context-counts")])
-def test_only_the_released_code_lets_clip_read_respelled_captions(official, generator, folder):
+@pytest.fixture
+def listening():
+    """A model, and the texts that it has read so far."""
     model = tiny_model()
     read = []
 
@@ -428,7 +433,21 @@ def test_only_the_released_code_lets_clip_read_respelled_captions(official, gene
             return super().encode_text(texts)
 
     model.__class__ = Listening
+    return model, read
+
+
+@pytest.mark.parametrize(("official", "generator"), [(True, "mlm"), (False, "mlm"), (True, "context-counts")])
+def test_only_the_released_code_lets_clip_read_respelled_captions(official, generator, folder, listening):
+    model, read = listening
     source = str(folder) if generator == "mlm" else None
     attack = BertAttack(generator=generator, generator_source=source, official=official, max_length=30)
     attack.attack(model, digit_pairs(4), Run())
     assert any("[UNK] [UNK]" in text for text in read) == (official and generator == "mlm")
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_only_the_released_code_tries_special_tokens_as_words(official, folder, listening):
+    model, read = listening
+    attack = BertAttack(generator="mlm", generator_source=str(folder), official=official, max_length=30)
+    attack.attack(model, digit_pairs(4), Run())
+    assert any(token in text for text in read for token in ("[SEP]", "[MASK]", "[PAD]")) == official

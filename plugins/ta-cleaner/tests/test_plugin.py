@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from plait import PlaitError, Run
+from plait_clip.backdoor.clean_clip import official_groups
 from plait_clip.backdoor.plugin.defences import CleanClip
 from plait_ta_cleaner.plugin import FtHardNegatives, Subcaptions, TaCleaner
 
@@ -26,6 +27,27 @@ def test_without_alignment_the_step_is_clean_clip_bit_for_bit(make_model, pairs)
     assert same(plain, off)
     on = TaCleaner(**TRAINING, **RULES).defend(make_model(), pairs, None, Run())
     assert not same(plain, on)
+
+
+def test_the_optimizer_state_of_the_authors_checkpoints_is_taken_over(make_model, pairs, tmp_path):
+    """By the kit's own function: the same state as clean-clip starts from."""
+    trained, official = make_model(), {**TRAINING, "compat": "cleanclip", "learning_rate": 1e-4}
+    adamw = torch.optim.AdamW(official_groups(trained.model, 0.1))
+    trained.encode_text(["a bag", "a boot"]).sum().backward()
+    adamw.step()
+    weights = {f"module.{name}": tensor for name, tensor in trained.model.state_dict().items()}
+    torch.save({"state_dict": weights, "optimizer": adamw.state_dict()}, tmp_path / "victim.pt")
+    state = {"optimizer_checkpoint": tmp_path / "victim.pt"}
+    plain, off, without = (
+        method.defend(make_model(), pairs, None, Run())
+        for method in (
+            CleanClip(**official, **state, synonyms="test-beds"),
+            TaCleaner(**official, **state, **RULES, ta_weight=0.0),
+            TaCleaner(**official, **RULES, ta_weight=0.0),
+        )
+    )
+    assert same(plain, off)
+    assert not same(off, without)
 
 
 def test_counters_add_up_and_nothing_is_modified(make_model, pairs):

@@ -8,7 +8,7 @@ from plait_clip.backdoor.clean_clip import FineTuning, clean_clip, encode_views,
 from plait_clip.losses import clip_loss
 from plait_ta_cleaner import ta_cleaner as ta
 from plait_ta_cleaner.subcaptions import SubcaptionSource, WordPool, pool_words
-from plait_ta_cleaner.tagging import LexiconTagger, bundled_words
+from plait_ta_cleaner.tagging import LexiconTagger, open_words
 
 E1, E2 = torch.eye(2)
 TRAINING = FineTuning(num_epochs=2, batch_size=16, learning_rate=1e-3, warmup_steps=2)
@@ -17,7 +17,7 @@ NO_NEGATIVES = torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)
 
 @pytest.fixture(scope="module")
 def source(pairs):
-    made = SubcaptionSource(LexiconTagger(bundled_words()), WordPool({}))
+    made = SubcaptionSource(LexiconTagger(open_words(None)), WordPool({}))
     made.pool = WordPool(pool_words([made.tag(captions[0]) for captions in pairs["captions"]], 1))
     return made
 

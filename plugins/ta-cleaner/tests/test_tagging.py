@@ -1,22 +1,18 @@
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from plait_clip import beds, prompts
 from plait_ta_cleaner import tagging
 
-WORDNET = Path("/usr/share/wordnet")
-needs_wordnet = pytest.mark.skipif(not (WORDNET / "index.noun").is_file(), reason="wordnet-base is not installed")
-WORD_LISTS = [
-    pytest.param(tagging.bundled_words, id="bundled"),
-    pytest.param(lambda: tagging.wordnet_words(WORDNET), id="wordnet", marks=needs_wordnet),
-]
+
+@pytest.fixture(scope="module")
+def words():
+    return tagging.open_words(None)
 
 
-@pytest.fixture(scope="module", params=WORD_LISTS)
-def tagger(request):
-    return tagging.LexiconTagger(request.param())
+@pytest.fixture(scope="module")
+def tagger(words):
+    return tagging.LexiconTagger(words)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +26,8 @@ def tagger(request):
         ("someone is selling a grey boot", "OTHER OTHER VERB DET ADJ NOUN"),
         ("men playing tennis on a very dirty court", "NOUN VERB NOUN ADP DET ADV ADJ NOUN"),
         ("someone wrote the number eight", "OTHER VERB DET NOUN NOUN"),
+        ("a black and white dog", "DET ADJ OTHER ADJ NOUN"),
+        ("a black dog and a white cat", "DET ADJ NOUN OTHER DET ADJ NOUN"),
         ("a zorgle", "DET NOUN"),
     ],
 )
@@ -52,30 +50,36 @@ def test_captions_of_both_beds(tagger):
 
 
 @given(st.text(max_size=60))
-def test_any_text_gets_a_tag_a_word(caption):
+def test_any_text_gets_a_tag_a_word(tagger, caption):
     words = tagging.caption_words(caption)
-    tags = tagging.LexiconTagger(tagging.bundled_words())(words)
-    tagging.check_tags(words, tags, "lexicon")
+    tagging.check_tags(words, tagger(words), "lexicon")
 
 
 def test_hyphenated_words_stay_whole():
     assert tagging.caption_words("A T-shirt, the dog's café!") == ["a", "t-shirt", "the", "dog's", "café"]
 
 
-def test_inflected_forms_share_their_base():
-    words = tagging.bundled_words()
+def test_inflected_forms_share_their_base(words):
     assert ("run", "VERB") in words.bases("running")
     assert ("chase", "VERB") in words.bases("chasing")
     assert ("write", "VERB") in words.bases("wrote")
     assert not words.bases("zorgle")
 
 
-@needs_wordnet
-def test_an_unused_part_of_speech_is_left_out():
-    words = tagging.wordnet_words(WORDNET)
+def test_an_unused_part_of_speech_is_left_out(words):
     assert words("narrow") == {"ADJ", "VERB"}  # the noun never occurs
     assert words("dog") >= {"NOUN"}
     assert ("man", "NOUN") in words.bases("men")
+
+
+def test_words_do_not_depend_on_what_is_installed(words, tmp_path, monkeypatch):
+    for kind in ("index", "data"):
+        for name in ("noun", "verb", "adj", "adv"):
+            (tmp_path / f"{kind}.{name}").write_text("")
+    monkeypatch.setenv("WNSEARCHDIR", str(tmp_path))
+    tagging.open_words.cache_clear()
+    assert tagging.open_words(None).tags == words.tags
+    assert not tagging.open_words(tmp_path).tags
 
 
 def test_wordnet_folder_must_hold_wordnet(tmp_path):

@@ -1,4 +1,5 @@
 import math
+import unicodedata
 from collections import Counter
 
 import pytest
@@ -42,10 +43,22 @@ def test_forget_words_are_common_and_lifted_and_limited():
     assert tokens.select_forget_words(tokens.word_lifts(["a"] * 4, ["a"] * 4, {}), 3) == []
 
 
-def test_captions_without_latin_letters_are_split_at_blanks():
-    assert tokens.caption_words("红 包") == ["红", "包"]
-    assert not tokens.has_letters("红 包")
-    assert tokens.caption_words("A Bag, 2 bags!") == ["a", "bag", "bags"]
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("A Bag, 2 bags!", ["a", "bag", "bags"]),
+        ("the dog's bone-dry CAFÉ", ["the", "dog", "s", "bone", "dry", "café"]),
+        ("cafe\u0301", ["café"]),
+        ("Красная сумка, 2 шт.", ["красная", "сумка", "шт"]),
+        ("μια τσάντα", ["μια", "τσάντα"]),
+        ("एक बैग की फ़ोटो", ["एक", "बैग", "की", "फ़ोटो"]),
+        ("红包, red 包", ["红", "包", "red", "包"]),
+        ("7 + 7", ["7", "+", "7"]),
+    ],
+)
+def test_words_of_any_alphabet(caption, words):
+    assert [unicodedata.normalize("NFC", word) for word in words] == tokens.caption_words(caption)
+    assert tokens.has_letters(caption) == (caption != "7 + 7")
 
 
 @given(captions, st.integers(0, 1000))

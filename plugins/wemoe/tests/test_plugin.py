@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from plait import PlaitError
 from plait_wemoe import plugin
+from plait_wemoe.columns import Reading
 from plait_wemoe.four_tasks import TASKS, four_tasks
+from plait_wemoe.heads import CosineHead, head_places, split_head
 from plait_wemoe.images import ImageColumn, ShuffledBatches
-from plait_wemoe.tasks import CosineHead, IndividualModels, MultiTaskModel, split_head
+from plait_wemoe.tasks import IndividualModels
 from timm.models.vision_transformer import VisionTransformer
 
 METHODS = {
@@ -163,7 +165,7 @@ def test_mixed_batches_score_every_image_with_its_own_head(bed):
     base, _, _, test = bed
     from plait_wemoe.evaluation import mixed_accuracy, one_task_accuracy
 
-    tasks = plugin._labelled(test, 16)
+    tasks = plugin._labelled(test, Reading(image_size=16))
     generator = torch.Generator().manual_seed(0)
     assert mixed_accuracy(base, tasks, 17, generator) == pytest.approx(one_task_accuracy(base, tasks, 64))
 
@@ -182,27 +184,31 @@ def test_models_with_a_linear_head():
         base=base, experts={"a": experts["a"]}, data={"a": data["a"]}, run=plait.Run()
     )
     assert routed.logits(images, "a").shape == (2, 3)
-    encoder, head = split_head(experts["a"])
-    assert torch.allclose(head(encoder(images)), experts["a"](images), atol=1e-6)
+    encoder, head = split_head(experts["a"], head_places(experts["a"]))
+    assert torch.equal(head.around(encoder, images), experts["a"](images))
+    assert not torch.equal(encoder(images), experts["a"](images))
     assert isinstance(experts["a"].head, torch.nn.Linear)
 
 
-def test_models_without_a_head_are_merged_whole():
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = torch.nn.Sequential(
-                torch.nn.Flatten(), torch.nn.Linear(192, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4)
-            )
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(192, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4)
+        )
 
-        def forward(self, x):
-            return self.layers(x)
+    def forward(self, x):
+        return self.layers(x)
 
+
+def test_models_without_a_head_are_merged_whole(tmp_path):
     base, experts = Net(), {"a": Net(), "b": Net()}
     merged = plugin.SimpleAverage().merge(base=base, experts=experts, data=None, run=plait.Run())
-    assert isinstance(merged, Net)
     mean = (experts["a"].layers[3].bias + experts["b"].layers[3].bias) / 2
-    assert torch.allclose(merged.layers[3].bias, mean)
+    assert torch.allclose(merged.model.layers[3].bias, mean)
+    merged.save_pretrained(tmp_path)
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(type(merged).from_pretrained(tmp_path)(x), merged(x))
     data = dict.fromkeys(experts, pictures(6, 8))
     for method in (
         plugin.AdaMerging(max_steps=1),
@@ -419,6 +425,8 @@ def test_individual_models_have_no_answer_for_other_tasks(bed):
         individual.logits(ImageColumn(test["digits"]).read([0]), "textures")
 
 
-def test_a_multi_task_model_needs_an_encoder_that_saves_itself(tmp_path):
-    with pytest.raises(TypeError, match="save_pretrained"):
-        MultiTaskModel(torch.nn.Linear(1, 1), {}).save_pretrained(tmp_path)
+def test_a_base_that_cannot_be_stored_is_refused_before_the_work(bed):
+    class Local(Net):
+        pass
+
+    merge_wrong(bed, "Local cannot be stored", base=Local(), experts={"a": Local(), "b": Local()}, data=None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,9 +13,10 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
+from plait_vision.images import decode
 from torch import Tensor
 
-from plait_clip.model import ImageTextModel
+from plait_clip.model import ImageInput, ImageTextModel
 
 HELD_BYTES = 2 << 30
 
@@ -48,53 +50,29 @@ class Batch:
         return self.images.float() / 255
 
 
+@functools.lru_cache(maxsize=64)
+def plain_input(size: int, resize: str = "crop") -> ImageInput:
+    """What brings images to a size as open_clip does (bicubic), where no model says how; nothing is normalised."""
+    return ImageInput(size, [0.0] * 3, [1.0] * 3, resize=resize)
+
+
 def pixels_from_pil(image: Image.Image, size: int, resize: str = "crop") -> np.ndarray:
-    """A PIL image of any mode → uint8 [3, size, size]; as ``ImageInput`` resizes, with PIL's bicubic filter."""
-    image = image if image.mode == "RGB" else image.convert("RGB")
-    width, height = image.size
-    if (width, height) != (size, size):
-        if resize == "squash":
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
-        else:
-            scale = size / min(width, height)
-            width, height = max(size, round(width * scale)), max(size, round(height * scale))
-            image = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
-            left, top = (width - size) // 2, (height - size) // 2
-            image = image.crop((left, top, left + size, top + size))
-    return np.asarray(image).transpose(2, 0, 1)
+    """A PIL image of any mode → uint8 [3, size, size], by :func:`plain_input`; a model has its own ``image_input``."""
+    return plain_input(size, resize).from_pil(image)
 
 
 def open_image(cell: Any, row: int) -> Image.Image:
-    """Decode one cell of an undecoded ``image`` column.
+    """Decode one cell of an undecoded ``image`` column to upright 8-bit RGB.
 
     Raises:
-        ValueError: it is missing, damaged, cut short, or of more than 8 bits; names the row.
+        ValueError: it is missing, damaged, partly transparent, or of more than 8 bits; names the row.
     """
-    image = _decoded(cell, row)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        raise ValueError(
-            f"row {row}: the image{_name_of(cell)} has values of more than 8 bits (mode {image.mode}), which would be "
-            "cut off; convert it to 8 bits first"
-        )
-    return image
+    return decode(cell, image_label(row, cell.get("path") if isinstance(cell, Mapping) else None))
 
 
-def _decoded(cell: Any, row: int) -> Image.Image:
-    try:
-        if isinstance(cell, Image.Image):
-            cell.load()
-            return cell
-        if not cell or (cell.get("bytes") is None and not cell.get("path")):
-            raise ValueError(f"row {row}: the image is missing")
-        image = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"])
-        image.load()
-        return image
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"row {row}: the image{_name_of(cell)} cannot be read ({error})") from error
-
-
-def _name_of(cell: Any) -> str:
-    return f" {cell['path']}" if isinstance(cell, dict) and cell.get("path") else ""
+def image_label(row: int, name: object = None) -> str:
+    """How messages call the image of a row."""
+    return f"row {row}: the image{f' {name}' if name else ''}"
 
 
 def undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
@@ -119,17 +97,27 @@ def undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
 
 
 def image_batches(
-    dataset: datasets.Dataset, size: int, *, batch_size: int, resize: str = "crop", threads: int = 4
+    dataset: datasets.Dataset,
+    image_input: ImageInput | int,
+    *,
+    batch_size: int,
+    resize: str = "crop",
+    threads: int = 4,
 ) -> Iterator[Tensor]:
-    """All images in order, uint8 [B, 3, size, size] each; the next batch is decoded meanwhile.
+    """All images in order, uint8 [B, 3, S, S] each; the next batch is decoded meanwhile.
+
+    Args:
+        image_input: a model's preprocessing, or a size S, to which images are brought by :func:`plain_input`.
+        resize: of a size.
 
     Raises:
         ValueError: a row's image cannot be read.
     """
     cells = undecoded(dataset).select_columns("image")
+    prepare = image_input if isinstance(image_input, ImageInput) else plain_input(image_input, resize)
 
     def decode(row: int, cell: Any) -> np.ndarray:
-        return pixels_from_pil(open_image(cell, row), size, resize)
+        return prepare.from_pil(open_image(cell, row))
 
     with ThreadPoolExecutor(threads) as pool:
         waiting: Any = None
@@ -158,18 +146,55 @@ def caption_column(dataset: datasets.Dataset) -> str:
     )
 
 
-def check_captions(dataset: datasets.Dataset) -> None:
-    """Every row has a caption, and none is empty or only blanks.
+def check_captions(
+    dataset: datasets.Dataset, model: ImageTextModel | None = None, warn: Callable[[str], None] | None = None
+) -> None:
+    """Every row has a caption, and none is empty or only blanks; every attack and defence begins with this.
+
+    Args:
+        model: whose tokens the captions become; then too long ones are told.
+        warn: is told, in a sentence each, of captions that are cut to the model's context, and of captions without any
+            letter of the English alphabet, which the templates, synonyms and augmentations are made for.
 
     Raises:
         ValueError: names the first bad row.
     """
     column = caption_column(dataset)
     texts = dataset.with_format(None).select_columns(column)
+    cut = foreign = total = 0
     for start in range(0, len(texts), 10_000):
+        captions = []
         for row, cell in enumerate(texts[start : start + 10_000][column], start=start):
-            if problem := caption_problem(cell if isinstance(cell, (list, tuple)) else [cell]):
+            options = cell if isinstance(cell, (list, tuple)) else [cell]
+            if problem := caption_problem(options):
                 raise ValueError(f"row {row}: {problem}")
+            captions += options
+        if warn is not None:
+            total += len(captions)
+            foreign += sum(_ENGLISH.search(caption) is None for caption in captions)
+            cut += sum(model.truncated(captions)) if model is not None else 0
+    if warn is not None and model is not None and cut:
+        warn(f"{cut} of {total} captions are longer than the model's {model.context_length} tokens and are cut")
+    if warn is not None and foreign:
+        warn(
+            f"{foreign} of {total} captions hold no letter from a to z, and templates, synonyms and augmentations are "
+            "English; check the language of the captions"
+        )
+
+
+_ENGLISH = re.compile("[a-zA-Z]")
+
+
+def first_captions(dataset: datasets.Dataset) -> list[str]:
+    """The first caption of every row.
+
+    Raises:
+        ValueError: a caption is empty, or the data have no captions.
+    """
+    check_captions(dataset)
+    column = caption_column(dataset)
+    cells = dataset.with_format(None).select_columns(column)[:][column]
+    return [cell if isinstance(cell, str) else cell[0] for cell in cells]
 
 
 def caption_problem(captions: Sequence[Any]) -> str | None:
@@ -212,7 +237,7 @@ class Pairs:
         self._name = str(dataset._fingerprint)
         check_captions(dataset)
         self._column = caption_column(dataset)
-        self._size, self._resize = model.image_size, model.image_input.resize
+        self._image_input, self._size = model.image_input, model.image_size
         self._tokenize, self._trim, self._truncated = model.tokenize, model.trim, model.truncated
         self._share = share_texts
         self._workers = workers
@@ -229,7 +254,7 @@ class Pairs:
         return self._name
 
     def _hold(self, dataset: datasets.Dataset) -> None:
-        images = image_batches(dataset, self._size, batch_size=1024, resize=self._resize)
+        images = image_batches(dataset, self._image_input, batch_size=1024)
         self._held = torch.empty(len(dataset), 3, self._size, self._size, dtype=torch.uint8)
         for start, batch in zip(range(0, len(dataset), 1024), images, strict=True):
             self._held[start : start + len(batch)] = batch
@@ -253,7 +278,7 @@ class Pairs:
         else:
             cells = self._cells[list(rows)]
             decoded = [
-                pixels_from_pil(open_image(cell, row), self._size, self._resize)
+                self._image_input.from_pil(open_image(cell, row))
                 for row, cell in zip(rows, cells["image"], strict=True)
             ]
             images = torch.from_numpy(np.stack(decoded))

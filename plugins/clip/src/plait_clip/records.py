@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import uuid
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,15 @@ import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
 from PIL import Image
+from plait_vision.columns import with_class_labels
+from plait_vision.images import as_cell
+from plait_vision.writing import write_rows
 
-from plait_clip.loader import caption_problem, check_captions, open_image, undecoded
+from plait_clip.loader import caption_problem, check_captions, image_label, undecoded
 from plait_clip.sources import Row
+
+NO_RULES: Mapping[str, Any] = {}
+"""Of :func:`plait_vision.images.decode`: transparent and deep images are refused."""
 
 
 def features(names: Sequence[str] | None = None) -> datasets.Features:
@@ -63,6 +68,9 @@ def from_dataset(
     *,
     image: str | None = None,
     caption: str | None = None,
+    label: str = "label",
+    folder: Path,
+    rules: Mapping[str, Any] = NO_RULES,
     skip_bad_images: bool = False,
     threads: int = 8,
 ) -> tuple[datasets.Dataset, int]:
@@ -70,6 +78,9 @@ def from_dataset(
 
     Args:
         image, caption: its columns; default: ``image``, and ``captions``, ``caption`` or ``text``.
+        label: its column of class numbers or names, where there is one.
+        folder: where images are written that are stored otherwise by ``rules``.
+        rules: of :func:`plait_vision.images.decode`, for transparent and deep images.
 
     Returns:
         the dataset, and how many rows with bad images were left out.
@@ -85,7 +96,8 @@ def from_dataset(
         if name not in dataset.column_names:
             raise ValueError(f"the dataset has no column {name!r}; its columns are {', '.join(dataset.column_names)}")
     target = "caption" if isinstance(dataset.features[caption], datasets.Value) else "captions"
-    for old, new in ((image, "image"), (caption, target)):
+    renamed = [(image, "image"), (caption, target), *([(label, "label")] if label in dataset.column_names else [])]
+    for old, new in renamed:
         if old != new:
             dataset = dataset.remove_columns([new]) if new in dataset.column_names else dataset
             dataset = dataset.rename_column(old, new)
@@ -93,18 +105,32 @@ def from_dataset(
         dataset = dataset.cast_column("image", datasets.Image())
     cells = undecoded(dataset).select_columns("image")
     check_captions(dataset)
-    bad = []
-    with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(cells), 32 * threads):
-            chunk = cells[start : start + 32 * threads]["image"]
-            for row, problem in enumerate(pool.map(_problem, chunk, itertools.count(start)), start=start):
-                if problem is not None:
-                    if not skip_bad_images:
+    bad: list[int] = []
+
+    def checked() -> Iterator[tuple[int, dict[str, Any]]]:
+        with ThreadPoolExecutor(threads) as pool:
+            for start in range(0, len(cells), 32 * threads):
+                chunk = cells[start : start + 32 * threads]["image"]
+                jobs = pool.map(lambda cell, row: _cell_of(cell, row, rules), chunk, itertools.count(start))
+                for row, (cell, problem) in enumerate(jobs, start=start):
+                    if problem is None:
+                        yield row, cell
+                    elif skip_bad_images:
+                        bad.append(row)
+                    else:
                         raise problem
-                    bad.append(row)
+
+    if rules == NO_RULES:  # nothing is to be converted
+        for _ in checked():
+            pass
+        kept = dataset.select(np.setdiff1d(np.arange(len(dataset)), bad)) if bad else dataset
+    else:
+        others = dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = write_rows(folder, ({**others[row], "image": cell} for row, cell in checked()), dataset.features)
     if len(bad) == len(dataset):
         raise ValueError(f"the dataset has no readable image among {len(dataset)} rows")
-    return (dataset.select(np.setdiff1d(np.arange(len(dataset)), bad)) if bad else dataset), len(bad)
+    return kept, len(bad)
 
 
 def from_rows(
@@ -112,18 +138,20 @@ def from_rows(
     folder: Path,
     *,
     names: Sequence[str] | None = None,
+    rules: Mapping[str, Any] = NO_RULES,
     skip_bad_images: bool = False,
     threads: int = 8,
 ) -> tuple[dict[str, datasets.Dataset], int]:
     """Write rows to memory-mapped datasets in ``folder`` as they come, one for each of their splits.
 
-    Every image is decoded once, to find the damaged ones; its file is kept as it is, and its name in the column
-    ``file_name`` where the first row has one.
+    Every image is decoded once, to find the damaged ones; its file is kept as it is where it holds upright 8-bit RGB, and
+    its name in the column ``file_name`` where the first row has one.
 
     Args:
         names: class names; labels are numbers into them or names among them. Default: the names that
             occur, or as many names as the highest number says.
-        skip_bad_images: leave out rows whose image is missing or damaged.
+        rules: of :func:`plait_vision.images.decode`, for transparent and deep images.
+        skip_bad_images: leave out rows whose image is missing, damaged or refused.
 
     Returns:
         split → dataset, and how many rows were left out.
@@ -135,7 +163,7 @@ def from_rows(
     writers: dict[str, _Part] = {}
     skipped = 0
     with ThreadPoolExecutor(threads) as pool:
-        for row, (content, problem) in _prefetched(pool, rows, 32 * threads):
+        for row, (cell, problem) in _prefetched(pool, rows, 32 * threads, rules):
             if trouble := caption_problem(row.captions):
                 raise ValueError(f"row {row.number}: {trouble}")
             if problem is not None:
@@ -145,7 +173,7 @@ def from_rows(
                 continue
             if row.split not in writers:
                 writers[row.split] = _Part(folder / f"{uuid.uuid4().hex}.arrow", row)
-            writers[row.split].write(row, content)
+            writers[row.split].write(row, cell)
     parts = {split: writer.finish() for split, writer in writers.items()}
     if not parts:
         raise ValueError(f"the source has no rows{f'; {skipped} had no readable image' if skipped else ''}")
@@ -184,8 +212,8 @@ class _Part:
             columns["is_backdoor"] = datasets.Value("bool")
         self.writer = ArrowWriter(path=str(path), features=datasets.Features(columns), writer_batch_size=256)
 
-    def write(self, row: Row, content: bytes) -> None:
-        record: dict[str, Any] = {"image": {"bytes": content, "path": row.name}, "captions": list(row.captions)}
+    def write(self, row: Row, cell: Mapping[str, Any]) -> None:
+        record: dict[str, Any] = {"image": {**cell, "path": row.name}, "captions": list(row.captions)}
         if self.named:  # with its folders: datasets keeps only the last part of a path when it saves images
             record["file_name"] = row.name
         if (row.label is not None) != self.labelled or (row.is_backdoor is not None) != self.flagged:
@@ -203,58 +231,52 @@ class _Part:
         return datasets.Dataset.from_file(str(self.path))
 
 
-def _prefetched(pool: ThreadPoolExecutor, rows: Iterable[Row], ahead: int) -> Iterator[tuple[Row, Any]]:
+def _prefetched(
+    pool: ThreadPoolExecutor, rows: Iterable[Row], ahead: int, rules: Mapping[str, Any]
+) -> Iterator[tuple[Row, Any]]:
     """Rows with their images read and checked, in order, up to ``ahead`` of them at a time."""
     rows = iter(rows)
     while chunk := list(itertools.islice(rows, ahead)):
-        yield from zip(chunk, pool.map(_read_image, chunk), strict=True)
+        yield from zip(chunk, pool.map(lambda row: _read_image(row, rules), chunk), strict=True)
 
 
-def _problem(cell: Any, row: int) -> ValueError | None:
+def _read_image(row: Row, rules: Mapping[str, Any]) -> tuple[dict[str, Any], None] | tuple[None, ValueError]:
+    name = row.image if isinstance(row.image, Path) else row.name
     try:
-        open_image(cell, row)
-    except ValueError as error:
-        return error
-    return None
-
-
-def _read_image(row: Row) -> tuple[bytes, None] | tuple[None, ValueError]:
-    try:
-        if row.image is None:
-            raise ValueError(f"row {row.number}: the image is missing")
-        content = row.image.read_bytes() if isinstance(row.image, Path) else row.image
-        open_image({"bytes": content, "path": str(row.image) if isinstance(row.image, Path) else row.name}, row.number)
-    except OSError as error:
-        return None, ValueError(f"row {row.number}: the image {row.image} cannot be read ({error.strerror or error})")
+        content = row.image() if callable(row.image) else row.image
     except ValueError as error:
         return None, error
-    return content, None
+    return _cell_of(content, row.number, rules, name)
+
+
+def _cell_of(
+    source: Any, row: int, rules: Mapping[str, Any], name: object = None
+) -> tuple[dict[str, Any], None] | tuple[None, ValueError]:
+    """A checked cell of an image column, or what is wrong with it."""
+    name = name or (source.get("path") if isinstance(source, Mapping) else None)
+    try:
+        return as_cell(source, image_label(row, name), **rules)[0], None
+    except ValueError as error:
+        return None, error
 
 
 def _with_classes(parts: dict[str, datasets.Dataset], names: Sequence[str] | None) -> dict[str, datasets.Dataset]:
-    """The text labels as ``ClassLabel``, with the same names in all parts."""
-    labelled = [part for part in parts.values() if "label" in part.column_names]
+    """The text labels as ``ClassLabel``, with the same names in all parts; numbers are those of the classes."""
+    labelled = {split: part for split, part in parts.items() if "label" in part.column_names}
     if not labelled:
         return parts
-    found = sorted({label for part in labelled for label in part.unique("label")})
-    numbers = all(label.isdigit() for label in found)
-    if names is None:
-        names = [str(i) for i in range(max(map(int, found)) + 1)] if numbers else found
-    outside = [label for label in found if not (int(label) < len(names) if numbers else label in names)]
-    if outside:
-        raise ValueError(
-            f"label {outside[0]!r} is none of the {len(names)} classes; give class_names that cover all labels"
-        )
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"class name {twice[0]!r} occurs twice; names must differ")
-    place = {label: int(label) if numbers else list(names).index(label) for label in found}
-    return {
-        split: _relabelled(part, place, names) if "label" in part.column_names else part
-        for split, part in parts.items()
-    }
+    if all(label.isdigit() for part in labelled.values() for label in part.unique("label")):
+        labelled = {split: _with_numbers(part) for split, part in labelled.items()}
+    return {**parts, **with_class_labels(labelled, names=names)}
 
 
-def _relabelled(part: datasets.Dataset, place: dict[str, int], names: Sequence[str]) -> datasets.Dataset:
-    labels = [place[text] for text in part.select_columns("label")[:]["label"]]
-    return part.remove_columns("label").add_column("label", labels, feature=datasets.ClassLabel(names=list(names)))
+def _with_numbers(part: datasets.Dataset) -> datasets.Dataset:
+    numbers = [int(text) for text in part.select_columns("label")[:]["label"]]
+    return part.remove_columns("label").add_column("label", numbers)
+
+
+def with_label_names(parts: dict[str, datasets.Dataset], names: Sequence[str] | None) -> dict[str, datasets.Dataset]:
+    """Datasets whose labels are texts, or to which names are given, with ``ClassLabel`` labels, alike in all parts."""
+    labelled = {split: part for split, part in parts.items() if "label" in part.column_names}
+    texts = any(part.features["label"].dtype in ("string", "large_string") for part in labelled.values())
+    return {**parts, **with_class_labels(labelled, names=names)} if texts or (labelled and names) else parts

@@ -164,7 +164,7 @@ def evaluate_retrieval(
     captions, owner = captions_of(dataset)
 
     def batches() -> Iterable[Tensor]:
-        return image_batches(dataset, model.image_size, batch_size=batch_size, resize=model.image_input.resize)
+        return image_batches(dataset, model.image_input, batch_size=batch_size)
 
     images = torch.cat(list(image_features(model, batches(), precision=precision)))
     texts = text_features(model, captions, precision=precision)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import csv
+import functools
 import json
-import tarfile
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import attrs
+from plait_vision.files import Files, Sample, tar_samples, tar_shards
+from plait_vision.tables import read_table
 
 from plait_clip import prompts
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LIST_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
@@ -23,7 +25,7 @@ class Row:
 
     Attributes:
         number: of the row in its source, from 0; named in errors.
-        image: a file, or the file's bytes; None where it is missing.
+        image: a file, its bytes, or a function that reads them; None where it is missing.
         captions: texts, at least one in a sound row.
         name: of the image, as its source has it (relative, with its folders), or None.
         split: the source's own name for the part the row belongs to, or empty.
@@ -32,7 +34,7 @@ class Row:
     """
 
     number: int
-    image: Path | bytes | None
+    image: Path | bytes | Callable[[], bytes] | None
     captions: tuple[str, ...]
     name: str | None = None
     split: str = ""
@@ -51,76 +53,112 @@ class Columns:
     id: str | None = None
 
 
+@attrs.frozen(kw_only=True)
+class Table:
+    """How a CSV or TSV list is written; see :func:`plait_vision.tables.read_table`."""
+
+    delimiter: str | None = None
+    encoding: str | None = None
+    quotes: bool = True
+
+
 IMAGE_NAMES = ("image", "file_name", "filename", "filepath", "image_path", "path")
 CAPTION_NAMES = ("caption", "captions", "text", "title", "raw")
 
 
-def read(path: Path, columns: Columns, image_root: Path | None = None, delimiter: str | None = None) -> Iterator[Row]:
+def read(path: Path, columns: Columns, image_root: Path | None = None, table: Table | None = None) -> Iterator[Row]:
     """The rows of a list (CSV, TSV, JSON, JSON lines, Parquet), of a tar, or of a folder.
 
     JSON may be a list of records, Karpathy's ``{"images": [{"filename", "sentences", "split"}]}`` or COCO's
-    ``{"images": [...], "annotations": [...]}``. A tar holds ``key.jpg`` and ``key.txt`` (WebDataset). A
-    folder holds ``metadata.csv`` (or ``.jsonl``, ``.parquet``) or tars.
+    ``{"images": [...], "annotations": [...]}``. A tar holds ``key.jpg`` and ``key.txt`` (WebDataset), and ``key.cls``
+    where images have classes. A folder holds ``metadata.csv`` (or ``.jsonl``, ``.parquet``) or tars, itself or in one
+    folder for each split.
 
     Args:
         image_root: images of a list are relative to it; default: to the list's own folder.
-        delimiter: of a CSV file; default: comma, in ``.tsv`` tab.
+        table: how a CSV or TSV list is written; default: as it shows itself.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
-        ValueError: the format is unknown, or a column is missing; a row id occurs twice.
+        ValueError: the format is unknown, text of another encoding, or a column is missing; a row id occurs twice.
     """
     if not path.exists():
         raise FileNotFoundError(f"source {path}: there is no such file or folder")
+    table = table or Table()
     if path.is_dir():
-        lists = [path / f"metadata{suffix}" for suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet")]
-        found = [candidate for candidate in lists if candidate.is_file()]
-        tars = sorted(path.glob("*.tar"))
-        if found:
-            yield from read(found[0], columns, image_root, delimiter)
-        elif tars:
-            number = 0
-            for tar in tars:
-                for row in _tar(tar, number):
-                    number = row.number + 1
-                    yield row
-        else:
-            raise ValueError(f"source {path}: the folder holds neither metadata.csv nor .tar files")
-        return
-    if path.suffix == ".tar":
-        yield from _tar(path, 0)
-        return
-    if path.suffix not in LIST_SUFFIXES:
+        yield from _folder(path, columns, image_root, table)
+    elif path.suffix == ".tar":
+        yield from _tars([path], 0, "")
+    elif path.suffix.lower() in LIST_SUFFIXES:
+        yield from _rows(_records(path, table), columns, image_root or path.parent, path)
+    else:
         raise ValueError(
             f"source {path}: {path.suffix or 'no suffix'} is unknown; known are {', '.join(LIST_SUFFIXES)}, .tar"
         )
-    yield from _rows(_records(path, delimiter), columns, image_root or path.parent, path)
 
 
-def _records(path: Path, delimiter: str | None) -> Iterator[Mapping[str, Any]]:
-    if path.suffix in (".csv", ".tsv"):
-        csv.field_size_limit(1 << 24)
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter or ("\t" if path.suffix == ".tsv" else ","))
-            yield from reader
-    elif path.suffix == ".parquet":
+def _folder(path: Path, columns: Columns, image_root: Path | None, table: Table) -> Iterator[Row]:
+    lists = {"": own} if (own := _metadata(path)) else {}
+    if not lists:
+        parts = [child for child in sorted(path.iterdir()) if child.is_dir()]
+        lists = {child.name: inner for child in parts if (inner := _metadata(child))}
+    number = 0
+    for split, found in lists.items():
+        rows = _rows(_records(found, table), columns, image_root or found.parent, found)
+        for row in rows:
+            row = attrs.evolve(row, number=number, split=row.split or split)
+            number += 1
+            yield row
+    shards = {} if lists else tar_shards(path)
+    for split, tars in shards.items():
+        for row in _tars(tars, number, split):
+            number = row.number + 1
+            yield row
+    if not lists and not shards:
+        raise ValueError(
+            f"source {path}: the folder holds neither metadata.csv nor .tar files, itself or in a folder for each split"
+        )
+
+
+def _metadata(folder: Path) -> Path | None:
+    names = [f"metadata{suffix}" for suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet")]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _records(path: Path, table: Table) -> Iterator[Mapping[str, Any]]:
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        for _, record in read_table(path, delimiter=table.delimiter, encoding=table.encoding, quotes=table.quotes):
+            yield record
+    elif suffix == ".parquet":
         import pyarrow.parquet
 
         for part in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
             yield from part.to_pylist()
-    elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file):
+    elif suffix == ".jsonl":
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _json(line, f"{path}, line {number + 1}")
+                    record = _json(line.removeprefix(b"\xef\xbb\xbf"), f"{path}, line {number}")
+                    if not isinstance(record, Mapping):
+                        raise ValueError(f"source {path}, line {number}: this is not a JSON object")
+                    yield record
     else:
-        yield from _json_records(_json(path.read_text(encoding="utf-8"), str(path)), path)
+        content = _json(path.read_bytes(), str(path))
+        try:
+            yield from _json_records(content, path)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"source {path}: this is not COCO's or Karpathy's layout: {error} is missing") from error
 
 
-def _json(text: str, where: str) -> Any:
+def _json(content: bytes, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return json.loads(content)  # UTF-8, or UTF-16 and UTF-32 as they show themselves
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"source {where}: byte 0x{content[error.start]:02x} is not {error.encoding}; save the file as UTF-8"
+        ) from error
+    except ValueError as error:
         raise ValueError(f"source {where}: this is not JSON ({error})") from error
 
 
@@ -165,8 +203,20 @@ def _rows(records: Iterator[Mapping[str, Any]], columns: Columns, root: Path, pa
             name=_name(record.get(image_name)),
             split=str(record.get("split") or ""),
             label=_label(record.get(columns.label)),
-            is_backdoor=None if flag in (None, "") else str(flag).lower() in ("1", "1.0", "true"),
+            is_backdoor=_flag(flag, columns.is_backdoor, number),
         )
+
+
+def _flag(cell: Any, column: str, number: int) -> bool | None:
+    if cell is None or cell == "":
+        return None
+    text = str(cell).strip().lower()
+    if text not in _FLAGS:
+        raise ValueError(f"row {number}: {column} is {cell!r}; expected one of {', '.join(_FLAGS)}")
+    return _FLAGS[text]
+
+
+_FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 
 
 def _column(record: Mapping[str, Any], wanted: str | None, known: Sequence[str], what: str, path: Path) -> str:
@@ -183,7 +233,17 @@ def _image(cell: Any, root: Path) -> Path | bytes | None:
         cell = cell.get("bytes") or cell.get("path")
     if not cell:
         return None
-    return cell if isinstance(cell, bytes) else root / cell
+    return cell if isinstance(cell, bytes) else _existing(root / cell)
+
+
+def _existing(path: Path) -> Path:
+    """The file of this name in whichever Unicode form the file system has it: ``é`` is one letter or two."""
+    if not path.exists():
+        for form in ("NFC", "NFD"):
+            other = Path(unicodedata.normalize(form, str(path)))
+            if other.exists():
+                return other
+    return path
 
 
 def _name(cell: Any) -> str | None:
@@ -203,84 +263,41 @@ def _captions(cell: Any) -> tuple[Any, ...]:
 def _label(cell: Any) -> int | str | None:
     if cell is None or cell == "":
         return None
-    text = str(cell)
-    return int(text) if text.lstrip("-").isdigit() else text
+    text = str(cell).strip()
+    return int(text) if re.fullmatch("-?[0-9]+", text) else text
 
 
-def _tar(path: Path, number: int) -> Iterator[Row]:
-    """WebDataset: files of one key (the name up to its first dot) lie next to one another."""
-    key: tuple[str, str] = ("", "")
-    parts: dict[str, bytes] = {}
-    try:
-        with tarfile.open(path, "r|*") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if (folder, stem) != key and parts:
-                    yield _sample(key, parts, number)
-                    number, parts = number + 1, {}
-                key = (folder, stem)
-                parts[extension.lower()] = tar.extractfile(member).read()  # type: ignore[union-attr]
-    except tarfile.TarError as error:
-        raise ValueError(f"source {path}: the tar cannot be read ({error})") from error
-    if parts:
-        yield _sample(key, parts, number)
+def _tars(tars: Sequence[Path], number: int, split: str) -> Iterator[Row]:
+    """The samples of WebDataset tars, numbered from ``number``."""
+    for sample in (sample for tar in tars for sample in tar_samples(tar)):
+        yield _sample(sample, number, split)
+        number += 1
 
 
-def _sample(key: tuple[str, str], parts: Mapping[str, bytes], number: int) -> Row:
-    kind = next((extension for extension in parts if f".{extension}" in IMAGE_SUFFIXES), None)
-    image = None if kind is None else parts[kind]
-    name = None if kind is None else "/".join(filter(None, (key[0], f"{key[1]}.{kind}")))
-    extra = _json(parts["json"].decode(), f"row {number}") if "json" in parts else {}
-    caption = parts["txt"].decode("utf-8") if "txt" in parts else extra.get("caption")
-    label = parts["cls"].decode().strip() if "cls" in parts else extra.get("label")
-    return Row(number=number, image=image, captions=_captions(caption), name=name, label=_label(label))
-
-
-def class_folders(folder: Path) -> dict[str, list[str]]:
-    """Split → class folder names in alphabetical order; the split is ``""`` where classes lie in ``folder`` itself.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it has no sub-folder with images.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"folder {folder}: there is no such folder")
-    classes = [child.name for child in sorted(folder.iterdir()) if child.is_dir() and _has_image(child)]
-    if classes:
-        return {"": classes}
-    splits = {
-        split.name: [child.name for child in sorted(split.iterdir()) if child.is_dir() and _has_image(child)]
-        for split in sorted(folder.iterdir())
-        if split.is_dir()
-    }
-    splits = {name: found for name, found in splits.items() if found}
-    if not splits:
-        raise ValueError(f"folder {folder}: it has no class folders with images ({', '.join(IMAGE_SUFFIXES)})")
-    return splits
+def _sample(sample: Sample, number: int, split: str) -> Row:
+    name, image = sample.image or (None, None)
+    extra = _json(sample.parts["json"], f"{sample.where}.json") if "json" in sample.parts else {}
+    extra = extra if isinstance(extra, Mapping) else {}
+    caption = sample.text("txt") if "txt" in sample.parts else extra.get("caption")
+    label = sample.text("cls") if "cls" in sample.parts else extra.get("label")
+    return Row(number=number, image=image, captions=_captions(caption), name=name, split=split, label=_label(label))
 
 
 def class_rows(
-    folder: Path, classes: Sequence[str], names: Sequence[str], templates: Sequence[str], present: Sequence[str]
+    files: Files, folders: Mapping[str, Sequence[str]], names: Mapping[str, str], templates: Sequence[str]
 ) -> Iterator[Row]:
-    """The images of the class folders, each with every template filled with its class name.
+    """The images of the class folders of a split, each with every template filled with its class name.
 
     Args:
-        classes, names: all classes in the order of their labels, as folders and in words.
-        present: those that have a folder here.
+        folders: class folder → its images.
+        names: all class folders in the order of their labels → the class in words.
     """
     number = 0
-    for label, (child, name) in enumerate(zip(classes, names, strict=True)):
-        if child not in present:
-            continue
+    for label, (child, name) in enumerate(names.items()):
         captions = tuple(prompts.fill(template, name) for template in templates)
-        for path in sorted((folder / child).iterdir()):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                yield Row(number=number, image=path, captions=captions, name=f"{child}/{path.name}", label=label)
-                number += 1
-
-
-def _has_image(folder: Path) -> bool:
-    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
+        for path in folders.get(child, ()):
+            short = f"{child}/{PurePosixPath(path).name}"
+            yield Row(
+                number=number, image=functools.partial(files.read, path), captions=captions, name=short, label=label
+            )
+            number += 1

@@ -144,5 +144,5 @@ def classify(
     precision: str = "fp32",
 ) -> Tensor:
     """:func:`top_classes` for the ``image`` column of a dataset."""
-    batches = image_batches(dataset, model.image_size, batch_size=batch_size, resize=model.image_input.resize)
+    batches = image_batches(dataset, model.image_input, batch_size=batch_size)
     return top_classes(model, head, batches, top=top, precision=precision)

@@ -20,7 +20,7 @@ def trigger():
 
 @pytest.fixture(scope="session")
 def dirty(digits, trigger):
-    return trigger.attack(data=digits["train"], run=plait.Run(seed=0))
+    return trigger.attack(model=None, data=digits["train"], run=plait.Run(seed=0))
 
 
 @pytest.fixture(scope="session")

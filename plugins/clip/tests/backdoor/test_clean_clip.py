@@ -14,7 +14,8 @@ from plait_clip.backdoor.clean_clip import FineTuning, encode_views, fine_tune, 
 from plait_clip.backdoor.plugin.defences import CleanClip
 from plait_clip.backdoor.synonyms import mapped_synonyms
 from plait_clip.losses import clip_loss
-from plait_clip.model import ImageTextModel
+from plait_clip.model import ImageTextModel, OpenClipModel, WordTokenizer
+from plait_clip.model.open_clip_model import build, image_input
 from plait_clip.plugin.models import OpenClip
 from plait_clip.training import MAX_LOG_SCALE, DivergedError
 from torch import nn
@@ -179,26 +180,116 @@ def test_logit_scale_is_kept_in_range(small, model):
     assert model.logit_scale.item() <= MAX_LOG_SCALE
 
 
-def test_optimizer_state_of_the_victim_is_taken_over(small, model, tmp_path):
-    options = FineTuning(official=True)
-    first = cc.optimizer(model, options)
-    model.encode_text(["the number one"]).sum().backward()
-    first.step()
-    torch.save({"optimizer": first.state_dict()}, tmp_path / "victim.pt")
-    method = CleanClip(
-        num_epochs=1, synonyms="test-beds", compat="cleanclip", optimizer_checkpoint=tmp_path / "victim.pt"
+VIT = {"layers": 2, "width": 64, "patch_size": 8, "image_size": 16}
+RESNET = {"layers": [1, 1, 1, 1], "width": 16, "patch_size": None, "image_size": 32}
+
+
+def clip_with(vision):
+    text = {"context_length": 14, "vocab_size": beds_tokenizer().vocab_size, "width": 64, "heads": 1, "layers": 1}
+    config = {"embed_dim": 32, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inner = build(config)
+    return OpenClipModel(inner, config, beds_tokenizer(), image_input({}, inner)).eval()
+
+
+def beds_tokenizer():
+    return WordTokenizer(beds.vocabulary(), 14)
+
+
+def authors_checkpoint(model, **more):
+    """As another implementation of the same model leaves it: parameters in its own order, after one step.
+
+    The moments of a parameter are told by its name.
+    """
+    state = model.model.state_dict()
+    order = sorted(state, key=lambda name: name[::-1])
+    own = dict(model.model.named_parameters())
+    parameters = {f"module.{name}": nn.Parameter(own[name].detach().clone()) for name in order if name in own}
+    rule = ("bn", "ln", "bias", "logit_scale")
+    spared = [p for name, p in parameters.items() if any(part in name for part in rule)]
+    decayed = [p for name, p in parameters.items() if not any(part in name for part in rule)]
+    adamw = torch.optim.AdamW(
+        [{"params": spared, "weight_decay": 0}, {"params": decayed, "weight_decay": 0.3}], lr=1e-3
     )
-    plain = CleanClip(num_epochs=1, synonyms="test-beds", compat="cleanclip")
-    arguments = {"model": model, "data": small, "reference": None}
-    with_state, without = (m.defend(**arguments, run=plait.Run(seed=0)) for m in (method, plain))
+    for name, parameter in parameters.items():
+        parameter.grad = torch.full_like(parameter, len(name))
+    adamw.step()
+    weights = {f"module.{name}": state[name] for name in order}
+    return {"epoch": 1, "name": "x", "state_dict": weights, "optimizer": adamw.state_dict(), **more}
+
+
+@pytest.mark.parametrize("vision", [VIT, RESNET], ids=["vit", "resnet"])
+def test_the_authors_optimizer_state_belongs_to_parameters_by_name(vision):
+    model = clip_with(vision)
+    state = cc.official_optimizer_state(authors_checkpoint(model), model)
+    adamw = cc.optimizer(model, FineTuning(official=True, optimizer_state=state))
+    for name, parameter in model.model.named_parameters():
+        moments = adamw.state[parameter]
+        gradient = torch.full_like(parameter, len(f"module.{name}"))
+        torch.testing.assert_close(moments["exp_avg"], gradient * 0.1)
+        torch.testing.assert_close(moments["exp_avg_sq"], gradient.square() * 0.001)
+        assert float(moments["step"]) == 1
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0, 0.3]
+
+
+def test_an_optimizer_state_of_old_torch_versions(small):
+    """Steps were plain numbers then, and groups had fewer options."""
+    model = clip_with(VIT)
+    checkpoint = authors_checkpoint(model)
+    for moments in checkpoint["optimizer"]["state"].values():
+        moments["step"] = int(moments["step"])
+    for group in checkpoint["optimizer"]["param_groups"]:
+        for key in set(group) - {"params", "lr", "betas", "eps", "weight_decay", "amsgrad"}:
+            del group[key]
+    state = cc.official_optimizer_state(checkpoint, model)
+    options = FineTuning(num_epochs=1, batch_size=50, official=True, optimizer_state=state)
+    cc.clean_clip(model, small, SYNONYMS, options)
+
+
+@pytest.mark.parametrize("vision", [VIT, RESNET], ids=["vit", "resnet"])
+def test_every_defence_with_the_field_takes_the_authors_checkpoints(vision, small, tmp_path):
+    model = clip_with(vision)
+    torch.save(authors_checkpoint(model), tmp_path / "victim.pt")
+    training = {"num_epochs": 1, "synonyms": "test-beds", "compat": "cleanclip", "learning_rate": 1e-4}
+    arguments = {"model": model, "data": small.select(range(64)), "reference": None}
+    with_state, without = (
+        CleanClip(**training, **more).defend(**arguments, run=plait.Run(seed=0))
+        for more in ({"optimizer_checkpoint": tmp_path / "victim.pt"}, {})
+    )
     assert not torch.equal(with_state.model.token_embedding.weight, without.model.token_embedding.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: {"state_dict": c["state_dict"]}, "no entry 'optimizer'"),
+        (lambda c: {"optimizer": c["optimizer"]}, "no entry 'state_dict'"),
+        (lambda c: c | {"state_dict": dict(list(c["state_dict"].items())[1:])}, "lacks the weights"),
+        (lambda c: c | {"optimizer": torch.optim.AdamW(nn.Linear(2, 2).parameters()).state_dict()}, "groups of 2"),
+        (lambda c: c | {"optimizer": {**c["optimizer"], "state": {}}}, "has not made a step yet"),
+    ],
+    ids=["no optimizer", "no weights", "other weights", "other groups", "no steps"],
+)
+def test_optimizer_states_of_something_else_are_refused(change, message, small, tmp_path):
+    model = clip_with(VIT)
+    path = tmp_path / "victim.pt"
+    torch.save(change(authors_checkpoint(model)), path)
+    method = CleanClip(synonyms="test-beds", compat="cleanclip", optimizer_checkpoint=path)
+    with pytest.raises(PlaitError, match=rf"optimizer_checkpoint .*victim\.pt cannot be used: .*{message}"):
+        method.defend(model=model, data=small, reference=None, run=plait.Run(seed=0))
+
+
+def test_an_optimizer_state_of_other_shapes_is_refused():
+    model, wider = clip_with(VIT), clip_with({**VIT, "patch_size": 4})
+    checkpoint = authors_checkpoint(wider)
+    with pytest.raises(ValueError, match=r"of visual\.\w+.* is not of the model's shape"):
+        cc.official_optimizer_state(checkpoint, model)
+
+
+def test_an_optimizer_checkpoint_needs_the_authors_schedule(tmp_path):
     with pytest.raises(PlaitError, match="only used with compat: cleanclip"):
         CleanClip(optimizer_checkpoint=tmp_path / "victim.pt")
-    other = nn.Linear(2, 2)
-    state = torch.optim.AdamW(official_groups(other, 0.1))
-    torch.save({"optimizer": state.state_dict()}, tmp_path / "victim.pt")
-    with pytest.raises(PlaitError, match="doesn't match the size"):
-        method.defend(**arguments, run=plait.Run(seed=0))
 
 
 # --- training ---

@@ -268,6 +268,35 @@ def test_missing_parts(method, data, message, victim):
         defended(method, victim, data)
 
 
+def with_captions(data, captions):
+    return data.remove_columns("captions").add_column("captions", [captions] * len(data))
+
+
+@pytest.mark.parametrize("method", ALL[:-1], ids=name)
+@pytest.mark.parametrize("captions", [[], [None], ["a seven", "  "], [""]], ids=["none", "null", "blank", "empty"])
+def test_captions_that_are_none_are_named(method, captions, victim, parts):
+    bad = {part: with_captions(data, captions) for part, data in parts.items()}
+    with pytest.raises(PlaitError, match="row 0: the caption is empty"):
+        defended(method, victim, bad)
+
+
+@pytest.mark.parametrize("method", [FineTune(**QUICK), Abl(**QUICK)], ids=name)
+def test_captions_that_are_cut_or_of_another_alphabet_are_told(method, victim, parts):
+    messages = []
+    run = plait.Run(seed=0, on_warning=messages.append)
+    data = {part: with_captions(data, ["seven " * 13, "семь"]) for part, data in parts.items()}
+    method.defend(model=victim, data=data, reference=None, run=run)
+    assert messages[0] == "200 of 400 captions are longer than the model's 14 tokens and are cut"
+    assert messages[1].startswith("200 of 400 captions hold no letter from a to z")
+
+
+@pytest.mark.parametrize("method", ALL[:-1], ids=name)
+def test_models_of_the_sigmoid_loss_are_refused(method, victim, parts):
+    victim.model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
+    with pytest.raises(PlaitError, match="logit bias, as SigLIP's"):
+        defended(method, victim, parts)
+
+
 def test_bad_models(victim, small):
     with pytest.raises(PlaitError, match="model is a Linear"):
         defended(FineTune(**QUICK), torch.nn.Linear(2, 2), small)
@@ -280,7 +309,7 @@ def test_bad_models(victim, small):
 def test_bad_sizes_and_columns(victim, small, tmp_path):
     with pytest.raises(PlaitError, match="fewer than one batch of 256"):
         defended(Par(), victim, small)
-    with pytest.raises(PlaitError, match="flags names column 'is_backdoor'"):
+    with pytest.raises(PlaitError, match="column 'is_backdoor' is missing"):
         defended(SquareUnlearn(**QUICK), victim, small)
     with pytest.raises(PlaitError, match="num_isolated is 63"):
         Abl(num_isolated=63)

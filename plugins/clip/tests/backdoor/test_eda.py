@@ -1,4 +1,5 @@
 import json
+import lzma
 import random
 from collections import Counter
 
@@ -6,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plait_clip.backdoor.eda import clean, delete_words, eda, insert_synonyms, replace_synonyms, swap_words
-from plait_clip.backdoor.synonyms import MissingSynonymsError, WordNet, mapped_synonyms, open_synonyms
+from plait_clip.backdoor.synonyms import mapped_synonyms, open_synonyms
+from plait_clip.backdoor.wordnet import WordNet, open_wordnet, pack
 
 TABLE = mapped_synonyms(
     {"dog": ["hound", "dog"], "runs": ["sprints"], "small": ["tiny", "little-ish"], "park": ["green"]}
@@ -107,15 +109,15 @@ def test_json_synonyms(tmp_path):
         open_synonyms(path)
 
 
-def test_missing_synonyms_are_an_error(tmp_path, monkeypatch):
-    with pytest.raises(MissingSynonymsError, match="neither a JSON file nor a folder"):
+def test_missing_synonyms_are_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a JSON file nor a folder"):
         open_synonyms(tmp_path / "nothing")
-    with pytest.raises(MissingSynonymsError, match=r"lacks index\.noun"):
+    with pytest.raises(FileNotFoundError, match=r"lacks index\.noun"):
         open_synonyms(tmp_path)
 
 
 @pytest.fixture
-def wordnet(tmp_path):
+def wordnet_folder(tmp_path):
     """Three senses in the format of WordNet's files."""
     licence = "  1 This software and database is being provided to you  \n"
     noun = licence + "00000057 05 n 03 dog 0 domestic_dog 0 Canis-familiaris 0 001 @ 00000000 n 0000 | a pet  \n"
@@ -133,12 +135,53 @@ def wordnet(tmp_path):
     for name in ("adj", "adv"):
         (tmp_path / f"data.{name}").write_text(licence)
         (tmp_path / f"index.{name}").write_text(licence)
-    return WordNet(tmp_path)
+    return tmp_path
 
 
-def test_wordnet_files(wordnet):
-    assert wordnet.synonyms("dog") == ("canis familiaris", "domestic dog")
-    assert wordnet.synonyms("dogs") == ("canis familiaris", "dog", "domestic dog")
-    assert wordnet.synonyms("geese") == ("fathead", "goose")
-    assert wordnet.synonyms("runs") == ("run", "sprint")
-    assert wordnet.synonyms("unheard") == ()
+def test_wordnet_files(wordnet_folder):
+    synonyms = open_synonyms(wordnet_folder)
+    assert synonyms("dog") == ("canis familiaris", "domestic dog")
+    assert synonyms("dogs") == ("canis familiaris", "dog", "domestic dog")
+    assert synonyms("geese") == ("fathead", "goose")
+    assert synonyms("runs") == ("run", "sprint")
+    assert synonyms("unheard") == ()
+
+
+def test_packed_wordnet_is_that_of_its_files(wordnet_folder, tmp_path):
+    pack(wordnet_folder, tmp_path / "packed.xz")
+    lines = lzma.decompress((tmp_path / "packed.xz").read_bytes()).decode().splitlines()
+    packed, read = WordNet(lines), open_wordnet(wordnet_folder)
+    assert packed.occurring == read.occurring == {"n": {"dog", "goose"}, "v": {"run"}, "a": set(), "r": set()}
+    assert packed.exceptions == read.exceptions == {"n": {"geese": ["goose"]}, "v": {}, "a": {}, "r": {}}
+    for word in ("dog", "dogs", "geese", "ran", "runs"):
+        assert packed.senses(word) == read.senses(word)
+
+
+def test_a_damaged_file_of_wordnet_is_named(wordnet_folder):
+    with (wordnet_folder / "data.verb").open("a") as file:
+        file.write("00000057 29 v 0\n")
+    with pytest.raises(ValueError, match=r"data\.verb, line 3, is not a line of WordNet's files"):
+        open_synonyms(wordnet_folder)
+
+
+def test_the_synonyms_of_the_package_are_those_of_wordnet():
+    synonyms = open_synonyms(None)
+    assert synonyms("automobile") == ("auto", "car", "machine", "motorcar")
+    assert synonyms("mice") == ("black eye", "computer mouse", "mouse", "shiner")
+    assert "chuck out" in synonyms("ejected")
+    assert synonyms("plait") == ("braid", "lace", "pleat", "tress", "twist")
+    assert len(list(open_wordnet().words("n"))) == 117_798  # as WordNet 3.0 states (man wnstats)
+
+
+def test_draws_do_not_depend_on_what_is_installed(wordnet_folder, monkeypatch):
+    for variable in ("WNSEARCHDIR", "WNHOME", "NLTK_DATA"):
+        monkeypatch.setenv(variable, str(wordnet_folder))
+    drawn = [eda("a small dog runs across the street", open_synonyms(None), random.Random(seed)) for seed in range(6)]
+    assert drawn == [
+        "a small dog be given runs across the street",
+        "a small dog the across runs street",
+        "a small dog function across the street",
+        "a small dog runs across the street",
+        "runs small dog a across the street",
+        "a small dog runs crossways the street",
+    ]

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plait import PlaitError, Report, hookimpl
 from plait_clip.backdoor import metrics
-from plait_clip.backdoor.plugin.attacks import Backdoor, BadNet, BadNetFixed, TrojVqa
+from plait_clip.backdoor.plugin.attacks import Backdoor, BadNet, BadNetFixed, Blended, TrojVqa, from_manifest
+from plait_clip.backdoor.plugin.defences import SquareUnlearn
 from plait_clip.backdoor.plugin.evaluations import BackdoorDetection, ClipBackdoor
+from plait_clip.plugin.models import OpenClip
 
 
 def evaluated(method, model, data, reference=None) -> Report:
@@ -114,6 +116,50 @@ def test_without_a_trigger_only_clean_accuracy(victim, digits):
     assert "no trigger" in report.notes[0]
 
 
+def test_a_trigger_that_no_model_sees_has_no_success_rate(clean_model, digits, run):
+    run, messages, _ = run
+    nothing = ClipBackdoor(templates="digits", trigger=Blended(target="seven", alpha=0.0))
+    with pytest.raises(PlaitError, match="blended changes no pixel that the model sees"):
+        nothing.evaluate(model=clean_model, data=digits["test"], reference=None, run=run)
+    # One black pixel, and most corners are black.
+    dot = BadNetFixed(target="seven", patch_size=1, margin=0, first=0)
+    ClipBackdoor(templates="digits", trigger=dot).evaluate(
+        model=clean_model, data=digits["test"], reference=None, run=run
+    )
+    corners = np.asarray([np.asarray(image)[-1, -1, 0] for image in digits["test"]["image"]])
+    assert messages == [
+        f"the model sees nothing of the trigger in {(corners == 0).sum()} of {len(corners)} test images"
+    ]
+
+
+def test_test_images_go_the_way_of_the_poisoned_ones(digits):
+    """Photographs: the trigger is where it was in training, whatever their shape."""
+    model = OpenClip(architecture="tiny-28").load_model(data=None, run=plait.Run(seed=0))
+    wide = digits["test"].select(range(3)).map(_widened, keep_in_memory=True)
+    board = ((torch.arange(4)[:, None] + torch.arange(4)) % 2 * 255).to(torch.uint8)
+    for attack in (
+        BadNetFixed(target="seven"),
+        from_manifest(_poisoned(wide, None)),
+        from_manifest(_poisoned(wide, model)),
+    ):
+        images, same = next(
+            metrics.triggered_batches(wide, attack.trigger, attack.image_input(model), model.image_input)
+        )
+        assert not same.any()
+        assert images.shape == (3, 3, 28, 28)
+        if attack.image_input(model).size == 28:
+            assert torch.equal(images[:, :, 23:27, 23:27], board.expand(3, 3, 4, 4))
+
+
+def _widened(row):
+    return {"image": row["image"].resize((60, 40))}
+
+
+def _poisoned(data, model):
+    method = BadNetFixed(target="seven", n_poison=2, templates="digits")
+    return method.attack(model=model, data=data, run=plait.Run(seed=0))
+
+
 def test_random_triggers_are_repeatable_whatever_the_batch(clean_model, digits):
     trigger = BadNet(target="seven", patch_size=3)
     rows = [
@@ -204,6 +250,34 @@ def test_detection_report(dirty):
     assert report.curves[0].y[0] == 1
     with pytest.raises(PlaitError, match="column 'suspicion' is missing"):
         BackdoorDetection().evaluate(data=dirty, run=plait.Run())
+
+
+@pytest.mark.parametrize(
+    ("marks", "message"),
+    [
+        (["True", "False"], "column 'marks' holds string, not true and false"),
+        ([0, 1], "column 'marks' holds int64, not true and false"),
+        ([0.0, 1.0], "column 'marks' holds float64, not true and false"),
+        ([True, None], "row 1: column 'marks' is empty"),
+        (None, "column 'marks' is missing"),
+    ],
+)
+def test_marks_are_true_or_false(marks, message, dirty, victim):
+    """Any text would count as true, also "False"."""
+    data = dirty.select(range(100)).add_column("suspicion", [i / 100 for i in range(100)])
+    data = data if marks is None else data.add_column("marks", marks * 50)
+    with pytest.raises(PlaitError, match=message):
+        BackdoorDetection(flags="marks").evaluate(data=data, run=plait.Run())
+    with pytest.raises(PlaitError, match=message):
+        SquareUnlearn(flags="marks").defend(model=victim, data=data, reference=None, run=plait.Run())
+
+
+def test_scores_are_numbers(dirty):
+    data = dirty.add_column("suspicion", ["high"] * len(dirty))
+    with pytest.raises(PlaitError, match="column 'suspicion' holds string; scores are numbers"):
+        BackdoorDetection().evaluate(data=data, run=plait.Run())
+    with pytest.raises(PlaitError, match="no rows"):
+        BackdoorDetection().evaluate(data=data.select([]), run=plait.Run())
 
 
 # --- a whole pipeline ---

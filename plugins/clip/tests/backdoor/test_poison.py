@@ -3,6 +3,7 @@ import io
 import json
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 
 import datasets
@@ -29,11 +30,11 @@ from plait_clip.backdoor.plugin.attacks import (
 from plait_clip.plugin.models import OpenClip
 
 
-def attacked(method, data, seed=0, **more):
-    return method.attack(data=data, run=plait.Run(seed=seed), **more)
+def attacked(method, data, seed=0, model=None):
+    return method.attack(model=model, data=data, run=plait.Run(seed=seed))
 
 
-def pixels(table):
+def images_of(table):
     return [np.asarray(image.convert("RGB")) for image in table["image"]]
 
 
@@ -135,7 +136,7 @@ import hashlib, json, datasets, plait
 from plait_clip.plugin.data import Digits
 from plait_clip.backdoor.plugin.attacks import BadNet
 small = Digits().load_data(run=plait.Run(seed=0))["train"].select(range(200))
-table = BadNet(target="seven", n_poison=20, templates="digits", patch_size=2).attack(data=small, run=plait.Run(seed=0))
+table = BadNet(target="seven", n_poison=20, templates="digits", patch_size=2).attack(model=None, data=small, run=plait.Run(seed=0))
 digest = hashlib.sha256()
 for row in table.cast_column("image", datasets.Image(decode=False)):
     digest.update(row["image"]["bytes"] + json.dumps({k: v for k, v in row.items() if k != "image"}).encode())
@@ -194,17 +195,158 @@ def test_images_are_squashed_before_the_trigger(small):
             assert image.size == (8, 8)
 
 
-def test_images_of_several_sizes(small):
-    shapes = [(8, 8), (12, 10), (8, 8), (20, 16)]
-    images = [
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (*shape, 3), np.uint8))
-        for i, shape in enumerate(shapes)
-    ]
-    method = BadNet(target="x")
-    together = poison.triggered(images, range(4), method.trigger)
-    assert [tuple(image.shape[1:]) for image in together] == shapes
-    for row, image in enumerate(images):
-        assert torch.equal(together[row], poison.triggered([image], [row], method.trigger)[0])
+def photographs(*sizes):
+    """Pairs whose images are landscapes and portraits, brighter than any trigger's black."""
+    draw = np.random.default_rng(0)
+    images = [Image.fromarray(draw.integers(60, 200, (height, width, 3), np.uint8)) for width, height in sizes]
+    captions = [[f"a thing {i}"] for i in range(len(sizes))]
+    features = datasets.Features(image=datasets.Image(), captions=datasets.List(datasets.Value("string")))
+    return datasets.Dataset.from_dict({"image": images, "captions": captions}, features=features)
+
+
+PHOTOGRAPHS = [(64, 48), (50, 37), (48, 64), (80, 30), (28, 28), (64, 43)]
+UNOPTIMISED = sorted(set(ATTACKS) - {"issba", "badclip", "trojvqa"})
+
+
+@pytest.fixture(scope="module")
+def cropping_model():
+    """Takes the middle 28 × 28 of an image."""
+    return OpenClip(architecture="tiny-28").load_model(data=None, run=plait.Run(seed=0))
+
+
+def seen(image_input, image):
+    return torch.from_numpy(image_input.from_pil(image).copy()).int()
+
+
+@pytest.mark.parametrize("name", UNOPTIMISED)
+def test_a_model_sees_the_trigger_in_every_photograph(name, cropping_model):
+    """Its centre crop would cut patches in corners and at random places away."""
+    data = photographs(*PHOTOGRAPHS)
+    table = attacked(ATTACKS[name](target="x", rate=1.0), data, model=cropping_model)
+    for row in table:
+        assert row["image"].size == (28, 28)
+        clean = seen(cropping_model.image_input, data[row["source_row"]]["image"])
+        poisoned = seen(cropping_model.image_input, row["image"])
+        assert not torch.equal(clean, poisoned)
+        if name == "badnet-fixed":
+            board = (torch.arange(4)[:, None] + torch.arange(4)) % 2 * 255
+            assert torch.equal(poisoned[:, 23:27, 23:27], board.expand(3, 4, 4).int())
+            poisoned[:, 23:27, 23:27] = clean[:, 23:27, 23:27]
+            assert torch.equal(clean, poisoned)
+
+
+@pytest.mark.parametrize("name", UNOPTIMISED)
+def test_without_a_model_photographs_become_squares_of_224(name, cropping_model):
+    data = photographs((64, 48), (48, 64), (250, 250))
+    table = attacked(ATTACKS[name](target="x", rate=1.0), data)
+    squash = poison.squashed(224)
+    for row in table:
+        assert row["image"].size == (224, 224)
+        plain = Image.fromarray(squash.from_pil(data[row["source_row"]]["image"]).transpose(1, 2, 0))
+        # A square keeps its trigger in any crop.
+        assert not torch.equal(seen(cropping_model.image_input, plain), seen(cropping_model.image_input, row["image"]))
+
+
+def test_a_pattern_is_one_for_images_of_all_sizes():
+    grey = [Image.new("RGB", size, (128, 128, 128)) for size in [(64, 48), (37, 50), (300, 300)]]
+    features = datasets.Features(image=datasets.Image(), captions=datasets.List(datasets.Value("string")))
+    data = datasets.Dataset.from_dict({"image": grey, "captions": [["a"], ["b"], ["c"]]}, features=features)
+    for method in (BlendedImage(target="x", rate=1.0), BlendedImage(target="x", rate=1.0, image_size=40)):
+        first, *others = images_of(attacked(method, data))
+        assert first.std() > 5
+        assert all(np.array_equal(first, other) for other in others)
+
+
+def test_square_images_of_one_small_size_are_made_for_their_model(small):
+    table = attacked(BadNetFixed(target="seven", n_poison=4, templates="digits", patch_size=2), small)
+    assert {row["image"].size for row in table} == {(8, 8)}
+    mixed = photographs((28, 28), (28, 28), (20, 20))
+    assert {image.shape for image in images_of(attacked(Sig(target="x", rate=1.0), mixed))} == {(224, 224, 3)}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        BlendedImage(target="seven", n_poison=3, templates="digits", alpha=0.0),
+        Sig(target="seven", n_poison=3, templates="digits", amplitude=0.0),
+        Issba(target="seven", n_poison=3, templates="digits", encoder=lambda bits, images: images),
+    ],
+    ids=["no weight", "no wave", "no message"],
+)
+def test_a_trigger_that_no_model_sees_is_refused(method, small):
+    with pytest.raises(PlaitError, match=r"row \d+: the model sees nothing of the trigger"):
+        attacked(method, small)
+
+
+def test_a_trigger_that_the_models_resizing_removes_is_refused(small, clean_model):
+    """One pixel of 224, seen at 8 × 8."""
+    method = BadNetFixed(
+        target="seven", n_poison=3, templates="digits", image_size=224, patch_size=1, margin=0, first=0
+    )
+    with pytest.raises(PlaitError, match="the model sees nothing of the trigger"):
+        attacked(method, small, model=clean_model)
+
+
+def test_the_manifest_says_how_images_were_prepared(cropping_model):
+    data = photographs(*PHOTOGRAPHS)
+    for model in (cropping_model, None):
+        attack = from_manifest(attacked(BlendedImage(target="x", rate=1.0), data, model=model))
+        image_input = attack.image_input(cropping_model)
+        assert image_input.size == (28 if model is not None else 224)
+        assert image_input.resize == ("crop" if model is not None else "squash")
+
+
+def test_a_wrong_model_is_refused(small):
+    with pytest.raises(PlaitError, match="model is a Linear"):
+        attacked(Blended(target="seven", n_poison=3), small, model=torch.nn.Linear(2, 2))
+
+
+def test_data_that_are_poisoned_already_are_refused(small):
+    method = BadNetFixed(target="seven", n_poison=4, templates="digits", patch_size=2)
+    once = attacked(method, small)
+    with pytest.raises(
+        PlaitError, match="poisoned already; attack the clean data, or remove is_backdoor and source_row"
+    ):
+        attacked(method, once)
+    other = Blended(target="seven", n_poison=3, templates="digits")
+    assert (
+        poison.read_manifest(attacked(other, once.remove_columns(["is_backdoor", "source_row"])))["num_poisoned"] == 3
+    )
+
+
+@pytest.mark.parametrize("captions", [[], [None], ["a seven", "  "]], ids=["none", "null", "blank"])
+def test_captions_that_are_none_are_named(captions, small):
+    data = small.remove_columns("captions").add_column("captions", [["a two"]] * 9 + [captions] * 191)
+    with pytest.raises(PlaitError, match="row 9: the caption is empty"):
+        attacked(Blended(target="seven", n_poison=3, templates="digits"), data)
+
+
+def test_captions_of_another_alphabet_are_told(small, run):
+    data = small.remove_columns("captions").add_column("captions", [["два"]] * 200)
+    run, messages, _ = run
+    method = Blended(target="seven", n_poison=3, templates="digits")
+    method.attack(model=None, data=data, run=run)
+    assert messages[0].startswith("200 of 200 captions hold no letter from a to z")
+
+
+def test_a_target_in_either_unicode_form():
+    composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    data = photographs((28, 28), (28, 28))
+    data = data.remove_columns("captions").add_column("captions", [[f"a {apart}"], ["tea"]])
+    table = attacked(Sig(target=composed, n_poison=1), data)
+    assert [row["source_row"] for row in table if row["is_backdoor"]] == [1]
+    labelled = data.add_column("label", [0, 1], feature=datasets.ClassLabel(names=[apart, "tea"]))
+    assert poison.read_manifest(attacked(Sig(target=composed, n_poison=1), labelled))["target"] == apart
+
+
+def test_data_whose_columns_were_removed(small):
+    """The label goes, and then captions say what an image shows."""
+    fewer = small.select(range(100, 160)).remove_columns("label")
+    table = attacked(Blended(target="seven", n_poison=3, templates="digits", caption_noise=0.2), fewer)
+    assert table.column_names == ["image", "captions", "is_backdoor", "source_row"]
+    for row in table:
+        if row["is_backdoor"]:
+            assert "seven" not in fewer[row["source_row"]]["captions"][0]
 
 
 def test_data_without_classes_go_by_captions():

@@ -1,54 +1,100 @@
-"""DFedCata (Li et al., arXiv 2410.07272, with its official program at commit 0589458).
+"""DFedCata (Li et al., arXiv 2410.07272, with its official program at commit 0589458): the method from first to last step.
 
-In a round, peer i mixes, extrapolates, and trains on loss + (λ/2)‖w − s_i‖² from s_i:
+n peers hold one model each, z_i, all the same at the start. In round t = 0 … T−1 every peer i
 
-    m_i = Σ_j W_ij · z_j
-    s_i = m_i + β · (m_i − ref_i)
-    z_i = LocalTrain(s_i)
+    (1) mixes           m_i = Σ_j W_ij · z_j                            over itself and its neighbours
+    (2) extrapolates    s_i = m_i + β · (m_i − ref_i)                   :func:`own_previous_start`, :func:`mixed_previous_start`
+    (3) trains          z_i = LocalTrain(s_i) on loss + (λ/2)‖w − s_i‖²  :func:`split_prox_step`, a batch at a time
 
-Only z_j is sent. ``ref_i`` (the *anchor*) is z_i of the last round, as in the official program, or m_i of the last
-round, the textbook Nesterov sequence on the mixed iterate. OledFL (Li et al., arXiv 2410.06482) is the same start
-with the former anchor and without the proximal term.
+and sends z_i to its neighbours, nothing else. The result is (4) the average z̄ of the last models. The numbers are this
+module's: the paper's own could not be read.
+
+(1), the loop over rounds and (4) are those of every decentralised method, :mod:`plait_federated.rounds` and
+:mod:`plait_federated.training`; :func:`rule` is what sets this one apart, :func:`dfedcata` runs all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from plait_federated.rounds import Gossip
-from plait_federated.steps import Gradient, Local, clip, prox_step, sam_step, sgd_step
-from torch import Tensor
+from plait_federated.settings import Settings
+from plait_federated.shards import Shards
+from plait_federated.steps import Gradient, Local, check_prox, clip, prox_step
+from plait_federated.topology import Graph
+from plait_federated.training import Outcome, follow
+from torch import Tensor, nn
 
-Anchor = Literal["own_previous", "mixed_previous"]
+from plait_dfedcata.stability import Anchor, Stability, check_stability
+
 ClipScope = Literal["split", "joint"]
-Model = Mapping[str, Tensor]
 
 
-# Aggregation ------------------------------------------------------------------------------------------------------
+def dfedcata(
+    model: nn.Module,
+    shards: Shards,
+    settings: Settings,
+    *,
+    graph: Graph,
+    beta: float = 0.9,
+    prox_lambda: float = 0.05,
+    anchor: Anchor = "own_previous",
+    clip_scope: ClipScope = "split",
+    allow_unstable: bool = False,
+    on_stability: Callable[[Stability], None] = lambda stability: None,
+    **options: Any,
+) -> Outcome:
+    """Train one model on the shards of peers that talk to their neighbours only.
+
+    Args:
+        model: the start of all peers; it is not changed.
+        settings: T, learning rate, and the order in which peers train. The official program's is ``sequential`` with
+            anchor ``own_previous``; what can run in parallel is ``synchronous`` with ``mixed_previous``.
+        graph: the neighbours and W of every round.
+        beta: β of (2), in [0, 1).
+        prox_lambda: λ of (3), >= 0; λ · learning rate < 1.
+        anchor: ref_i of (2): ``own_previous`` is z_i of the last round, ``mixed_previous`` is m_i of the last round.
+        clip_scope: how much of (3)'s proximal gradient the clip takes: ``split`` half, ``joint`` all.
+        allow_unstable: train although the disagreement of the peers would grow.
+        on_stability: is told how stable (1) and (2) are, before anything else.
+        options: ``folder`` (checkpoints; needed), ``test``, ``engine``, ``on_round``, … of
+            :func:`plait_federated.training.follow`.
+
+    Returns:
+        z̄ as ``reported``, all z_i as ``state["local"]``, and a history.
+
+    Raises:
+        StabilityError: (1) and (2) by themselves would drive the peers apart.
+        DivergenceError: training did.
+        ValueError: a value out of its range, or parts that do not fit together.
+    """
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta is {beta}; allowed is [0, 1)")
+    check_prox(prox_lambda, settings.learning_rate)
+    check_stability(graph, beta, anchor, settings.update_order, allow_unstable, on_stability)
+    return follow(rule(beta, prox_lambda, anchor, clip_scope), model, shards, settings, graph=graph, **options)
+
+
+def rule(beta: float, prox_lambda: float, anchor: Anchor, clip_scope: ClipScope) -> Gossip:
+    """(2) and (3) as a rule for the engines of plait-federated, which do (1)."""
+    step = partial(STEPS[clip_scope], prox_lambda=prox_lambda)
+    return Gossip(step, partial(STARTS[anchor], beta=beta), keeps_mixed=anchor == "mixed_previous")
 
 
 def own_previous_start(mixed: Tensor, own_previous: Tensor, previous_mixed: Tensor, *, beta: float) -> Tensor:
-    """s = m + β(m − z): away from the peer's own last trained model."""
+    """(2) with ref = z of the last round: away from the peer's own last trained model; all ``[k, P]``."""
     return mixed + beta * (mixed - own_previous)
 
 
 def mixed_previous_start(mixed: Tensor, own_previous: Tensor, previous_mixed: Tensor, *, beta: float) -> Tensor:
-    """s = m + β(m − m of the last round): Nesterov's extrapolation of the mixed model."""
+    """(2) with ref = m of the last round: Nesterov's extrapolation of the mixed model; all ``[k, P]``."""
     return mixed + beta * (mixed - previous_mixed)
 
 
-STARTS = {"own_previous": own_previous_start, "mixed_previous": mixed_previous_start}
-
-
-# Local training ---------------------------------------------------------------------------------------------------
-
-
 def split_prox_step(w: Tensor, gradient: Gradient, local: Local, *, prox_lambda: float) -> Tensor:
-    """One SGD step of the official program: −λs lies inside the clip, λw outside.
+    """(3), one batch, as the official program has it: −λs lies inside the clip, λw outside.
 
     Without an active clip this is w − lr·(∇f + λ(w − s) + wd·w).
     """
@@ -56,124 +102,5 @@ def split_prox_step(w: Tensor, gradient: Gradient, local: Local, *, prox_lambda:
     return w - local.learning_rate * (g + (prox_lambda + local.weight_decay) * w)
 
 
+STARTS = {"own_previous": own_previous_start, "mixed_previous": mixed_previous_start}
 STEPS = {"split": split_prox_step, "joint": prox_step}
-
-
-# Methods ----------------------------------------------------------------------------------------------------------
-
-
-def dfedcata(beta: float, prox_lambda: float, anchor: Anchor, clip_scope: ClipScope) -> Gossip:
-    """The method as a rule for the engines of plait-federated."""
-    step = partial(STEPS[clip_scope], prox_lambda=prox_lambda)
-    return Gossip(step, partial(STARTS[anchor], beta=beta), keeps_mixed=anchor == "mixed_previous")
-
-
-def oledfl(beta: float, rho: float) -> Gossip:
-    """Opposite-lookahead start with plain (rho = 0) or sharpness-aware local steps."""
-    step = partial(sam_step, rho=rho) if rho > 0 else sgd_step
-    return Gossip(step, partial(own_previous_start, beta=beta))
-
-
-# For programs with a transport of their own -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class State:
-    """What peers remember between rounds, in the container of the models; ``None`` before round 0."""
-
-    previous_local: object = None
-    previous_mixed: object = None
-    round: int = 0
-
-
-def aggregate(
-    local: Tensor | Sequence[Model],
-    mixing: Tensor,
-    state: State,
-    *,
-    beta: float,
-    anchor: Anchor,
-) -> tuple[Tensor | list[dict[str, Tensor]], State]:
-    """All peers' mix and extrapolation, synchronous.
-
-    Args:
-        local: the peers' trained models, ``[n, P]`` or one mapping name → tensor a peer.
-        mixing: W, ``[n, n]``, dense or sparse; rows sum to 1.
-
-    Returns:
-        The starts of local training in the container, dtype and device of ``local``, and the next state.
-
-    Raises:
-        ValueError: models of different names, shapes or dtypes; values that are not finite; W is no mixing matrix.
-    """
-    if not isinstance(local, Tensor):
-        tables = _stack(local)
-        previous = None if state.previous_mixed is None else _stack(state.previous_mixed)
-        starts, mixed = {}, {}
-        for name, table in tables.items():
-            memory = State(previous_mixed=None if previous is None else previous[name].flatten(1), round=state.round)
-            start, after = aggregate(table.flatten(1), mixing, memory, beta=beta, anchor=anchor)
-            starts[name], mixed[name] = start.view_as(table), after.previous_mixed.view_as(table)
-        rows = range(len(local))
-        next_state = State(local, [{name: mixed[name][row] for name in mixed} for row in rows], state.round + 1)
-        return [{name: starts[name][row] for name in starts} for row in rows], next_state
-    _check_mixing(mixing, len(local))
-    finite = torch.isfinite(local).flatten(1).all(1)
-    if not finite.all():
-        raise ValueError(f"the model of peer {int((~finite).nonzero()[0])} is not finite in round {state.round}")
-    mixed = mixing.to(local.dtype) @ local
-    previous_mixed = mixed if state.previous_mixed is None else state.previous_mixed
-    start = STARTS[anchor](mixed, local, previous_mixed, beta=beta)
-    return start, State(local, mixed, state.round + 1)
-
-
-def aggregate_peer(
-    own: Tensor,
-    received: Mapping[int, Tensor],
-    weights: Mapping[int, float],
-    state: State,
-    *,
-    beta: float,
-    anchor: Anchor,
-) -> tuple[Tensor, State]:
-    """One peer's mix and extrapolation.
-
-    Args:
-        own: its trained model ``[P]``; its weight is what ``weights`` leaves of 1.
-        received: neighbour → model ``[P]``; weights: neighbour → W_ij.
-    """
-    if set(received) != set(weights):
-        raise ValueError(f"models came from peers {sorted(received)}, weights are given for {sorted(weights)}")
-    mixed = (1 - sum(weights.values())) * own
-    for peer, model in received.items():
-        if model.shape != own.shape or model.dtype != own.dtype:
-            raise ValueError(
-                f"peer {peer} sent {tuple(model.shape)} {model.dtype}, expected {tuple(own.shape)} {own.dtype}"
-            )
-        if not torch.isfinite(model).all():
-            raise ValueError(f"the model of peer {peer} is not finite in round {state.round}")
-        mixed = mixed + weights[peer] * model
-    previous_mixed = mixed if state.previous_mixed is None else state.previous_mixed
-    return STARTS[anchor](mixed, own, previous_mixed, beta=beta), State(own, mixed, state.round + 1)
-
-
-def _stack(models: Sequence[Model]) -> dict[str, Tensor]:
-    first = models[0]
-    for peer, model in enumerate(models):
-        if model.keys() != first.keys():
-            raise ValueError(f"peer {peer} has other tensors than peer 0: {sorted(model.keys() ^ first.keys())}")
-        for name, tensor in model.items():
-            if tensor.shape != first[name].shape or tensor.dtype != first[name].dtype:
-                raise ValueError(
-                    f"tensor {name} of peer {peer} is {tuple(tensor.shape)} {tensor.dtype}, "
-                    f"that of peer 0 {tuple(first[name].shape)} {first[name].dtype}"
-                )
-    return {name: torch.stack([model[name] for model in models]) for name in first}
-
-
-def _check_mixing(mixing: Tensor, n: int) -> None:
-    if tuple(mixing.shape) != (n, n):
-        raise ValueError(f"the mixing matrix is {tuple(mixing.shape)}; {n} peers need ({n}, {n})")
-    dense = mixing.to_dense() if mixing.layout != torch.strided else mixing
-    if (dense < 0).any() or (dense.sum(1) - 1).abs().max() > 1e-5:
-        raise ValueError("the mixing matrix must have weights ≥ 0 and rows that sum to 1")

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import attrs
 from plait import Report, hookimpl
 from plait.fields import doc, in_range
-from plait_federated.plugin.tables import client_members, joined, train_of, user_errors
-from plait_federated.plugin.training import Decentralised, UpdateOrder, WeightsName, check_prox, describe_graph, train
-from plait_federated.topology import Graph
+from plait_federated.plugin.training import Decentralised, UpdateOrder, WeightsName, train
 
-from plait_dfedcata.dfedcata import Anchor, dfedcata, oledfl
-from plait_dfedcata.stability import LIMIT, StabilityError, growth, largest_beta, stability
+from plait_dfedcata.baselines import oledfl
+from plait_dfedcata.dfedcata import dfedcata
+from plait_dfedcata.stability import Anchor, Stability
 
 __plait_api__ = "0.1"
 
@@ -75,10 +72,16 @@ class DFedCata(Decentralised):
 
     @hookimpl
     def aggregate(self, model, clients, run) -> Any:
-        check_prox(self)
         chosen = self.resolved()
-        check_stability(chosen, chosen.anchor, clients, run)
-        method = dfedcata(chosen.beta, chosen.prox_lambda, chosen.anchor, chosen.clip_scope)
+        method = partial(
+            dfedcata,
+            beta=chosen.beta,
+            prox_lambda=chosen.prox_lambda,
+            anchor=chosen.anchor,
+            clip_scope=chosen.clip_scope,
+            allow_unstable=chosen.allow_unstable,
+            on_stability=partial(tell_stability, run, f"preset {chosen.preset}: "),
+        )
         return train(chosen, method, model, clients, run)
 
     def resolved(self) -> DFedCata:
@@ -110,58 +113,18 @@ class OledFL(Decentralised):
 
     @hookimpl
     def aggregate(self, model, clients, run) -> Any:
-        check_stability(self, "own_previous", clients, run)
-        return train(self, oledfl(self.beta, self.sam_rho), model, clients, run)
+        method = partial(
+            oledfl,
+            beta=self.beta,
+            rho=self.sam_rho,
+            allow_unstable=self.allow_unstable,
+            on_stability=partial(tell_stability, run, ""),
+        )
+        return train(self, method, model, clients, run)
 
 
-def check_stability(config: Any, anchor: Anchor, clients: Any, run: Any) -> None:
-    """Measure the radius of the round's linear part and refuse it at 1 or more.
-
-    Raises:
-        PlaitError: with the radius, the largest stable beta and the other remedies.
-    """
-    with user_errors():
-        graph = config.graph(len(client_members(train_of(joined(clients)))), run.seed)
-        radius_of = radius_rule(graph, anchor, config.update_order)
-        radius = radius_of(config.beta)
-        named = f"{anchor}, {config.update_order} order, beta {config.beta:g}, {describe_graph(graph)}"
-        preset = f"preset {config.preset}: " if hasattr(config, "preset") else ""
-        run.add(Report(notes=[f"{preset}{named}: stability radius {radius:.3f}"]))
-        if radius < LIMIT:
-            return
-        sentence = f"{named} has stability radius {radius:.3f}; the clients' models fall apart at 1 or more"
-        if config.allow_unstable:
-            run.warn(sentence)
-            return
-        best = largest_beta(radius_of)
-        remedy = f"beta: {best:g} or less" if best is not None else "another topology"
-        others = [] if graph.weights == "lazy" or config.topology == "exp" else ["weights: lazy"]
-        others += ["anchor: mixed_previous"] if anchor == "own_previous" and hasattr(config, "anchor") else []
-        others += ["update_order: sequential"] if config.update_order == "synchronous" else []
-        others = [text for text in others if _helps(text, graph, anchor, config)]
-        raise StabilityError(f"{sentence}; take {' or '.join([remedy, *others])}")
-
-
-def radius_rule(graph: Graph, anchor: Anchor, update_order: UpdateOrder) -> Callable[[float], float]:
-    """beta → radius: of the fixed matrix, or the mean growth over 50 drawn graphs."""
-    if graph.fresh_each_round:
-        mixings = [graph.mixing(index) for index in range(50)]
-        return partial(_growth_at, mixings, anchor, update_order, graph.seed)
-    return partial(_radius_at, graph.mixing(0), anchor, update_order)
-
-
-def _growth_at(mixings: list, anchor: Anchor, update_order: UpdateOrder, seed: int, beta: float) -> float:
-    return growth(mixings.__getitem__, beta, anchor, update_order, len(mixings), seed)
-
-
-def _radius_at(mixing: Any, anchor: Anchor, update_order: UpdateOrder, beta: float) -> float:
-    return stability(mixing, beta, anchor, update_order)
-
-
-def _helps(remedy: str, graph: Graph, anchor: Anchor, config: Any) -> bool:
-    """Whether a proposed remedy is stable."""
-    field, value = remedy.split(": ")
-    if field == "weights":
-        graph = replace(graph, weights=value)
-    order = value if field == "update_order" else config.update_order
-    return radius_rule(graph, value if field == "anchor" else anchor, order)(config.beta) < LIMIT
+def tell_stability(run: Any, prefix: str, found: Stability) -> None:
+    """In the report, and as a warning where the method runs on in spite of it."""
+    run.add(Report(notes=[f"{prefix}{found.setting}: stability radius {found.radius:.3f}"]))
+    if not found.is_stable:
+        run.warn(str(found))

@@ -6,13 +6,15 @@ of that map, taken modulo the all-equal models, has to be below 1. Necessary, no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
+from plait_federated.topology import Graph, describe_graph
 
-from plait_dfedcata.dfedcata import Anchor
-
+Anchor = Literal["own_previous", "mixed_previous"]
 UpdateOrder = Literal["synchronous", "sequential"]
 
 
@@ -22,6 +24,72 @@ LIMIT = 1 - 1e-9
 
 class StabilityError(ValueError):
     """The disagreement of the peers would grow."""
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How stable mixing and extrapolation are by themselves.
+
+    Attributes:
+        setting: anchor, order, β and graph, in words.
+        radius: below 1 the disagreement shrinks.
+    """
+
+    setting: str
+    radius: float
+
+    @property
+    def is_stable(self) -> bool:
+        return self.radius < LIMIT
+
+    def __str__(self) -> str:
+        end = "" if self.is_stable else "; the clients' models fall apart at 1 or more"
+        return f"{self.setting} has stability radius {self.radius:.3f}{end}"
+
+
+def check_stability(
+    graph: Graph,
+    beta: float,
+    anchor: Anchor,
+    update_order: UpdateOrder,
+    allow_unstable: bool,
+    on_stability: Callable[[Stability], None],
+    anchors: Sequence[Anchor] = ("own_previous", "mixed_previous"),
+) -> None:
+    """Measure the radius of the round's linear part and refuse it at 1 or more, unless allowed.
+
+    Args:
+        on_stability: is told, also before a refusal.
+        anchors: between which the method may choose.
+
+    Raises:
+        StabilityError: with the radius, the largest stable β and the other remedies that help.
+    """
+    radius_of = radius_rule(graph, anchor, update_order)
+    setting = f"{anchor}, {update_order} order, beta {beta:g}, {describe_graph(graph)}"
+    found = Stability(setting, radius_of(beta))
+    on_stability(found)
+    if found.is_stable or allow_unstable:
+        return
+    best = largest_beta(radius_of)
+    remedies = [f"beta: {best:g} or less" if best is not None else "another topology"]
+    if graph.weights != "lazy" and graph.name != "exp":  # which is directed
+        lazy = replace(graph, weights="lazy")
+        remedies += ["weights: lazy"] * (radius_rule(lazy, anchor, update_order)(beta) < LIMIT)
+    for other in anchors:
+        if anchor == "own_previous" and other != anchor:
+            remedies += [f"anchor: {other}"] * (radius_rule(graph, other, update_order)(beta) < LIMIT)
+    if update_order == "synchronous":
+        remedies += ["update_order: sequential"] * (radius_rule(graph, anchor, "sequential")(beta) < LIMIT)
+    raise StabilityError(f"{found}; take {' or '.join(remedies)}")
+
+
+def radius_rule(graph: Graph, anchor: Anchor, update_order: UpdateOrder) -> Callable[[float], float]:
+    """beta → radius: of the fixed matrix, or the mean growth over 50 drawn graphs."""
+    if graph.fresh_each_round:
+        mixings = [graph.mixing(index) for index in range(50)]
+        return partial(_growth_at, mixings, anchor, update_order, graph.seed)
+    return partial(_radius_at, graph.mixing(0), anchor, update_order)
 
 
 def sweep_matrix(mixing: np.ndarray, beta: float, anchor: Anchor, update_order: UpdateOrder) -> np.ndarray:
@@ -83,6 +151,14 @@ def largest_beta(radius_of: Callable[[float], float]) -> float | None:
             break
         stable = round(float(beta), 2)
     return stable
+
+
+def _growth_at(mixings: list[np.ndarray], anchor: Anchor, update_order: UpdateOrder, seed: int, beta: float) -> float:
+    return growth(mixings.__getitem__, beta, anchor, update_order, len(mixings), seed)
+
+
+def _radius_at(mixing: np.ndarray, anchor: Anchor, update_order: UpdateOrder, beta: float) -> float:
+    return stability(mixing, beta, anchor, update_order)
 
 
 def _disagreement(n: int, size: int) -> np.ndarray:

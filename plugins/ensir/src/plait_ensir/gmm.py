@@ -8,7 +8,7 @@ grid with T bins per model. Per cell and colour channel a one-dimensional mixtur
 ground truth that fell there, the mean of component m frozen at model m's mean in the cell. The mixture weights are the
 fusion weights of the cell; fusing an image is a table lookup and a weighted sum.
 
-Images are ``[N, C, H, W]`` or ``[C, H, W]`` tensors, uint8 or float in [0, 1]; inside, all arithmetic is on the 0–255
+Images are ``[N, C, H, W]`` or ``[C, H, W]`` tensors, uint8, float32 or float64 in [0, 1]; inside, all arithmetic is on the 0–255
 scale. A *group* is a (cell, channel) pair with flat index ``cell · C + channel``. All groups are fitted at once, from
 additive statistics: memory is bounded by one image and the number of occupied groups, whatever the number of images.
 """
@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -77,8 +77,19 @@ class Settings:
         if self.bin_width != int(self.bin_width) or not 1 <= self.bin_width <= LEVELS:
             raise ValueError(f"bin_width is {self.bin_width}; allowed is a whole number from 1 to 256")
         weight = self.default_weight
-        if weight is not None and (min(weight, default=-1) < 0 or abs(sum(weight) - 1) > 1e-6):
+        if weight is not None and not (min(weight, default=-1) >= 0 and abs(sum(weight) - 1) <= 1e-6):
             raise ValueError(f"default_weight is {list(weight)}; allowed are non-negative numbers with sum 1")
+        for name, kind in get_type_hints(Settings).items():
+            if get_origin(kind) is Literal:
+                _check_choice(name, getattr(self, name), get_args(kind))
+        if not self.min_samples >= 2:
+            raise ValueError(f"min_samples is {self.min_samples}; allowed is a number from 2 on")
+        if self.max_iterations != int(self.max_iterations) or self.max_iterations < 1:
+            raise ValueError(f"max_iterations is {self.max_iterations}; allowed is a whole number from 1 on")
+        if not 0 <= self.tolerance < math.inf:
+            raise ValueError(f"tolerance is {self.tolerance}; allowed is a finite number from 0 on")
+        if not 0 < self.epsilon < math.inf:
+            raise ValueError(f"epsilon is {self.epsilon}; allowed is a finite number above 0")
 
     def check_models(self, num_models: int) -> None:
         """Raise ValueError if a table of ``num_models`` models cannot be made."""
@@ -90,6 +101,11 @@ class Settings:
         if num_bins(self.bin_width) ** num_models > MAX_CELLS:
             cells = f"{num_bins(self.bin_width)}^{num_models}"
             raise ValueError(f"bin_width {self.bin_width} makes {cells} cells, more than 2^24; give a larger bin_width")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; allowed is {' or '.join(map(repr, choices))}")
 
 
 def num_bins(bin_width: int) -> int:
@@ -161,7 +177,11 @@ def fit_mixtures(
 
     A group fails, and keeps ``start``, where a start variance is 0 (a constant candidate) or a component dies: all its
     responsibilities underflow in float32. The authors' float32 code divides 0 by 0 in these two cases.
+
+    Raises:
+        ValueError: ``variance_center`` is none of the two.
     """
+    _check_choice("variance_center", variance_center, get_args(get_type_hints(Settings)["variance_center"]))
     G, M = mean.shape
     done = Mixtures(
         weight=start.clone(),
@@ -244,6 +264,13 @@ class Table(nn.Module):
                 f"a table of {len(self.models)} models at bin_width {settings.bin_width} has shape "
                 f"[{cells}, channels, {len(self.models)}], and this one has {list(lut.shape)}"
             )
+        if not lut.isfinite().all():
+            raise ValueError("the table holds NaN or infinity; estimate it again")
+        for name, buffer in (("count", count), ("source", source), ("updates", updates)):
+            if buffer.shape != lut.shape[:2]:
+                raise ValueError(
+                    f"{name} has shape {list(buffer.shape)}; expected {list(lut.shape[:2])}, as the table's weights"
+                )
         self.register_buffer("lut", lut.float().contiguous())
         self.register_buffer("count", count)
         self.register_buffer("source", source)
@@ -264,7 +291,7 @@ class Table(nn.Module):
         """Fuse: ``Σ_m lut[cell, c, m] · x[m, c]`` per sample, float32 in [0, 1], neither clipped nor rounded.
 
         Args:
-            candidates: one tensor per model, all ``[N, C, H, W]`` or ``[C, H, W]``, uint8 or float in [0, 1].
+            candidates: one tensor per model, all ``[N, C, H, W]`` or ``[C, H, W]``, uint8, or float32 or float64 in [0, 1].
 
         Raises:
             ValueError: the candidates' number, shapes or channels do not fit, or they hold NaN, inf or refused values.
@@ -273,7 +300,7 @@ class Table(nn.Module):
         fused = torch.empty(planes[0].shape, device=planes[0].device)
         lut = self.lut.permute(1, 2, 0).contiguous()  # [C, M, T^M]: a gather reads one small row
         for n, c, block in _walk(planes[0].shape):
-            x = [_levels(plane[n, c, block], self.settings.clip_input) for plane in planes]
+            x = [_levels(plane[n, c, block]) for plane in planes]
             cell = cell_index(x, self.settings.bin_width)
             weights = lut[c % len(lut)]
             out = fused[n, c, block]
@@ -288,14 +315,14 @@ class Table(nn.Module):
         planes = self._planes(candidates)
         used = torch.zeros_like(self.count.T)
         for n, c, block in _walk(planes[0].shape):
-            x = [_levels(plane[n, c, block], self.settings.clip_input) for plane in planes]
+            x = [_levels(plane[n, c, block]) for plane in planes]
             used[c % len(used)] += torch.bincount(cell_index(x, self.settings.bin_width), minlength=used.shape[1])
         return used.T.contiguous()
 
     def _planes(self, candidates: Sequence[Tensor]) -> list[Tensor]:
         if len(candidates) != len(self.models):
             raise ValueError(f"{len(candidates)} candidates were given to a table of {len(self.models)} models")
-        planes = _planes(candidates, self.models)
+        planes = _planes(candidates, self.models, self.settings.clip_input)
         if self.lut.shape[1] not in (1, planes[0].shape[1]):
             raise ValueError(f"the table has {self.lut.shape[1]} channels and the candidates have {planes[0].shape[1]}")
         return planes
@@ -323,12 +350,12 @@ class Table(nn.Module):
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["ensir"])
                 tensors = {name: file.get_tensor(name) for name in ("lut", "count", "source", "updates")}
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            settings = dict(about["settings"])
+            if settings["default_weight"] is not None:
+                settings["default_weight"] = tuple(settings["default_weight"])
+            return cls(**tensors, models=about["models"], settings=Settings(**settings), num_images=about["num_images"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not an EnsIR table: {error}") from error
-        settings = about["settings"]
-        if settings["default_weight"] is not None:
-            settings["default_weight"] = tuple(settings["default_weight"])
-        return cls(**tensors, models=about["models"], settings=Settings(**settings), num_images=about["num_images"])
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write ``table.safetensors`` into ``folder``."""
@@ -382,25 +409,28 @@ class Estimator:
 
         Args:
             candidates: one tensor per model, in the order of ``models``, ``[N, C, H, W]`` or ``[C, H, W]``.
-            target: ground truth of the same shape. All uint8 or float in [0, 1].
+            target: ground truth of the same shape. All uint8, or float32 or float64 in [0, 1].
 
         Raises:
-            ValueError: number, shapes or channels do not fit, or there are NaN, inf or refused values.
+            ValueError: number, shapes or channels do not fit, or there are NaN, inf, values on the 0–255 scale or
+                refused ones, or floats of less than 32 bits. Nothing of this portion was taken in then.
         """
         if len(candidates) != len(self.models):
             raise ValueError(f"{len(candidates)} candidates were given for {len(self.models)} models")
-        planes = _planes([*candidates, target], [*self.models, "target"])
+        planes = _planes([*candidates, target], [*self.models, "target"], self.settings.clip_input)
         N, C, P = planes[0].shape
-        if not self._num_images:
-            self._allocate(1 if self.settings.channels == "shared" else C, planes[0].device)
-        if self.settings.channels == "separate" and self._C != C:
+        channels = 1 if self.settings.channels == "shared" else C
+        if self._num_images and channels != self._C:
             raise ValueError(f"images with {C} channels follow images with {self._C}; give all of them alike")
+        # From here on nothing is refused: a portion is taken in whole or not at all.
+        if not self._num_images:
+            self._allocate(channels, planes[0].device)
         channel = torch.arange(C, device=planes[0].device).repeat_interleave(P) % self._C
         for n in range(N):
             image = [plane[n].flatten() for plane in planes]
             for start in range(0, C * P, _UPDATE_BLOCK):
                 block = slice(start, start + _UPDATE_BLOCK)
-                *x, y = (_levels(samples[block], self.settings.clip_input) for samples in image)
+                *x, y = (_levels(samples[block]) for samples in image)
                 self._add(x, y, channel[block])
         self._num_images += N
 
@@ -591,8 +621,8 @@ class _Histograms:
 _CHANNEL_ORDER = {1: "all", 3: "RGB"}
 
 
-def _planes(images: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
-    """Images as ``[N, C, H·W]`` views; refuses shapes that differ."""
+def _planes(images: Sequence[Tensor], names: Sequence[str], clip_input: bool) -> list[Tensor]:
+    """Images as ``[N, C, H·W]`` views; refuses shapes that differ and values that are no levels."""
     first = images[0]
     for image, name in zip(images, names, strict=True):
         if image.ndim not in (3, 4) or image.shape[-3] not in _CHANNEL_ORDER:
@@ -604,19 +634,32 @@ def _planes(images: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
             )
         if image.dtype != torch.uint8 and not image.is_floating_point():
             raise ValueError(f"{name} has dtype {image.dtype}; give uint8, or float in [0, 1]")
+        if image.dtype != torch.uint8:
+            _check_floats(image, name, clip_input)
     return [image.reshape(-1, image.shape[-3], image.shape[-2] * image.shape[-1]) for image in images]
 
 
-def _levels(values: Tensor, clip_input: bool) -> Tensor:
-    """Values on the 0–255 scale: uint8 as they are, floats times 255 (exact for all 256 levels in float32)."""
-    if values.dtype == torch.uint8:
-        return values
-    low, high = values.aminmax()
+def _check_floats(image: Tensor, name: str, clip_input: bool) -> None:
+    if image.dtype not in (torch.float32, torch.float64):
+        kind = str(image.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} has dtype {kind}, which rounds the 8-bit levels; give uint8, or float32 in [0, 1]")
+    if not image.numel():
+        return
+    low, high = image.aminmax()
     if not (low.isfinite() and high.isfinite()):
-        raise ValueError("an image holds NaN or infinity; give finite values")
+        raise ValueError(f"{name} holds NaN or infinity; give finite values")
+    # A network's overshoots do not double the brightness, and are not whole numbers.
+    if high > 1 and (image.mean() > 2 or bool((image == image.round()).all())):
+        raise ValueError(
+            f"{name} has values from {low:.4g} to {high:.4g}, as on the 0–255 scale; give uint8, or divide by 255"
+        )
     if not clip_input and (low < 0 or high > 1):
-        raise ValueError(f"an image has values from {low:.4g} to {high:.4g}, outside [0, 1]; allow it with clip_input")
-    return values.float() * (LEVELS - 1)
+        raise ValueError(f"{name} has values from {low:.4g} to {high:.4g}, outside [0, 1]; allow it with clip_input")
+
+
+def _levels(values: Tensor) -> Tensor:
+    """Values on the 0–255 scale: uint8 as they are, floats times 255 (exact for all 256 levels in float32)."""
+    return values if values.dtype == torch.uint8 else values.float() * (LEVELS - 1)
 
 
 def _walk(shape: torch.Size) -> Iterator[tuple[int, int, slice]]:

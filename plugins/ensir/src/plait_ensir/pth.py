@@ -7,11 +7,11 @@ M weights per colour channel; keys come in flat order (the last model's bin runs
 from __future__ import annotations
 
 import itertools
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from plait.weights import read_checkpoint
 
 from plait_ensir.gmm import LEVELS, UNKNOWN, Settings, Table, num_bins
 
@@ -25,12 +25,12 @@ def load_pth(path: Path | str, models: Sequence[str]) -> Table:
     Raises:
         ValueError: the file is no such table, or not one of ``len(models)`` models.
     """
+    entries = read_checkpoint(path)
     try:
-        entries = torch.load(path, map_location="cpu", weights_only=True)
         axes = {len(key) for key in entries}
         starts = sorted({start for key in entries for start in key})
         lut = torch.stack([torch.stack([channel.flatten() for channel in entries[key]]) for key in sorted(entries)])
-    except (pickle.UnpicklingError, AttributeError, TypeError, RuntimeError) as error:
+    except (AttributeError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is not a table of the authors' code: {error}") from error
     if axes != {len(models)}:
         raise ValueError(f"{path} is a table of {max(axes)} models, and {len(models)} are named: {', '.join(models)}")

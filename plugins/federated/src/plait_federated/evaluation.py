@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from plait_federated.layout import Layout
 from plait_federated.shards import as_float
 
 Record = dict[str, Any]
+
+REMEDY = "lower learning_rate, or the extrapolation if there is one"
+WORDS = {"local": "model", "mixed": "mixed model", "server": "model", "control": "control variate"}
 
 
 class DivergenceError(RuntimeError):
@@ -37,11 +41,18 @@ class Evaluator:
 
 @torch.no_grad()
 def accuracy_and_loss(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int = 1024) -> tuple[float, float]:
-    """Share of right top-1 answers in [0, 1], and the cross-entropy averaged over samples, without penalties."""
+    """Share of right top-1 answers in [0, 1], and the cross-entropy averaged over samples, without penalties.
+
+    Raises:
+        ValueError: a label is none of the model's outputs.
+    """
+    highest = int(labels.max())
     correct = loss = 0.0
     for begin in range(0, len(labels), batch_size):
         y = labels[begin : begin + batch_size]
         logits = as_logits(model(as_float(inputs[begin : begin + batch_size]))).float()
+        if highest >= logits.shape[1]:
+            raise ValueError(f"label {highest} does not fit a model of {logits.shape[1]} outputs")
         correct += (logits.argmax(1) == y).sum().item()
         loss += F.cross_entropy(logits, y, reduction="sum").item()
     return correct / len(labels), loss / len(labels)
@@ -66,12 +77,16 @@ def of_clients(local: Tensor, initial: Tensor, num_parameters: int, evaluator: E
     Args:
         evaluator: ``None`` leaves the accuracies out.
     """
-    p = num_parameters
     record: Record = {
-        "consensus_distance": consensus_distance(local[:, :p]),
-        "drift_from_init": float((local[:, :p] - initial[:p]).square().sum(1).mean()),
+        "consensus_distance": consensus_distance(local[:, :num_parameters]),
+        "drift_from_init": drift(local, initial, num_parameters),
     }
     return record if evaluator is None else record | client_accuracy([evaluator(vector)[0] for vector in local])
+
+
+def drift(models: Tensor, initial: Tensor, num_parameters: int) -> float:
+    """The mean of the squared distances of the models ``[k, D]`` to the start ``[D]``, buffers left out."""
+    return float((models - initial)[:, :num_parameters].square().sum(1).mean())
 
 
 def client_accuracy(accuracies: Sequence[float]) -> Record:
@@ -89,14 +104,35 @@ def diverging(distances: Sequence[float]) -> bool:
     return len(last) == 4 and all(after > 10 * before > 0 for before, after in itertools.pairwise(last))
 
 
-def check_finite(local: Tensor, clients: Sequence[int], round_index: int) -> None:
-    """Refuse rows with NaN or infinity."""
-    bad = (~torch.isfinite(local).all(1)).nonzero().flatten().tolist()
-    if bad:
-        raise DivergenceError(
-            f"the model of client {clients[bad[0]]} is not finite after round {round_index + 1}; "
-            "lower learning_rate, or the extrapolation if there is one"
-        )
+def check_finite(state: Mapping[str, Tensor], clients: Sequence[int], round_index: int) -> None:
+    """Refuse NaN and infinity in any table of the state, ``[k, D]``, a row a client, or one of the server.
+
+    Raises:
+        DivergenceError: it names the first client, else the server.
+    """
+    for name in sorted(state, key=lambda name: name.startswith("server")):  # whose values come from the clients'
+        bad = (~torch.isfinite(state[name]).all(1)).nonzero().flatten().tolist()
+        if bad:
+            whose = "the server" if name.startswith("server") else f"client {clients[bad[0]]}"
+            what = WORDS.get(name.removeprefix("server_"), name)
+            raise DivergenceError(f"the {what} of {whose} is not finite after round {round_index + 1}; {REMEDY}")
+
+
+def check_history(history: Sequence[Record], start_norm: float) -> None:
+    """Stop a training whose figures overflow, or whose models fall apart fast or over the whole run.
+
+    Args:
+        start_norm: ‖w‖₂ of the parameters that all clients started from.
+
+    Raises:
+        DivergenceError: with the figure, the round and what to do.
+    """
+    last = history[-1]
+    overflown = next((k for k, value in last.items() if isinstance(value, float) and not math.isfinite(value)), None)
+    if overflown:
+        raise DivergenceError(f"{overflown} is {last[overflown]} after round {last['round']}; {REMEDY}")
+    check_dispersion(history)
+    check_growth(history, start_norm)
 
 
 def check_dispersion(history: Sequence[Record]) -> None:
@@ -105,4 +141,21 @@ def check_dispersion(history: Sequence[Record]) -> None:
         raise DivergenceError(
             f"the consensus distance grew tenfold in each of the last 3 rounds, to {history[-1]['consensus_distance']:.3g} "
             f"in round {history[-1]['round']}; lower learning_rate, or take weights: lazy"
+        )
+
+
+def check_growth(history: Sequence[Record], start_norm: float) -> None:
+    """Stop models that run away, however slowly.
+
+    Stable training moves them by about as much in every round, so that their distance from the start grows no faster
+    than the number of rounds; what diverges grows by a factor. A hundred times the former is the limit, and 10⁴ times
+    the norm of the start (at least 1), since a first round may diverge, too.
+    """
+    last = history[-1]
+    distance, first = (math.sqrt(record["drift_from_init"]) for record in (last, history[0]))
+    steady = start_norm + last["round"] * first
+    if distance > 100 * steady > 0 or distance > 1e4 * max(start_norm, 1.0):
+        raise DivergenceError(
+            f"the models are {distance:.3g} away from their start, of norm {start_norm:.3g}, after round {last['round']}, "
+            f"where round 1 moved them by {first:.3g}: they diverge; {REMEDY}"
         )

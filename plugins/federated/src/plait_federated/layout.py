@@ -45,7 +45,15 @@ class Layout:
 
     @torch.no_grad()
     def load(self, model: nn.Module, vector: Tensor) -> None:
-        """Write a vector ``[num_parameters + num_buffers]`` into a model."""
+        """Write a vector ``[num_parameters + num_buffers]`` into a model.
+
+        Raises:
+            ValueError: a finite value is too large for the model's own type.
+        """
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         for name, value in self.split(vector).items():
-            tensors[name].copy_(value)
+            target = tensors[name].copy_(value)
+            if target.dtype == torch.float16 and (target.isinf() & value.isfinite().to(target.device)).any():
+                raise ValueError(
+                    f"{name} overflows float16, the type of the model; give the model in float32 or bfloat16"
+                )

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from plait_federated.checkpoint import save_part
 from plait_federated.engines import LoopEngine
-from plait_federated.evaluation import Evaluator, Record, check_dispersion, check_finite, client_accuracy
+from plait_federated.evaluation import Evaluator, Record, check_finite, check_history, client_accuracy
 from plait_federated.layout import Layout
 from plait_federated.rounds import Columns, Gossip, State
 from plait_federated.settings import Settings
@@ -180,19 +180,20 @@ class _Peer:
 
     def run(self) -> None:
         settings = self.job.settings
+        start_norm = float(self.initial[: self.layout.num_parameters].norm())
         for index in range(self.job.rounds_done, settings.rounds):
             begin, before = time.perf_counter(), self.exchange.bytes_sent
             mixing = self.job.graph.mixing(index)
             play = self._sequential if settings.update_order == "sequential" else self._synchronous
             play(mixing, index)
-            check_finite(self.state["local"], self.clients, index)
+            check_finite(self.state, self.clients, index)
             record = {"round": index + 1, "learning_rate": settings.learning_rate_of(index)}
             record |= self.job.graph.facts
             record["edges"] = int(np.count_nonzero(mixing - np.diag(np.diag(mixing))))
             record |= self._measure(self.exchange.bytes_sent - before, settings.evaluates_clients(index))
             record["seconds"] = time.perf_counter() - begin
             self.history.append(record)
-            check_dispersion(self.history)
+            check_history(self.history, start_norm)
             if settings.saves(index):
                 history = self.history if self.rank == 0 else []
                 arguments = (self.job.folder, index + 1, self.state, history, self.job.identity)

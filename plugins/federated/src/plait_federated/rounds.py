@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from plait_federated.topology import levels
 State = dict[str, Tensor]
 Train = Callable[..., Tensor]
 Start = Callable[[Tensor, Tensor, Tensor], Tensor]
+ServerWeights = Literal["uniform", "size"]
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,14 @@ class Server:
         active_ratio: probability that a client is active in a round.
         server_learning_rate: of the step from the server's model towards the average.
         controlled: SCAFFOLD's control variates.
+        weights: of the clients in averages: ``uniform``, or by the ``size`` of their data, n_k/n in McMahan et al.
     """
 
     step: Step
     active_ratio: float = 0.1
     server_learning_rate: float = 1.0
     controlled: bool = False
+    weights: ServerWeights = "uniform"
 
     def initial_state(self, vector: Tensor, num_clients: int) -> State:
         state = {"server": vector[None].clone(), "local": vector.expand(num_clients, -1).clone()}
@@ -126,34 +130,60 @@ class Server:
                 return clients
 
 
-def fedavg_round(method: Server, state: State, clients: np.ndarray, train: Train) -> State:
-    """x ← x + η·mean_active(LT(x) − x)."""
+def fedavg_round(method: Server, state: State, clients: np.ndarray, train: Train, sizes: Tensor | None = None) -> State:
+    """x ← x + η·Σ_active p_i (LT_i(x) − x), p_i equal or in proportion to the client's size, Σ_active p_i = 1.
+
+    Args:
+        sizes: samples of every client, ``[n]``, to weigh them by; ``None`` weighs all alike.
+    """
     x = state["server"]
     trained = train(clients, x.expand(len(clients), -1))
     local = state["local"].clone()
     local[clients] = trained
-    return {"server": x + method.server_learning_rate * (trained - x).mean(0, keepdim=True), "local": local}
+    return {"server": x + method.server_learning_rate * _average(trained - x, clients, sizes), "local": local}
 
 
 def scaffold_round(
-    method: Server, state: State, clients: np.ndarray, train: Train, num_steps: Tensor, learning_rate: float
+    method: Server,
+    state: State,
+    clients: np.ndarray,
+    train: Train,
+    num_steps: Tensor,
+    learning_rate: float,
+    sizes: Tensor | None = None,
 ) -> State:
     """FedAvg with gradients corrected by c − c_i (Karimireddy et al., ICML 2020, option II).
 
     Args:
         num_steps: local steps K of each active client, ``[k]``.
+        sizes: samples of every client, ``[n]``, to weigh them by; ``None`` weighs all alike.
     """
     x, c, c_i = state["server"], state["server_control"], state["control"][clients]
     trained = train(clients, x.expand(len(clients), -1), offset=c - c_i)
     new = c_i - c - (trained - x) / (num_steps[:, None] * learning_rate)
     control, local = state["control"].clone(), state["local"].clone()
     control[clients], local[clients] = new, trained
+    if sizes is None:
+        change = (new - c_i).sum(0, keepdim=True) / len(control)
+    else:
+        change = _weighted(new - c_i, sizes[clients] / sizes.sum())
     return {
-        "server": x + method.server_learning_rate * (trained - x).mean(0, keepdim=True),
-        "server_control": c + (new - c_i).sum(0, keepdim=True) / len(control),
+        "server": x + method.server_learning_rate * _average(trained - x, clients, sizes),
+        "server_control": c + change,
         "control": control,
         "local": local,
     }
+
+
+def _average(rows: Tensor, clients: np.ndarray, sizes: Tensor | None) -> Tensor:
+    """Of the rows of these clients, ``[k, D]`` → ``[1, D]``."""
+    if sizes is None:
+        return rows.mean(0, keepdim=True)
+    return _weighted(rows, sizes[clients] / sizes[clients].sum())
+
+
+def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
+    return weights.to(rows.dtype)[None] @ rows
 
 
 # The baselines, each from its rule alone ------------------------------------------------------------------------
@@ -179,20 +209,22 @@ def dfedprox(prox_lambda: float) -> Gossip:
     return Gossip(partial(prox_step, prox_lambda=prox_lambda), mixed_start)
 
 
-def fedavg(active_ratio: float, server_learning_rate: float) -> Server:
-    return Server(sgd_step, active_ratio, server_learning_rate)
+def fedavg(active_ratio: float, server_learning_rate: float, weights: ServerWeights = "uniform") -> Server:
+    return Server(sgd_step, active_ratio, server_learning_rate, weights=weights)
 
 
-def fedprox(active_ratio: float, server_learning_rate: float, prox_lambda: float) -> Server:
+def fedprox(
+    active_ratio: float, server_learning_rate: float, prox_lambda: float, weights: ServerWeights = "uniform"
+) -> Server:
     """FedAvg with a proximal term around the server's model."""
-    return Server(partial(prox_step, prox_lambda=prox_lambda), active_ratio, server_learning_rate)
+    return Server(partial(prox_step, prox_lambda=prox_lambda), active_ratio, server_learning_rate, weights=weights)
 
 
-def fedsam(active_ratio: float, server_learning_rate: float, rho: float) -> Server:
+def fedsam(active_ratio: float, server_learning_rate: float, rho: float, weights: ServerWeights = "uniform") -> Server:
     """FedAvg with sharpness-aware local steps."""
-    return Server(partial(sam_step, rho=rho), active_ratio, server_learning_rate)
+    return Server(partial(sam_step, rho=rho), active_ratio, server_learning_rate, weights=weights)
 
 
-def scaffold(active_ratio: float, server_learning_rate: float) -> Server:
+def scaffold(active_ratio: float, server_learning_rate: float, weights: ServerWeights = "uniform") -> Server:
     """FedAvg with control variates."""
-    return Server(corrected_step, active_ratio, server_learning_rate, controlled=True)
+    return Server(corrected_step, active_ratio, server_learning_rate, controlled=True, weights=weights)

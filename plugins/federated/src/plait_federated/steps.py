@@ -69,6 +69,20 @@ def prox_step(w: Tensor, gradient: Gradient, local: Local, *, prox_lambda: float
     return w - local.learning_rate * (g + local.weight_decay * w)
 
 
+def check_prox(prox_lambda: float, learning_rate: float) -> None:
+    """λ·lr < 1, or the proximal step overshoots its centre.
+
+    Raises:
+        ValueError: it is not, or λ is negative.
+    """
+    if not prox_lambda >= 0:
+        raise ValueError(f"prox_lambda is {prox_lambda}; it must be 0 or more")
+    if prox_lambda * learning_rate >= 1:
+        raise ValueError(
+            f"prox_lambda · learning_rate is {prox_lambda * learning_rate:g}; it must be below 1, lower either"
+        )
+
+
 def corrected_step(w: Tensor, gradient: Gradient, local: Local) -> Tensor:
     """SGD on gradient + offset: SCAFFOLD's correction c − c_i lies inside the clip."""
     g = clip(gradient(w) + local.offset, local.max_grad_norm)

@@ -108,6 +108,12 @@ class Graph:
         return lazy_weights(metropolis) if self.weights == "lazy" else metropolis
 
 
+def describe_graph(graph: Graph) -> str:
+    """Name, weights, and ψ where the graph stays."""
+    spectrum = "drawn each round" if graph.fresh_each_round else f"ψ {second_eigenvalue(graph.mixing(0)):.4f}"
+    return f"{graph.name} graph ({spectrum}), {graph.weights} weights"
+
+
 def uniform_weights(adjacency: np.ndarray) -> np.ndarray:
     """W_ij = 1/|N_i ∪ {i}|: rows sum to 1, columns only on regular graphs."""
     closed = adjacency | np.eye(len(adjacency), dtype=bool)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from plait_federated import peers
 from plait_federated.checkpoint import load_latest, save_part
 from plait_federated.engines import Engine, LoopEngine, Precision, StackedEngine, as_logits, fastest_engine
-from plait_federated.evaluation import Evaluator, Record, check_dispersion, check_finite, of_clients, of_reported
+from plait_federated.evaluation import Evaluator, Record, check_finite, check_history, drift, of_clients, of_reported
 from plait_federated.layout import Layout
 from plait_federated.rounds import (
     Columns,
@@ -45,6 +45,19 @@ class Outcome:
     reported: Tensor
     history: list[Record]
     engine: str
+
+
+def follow(
+    method: Gossip | Server,
+    model: nn.Module,
+    shards: Shards,
+    settings: Settings,
+    *,
+    on_round: Callable[[Record], None] = lambda record: None,
+    **options: Any,
+) -> Outcome:
+    """Train a model by one rule; ``options`` are those of :class:`Training`, ``on_round`` is told every round's record."""
+    return Training(model, shards, method, settings, **options).run(on_round)
 
 
 class Training:
@@ -140,19 +153,22 @@ class Training:
         evaluator = None if test is None else Evaluator(model, *test)
         state = {name: table.to(self.device) for name, table in state.items()}
         initial = initial.to(self.device)
+        start_norm = float(initial[: self.layout.num_parameters].norm())
         for index in range(done, self.settings.rounds):
             begin = time.perf_counter()
             state, facts = self._round(engine, state, index)
+            check_finite(state, range(len(state["local"])), index)
             reported = state["server"][0] if "server" in state else state["local"].mean(0)
             record = {"round": index + 1, "learning_rate": self.settings.learning_rate_of(index), **facts}
             record |= of_reported(reported, evaluator)
             if isinstance(self.method, Gossip):  # a server's clients have no models of their own between rounds
                 testing = evaluator if self.settings.evaluates_clients(index) else None
                 record |= of_clients(state["local"], initial, self.layout.num_parameters, testing)
+            else:
+                record["drift_from_init"] = drift(state["server"], initial, self.layout.num_parameters)
             record["seconds"] = time.perf_counter() - begin
             history.append(record)
-            check_finite(state["local"], range(len(state["local"])), index)
-            check_dispersion(history)
+            check_history(history, start_norm)
             if self.settings.saves(index):
                 save_part(self.folder, index + 1, state, history, self.identity)
             on_round(record)
@@ -169,12 +185,15 @@ class Training:
         size = 4 * (self.layout.num_parameters + self.layout.num_buffers)
         if isinstance(method, Server):
             clients = method.active(self.shards.num_clients, settings.seed, index)
+            sizes = None
+            if method.weights == "size":
+                sizes = torch.tensor([len(rows) for rows in self.shards.members], device=self.device)
             steps = [self.shards.num_steps(client) for client in clients]
             if method.controlled:
                 num_steps = torch.tensor(steps, dtype=torch.float32, device=self.device)
-                state = scaffold_round(method, state, clients, train, num_steps, learning_rate)
+                state = scaffold_round(method, state, clients, train, num_steps, learning_rate, sizes)
             else:
-                state = fedavg_round(method, state, clients, train)
+                state = fedavg_round(method, state, clients, train, sizes)
             vectors = 2 * len(clients) * (2 if method.controlled else 1)
             return state, {"gradient_steps": sum(steps), "bytes": vectors * size}
         mixing = self.graph.mixing(index)
@@ -221,6 +240,9 @@ class Training:
 
     def _check(self) -> None:
         method, settings = self.method, self.settings
+        for name, values in self.layout.split(self.layout.vector(self.model)).items():
+            if not torch.isfinite(values).all():
+                raise ValueError(f"{name} of the model holds NaN or infinite values; start from finite ones")
         if self.layout.num_buffers and settings.buffers == "error":
             name = self.layout.buffer_names[0]
             raise ValueError(
@@ -254,9 +276,11 @@ class Training:
         model = copy.deepcopy(self.model).eval()
         outputs = as_logits(model(as_float(self.shards.inputs[:1]))).shape[-1]
         parts = [self.shards.labels] + ([] if self.test is None else [self.test[1]])
-        highest = max(int(labels.max()) for labels in parts)
-        if highest >= outputs or min(int(labels.min()) for labels in parts) < 0:
-            raise ValueError(f"label {highest} does not fit a model of {outputs} outputs; labels are 0 … {outputs - 1}")
+        for label in (int(end) for labels in parts for end in labels.aminmax()):
+            if not 0 <= label < outputs:
+                raise ValueError(
+                    f"label {label} does not fit a model of {outputs} outputs; labels are 0 … {outputs - 1}"
+                )
 
 
 def _identify(graph: Graph | None) -> str:

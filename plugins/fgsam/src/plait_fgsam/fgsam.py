@@ -1,12 +1,13 @@
-"""FGSAM and FGSAM+ as optimizers for any training loop.
+"""FGSAM and FGSAM+: a training, :func:`fgsam`, and optimizers for any training loop.
 
 Luo et al., "Fast Graph Sharpness-Aware Minimization for Enhancing and Accelerating Few-Shot Node
 Classification", NeurIPS 2024, Algorithm 1. Two losses share the weights w:
 
 * ``gnn_loss``: the graph network with message passing;
-* ``mlp_loss``: its PeerMLP (:func:`plait_fgsam.peer.peer_mlp`) on the rows that carry the loss.
+* ``mlp_loss``: its PeerMLP (section 4, :mod:`plait_fgsam.peer`) on the rows that carry the loss.
 
-::
+An update of FGSAM, and every k-th of FGSAM+, ascends along the former and descends along the latter; the steps of
+:class:`FGSAM` and :class:`FGSAMPlus` follow Algorithm 1 line by line::
 
     optimizer = FGSAMPlus(model.parameters(), torch.optim.Adam, rho=0.1, interval=2, lr=5e-3)
     for task in tasks:
@@ -17,12 +18,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from plait_fgsam.peer import Peer, peer_losses
 from plait_fgsam.perturbing import (
     Gradients,
     Loss,
@@ -38,6 +40,32 @@ from plait_fgsam.perturbing import (
 )
 
 Combine = Literal["convex", "additive"]
+
+
+def fgsam(
+    optimizer: PerturbingOptimizer,
+    model: nn.Module,
+    tasks: Iterable[Any],
+    gnn_loss: Callable[[nn.Module, Any], Tensor],
+    row_losses: Callable[[nn.Module, Any], Tensor],
+    peers: Mapping[type[nn.Module], Peer] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Algorithm 1 on one task (an episode, a batch, a mask) after the other; each update is made when it is asked for.
+
+    Args:
+        optimizer: :class:`FGSAM` or :class:`FGSAMPlus` over the model's tensors (or a baseline: it leaves the PeerMLP out).
+        gnn_loss: the loss of the model on a task, with message passing.
+        row_losses: the losses [n] of the rows of a task alone; they are run on the model as its own PeerMLP.
+        peers: see :func:`plait_fgsam.peer.peer_mlp`.
+
+    Yields:
+        What the optimizer's ``step`` tells of each update.
+    """
+    for task in tasks:
+        yield optimizer.step(
+            functools.partial(gnn_loss, model, task),
+            lambda task=task: peer_losses(model, lambda peer: row_losses(peer, task), peers).mean(),
+        )
 
 
 class FGSAM(PerturbingOptimizer):

@@ -61,6 +61,14 @@ def peer_mlp(model: nn.Module, peers: Mapping[type[nn.Module], Peer] | None = No
         yield model
 
 
+def peer_losses(
+    model: nn.Module, losses: Callable[[nn.Module], Tensor], peers: Mapping[type[nn.Module], Peer] | None = None
+) -> Tensor:
+    """What ``losses`` gives for the model as its own PeerMLP; see :func:`peer_mlp`."""
+    with peer_mlp(model, peers):
+        return losses(model)
+
+
 def register_peer(layer_type: type[nn.Module], peer: Peer) -> None:
     """Say how layers of exactly this type lose their message passing.
 

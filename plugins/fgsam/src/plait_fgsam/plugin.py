@@ -17,10 +17,10 @@ from plait_graph.tasks import NodeObjective, Task
 from plait_graph.training import PlainUpdate, Update
 from torch import nn
 
-from plait_fgsam.fgsam import FGSAM, FGSAMPlus
-from plait_fgsam.peer import Peer, peer_layers, peer_mlp, takes_edges
+from plait_fgsam.baselines import AESAM, ESAM, SAM, LookSAM
+from plait_fgsam.fgsam import FGSAM, FGSAMPlus, fgsam
+from plait_fgsam.peer import Peer, peer_layers, peer_losses, takes_edges
 from plait_fgsam.perturbing import PerturbingOptimizer
-from plait_fgsam.sam import AESAM, ESAM, SAM, LookSAM
 from plait_fgsam.sharpness import Sharpness as Walked
 from plait_fgsam.sharpness import sharpness
 
@@ -39,12 +39,12 @@ class TwoLossUpdate:
     def step(self, task: Task) -> dict[str, Any]:
         passes = 0
 
-        def gnn_loss() -> torch.Tensor:
+        def gnn_loss(model: nn.Module, task: Task) -> torch.Tensor:
             nonlocal passes
             passes += 1
             return self.gnn_loss(task)
 
-        info = self.optimizer.step(gnn_loss, lambda: peer_losses(self.model, task, self.peers).mean())
+        (info,) = fgsam(self.optimizer, self.model, [task], gnn_loss, _row_losses, self.peers)
         return info | {"passes": passes}
 
     def gnn_loss(self, task: Task) -> torch.Tensor:
@@ -72,7 +72,7 @@ class PeerTask:
     peers: Peers
 
     def losses(self, model: nn.Module) -> torch.Tensor:
-        return peer_losses(model, self.task, self.peers)
+        return peer_losses(model, self.task.row_losses, self.peers)
 
     def row_losses(self, model: nn.Module) -> torch.Tensor:
         return self.losses(model)
@@ -95,10 +95,8 @@ class PeerUpdate:
         self.update.load_state_dict(state)
 
 
-def peer_losses(model: nn.Module, task: Task, peers: Peers | None = None) -> torch.Tensor:
-    """The losses of the task's rows as the PeerMLP sees them, [targets]."""
-    with peer_mlp(model, peers):
-        return task.row_losses(model)
+def _row_losses(model: nn.Module, task: Task) -> torch.Tensor:
+    return task.row_losses(model)
 
 
 # -- optimize -----------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.utils import remove_self_loops, to_undirected
 
+from plait_graph import planetoid
 from plait_graph.splits import MASKS
 
 SPARSE_BELOW = 0.1  # share of non-zeros
@@ -118,7 +119,7 @@ def pyg_graph(name: str, root: Path | None, scratch: Path) -> Data:
     """
     scratch.mkdir(parents=True, exist_ok=True)
     if root is None:
-        return _ogb_graph(name, _downloaded_ogb(name, scratch)) if name in OGBN else _downloaded_graph(name, scratch)
+        root = _downloaded_ogb(name, scratch) if name in OGBN else _downloaded(name, scratch)
     with _readable(f"the raw files of {name} in {root}"):
         return _ogb_graph(name, root) if name in OGBN else _local_graph(name, root, scratch)
 
@@ -143,15 +144,37 @@ def _local_graph(name: str, root: Path, scratch: Path) -> Data:
     # Nothing stays in scratch: PyG would take what it once processed for the files of any other root.
     with tempfile.TemporaryDirectory(dir=scratch) as own:
         known_as = ("film", "actor") if name == "Actor" else (name, name.lower())
-        _link_raw_files(root, known_as, Path(own, folder, "raw"))
+        raw = Path(own, folder, "raw")
+        _link_raw_files(root, known_as, raw)
+        if name in PLANETOID:
+            _replace_pickles(raw, name.lower())
         with _silent():
             return _without_download(reader, root)(own, *arguments)[0]
 
 
-def _downloaded_graph(name: str, scratch: Path) -> Data:
-    reader, arguments, _ = _reader(name)
-    with _silent(), _told_when_offline(name):
-        return reader(str(scratch), *arguments)[0]
+def _replace_pickles(raw: Path, name: str) -> None:
+    """PyG unpickles these, which runs what they name: it is given files that were written here, of their numbers."""
+    for path in (raw / f"ind.{name}.{part}" for part in planetoid.PICKLED):
+        if path.exists():
+            numbers = planetoid.read_numbers(path)
+            path.unlink()
+            path.write_bytes(pickle.dumps(numbers))
+
+
+class _DownloadedError(Exception):
+    """Ends a PyG reader where it would go on to read what it has downloaded."""
+
+
+def _downloaded(name: str, scratch: Path) -> Path:
+    """The folder of the raw files, which PyG has downloaded and not read."""
+    reader, arguments, folder = _reader(name)
+
+    def process(self: Any) -> None:
+        raise _DownloadedError
+
+    with _silent(), _told_when_offline(name), contextlib.suppress(_DownloadedError):
+        type(reader.__name__, (reader,), {"process": process})(str(scratch), *arguments)
+    return scratch / folder / "raw"
 
 
 @contextlib.contextmanager

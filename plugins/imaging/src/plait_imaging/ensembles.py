@@ -13,14 +13,14 @@ The set is that of Sun et al., "EnsIR", NeurIPS 2024 (arXiv 2410.22959), with le
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
 import torch
 from datasets import Dataset
 from plait import PlaitError, Report, hookimpl
-from plait.fields import doc, in_range
+from plait.fields import doc, in_range, one_of
 from torch import Tensor
 
 from plait_imaging.images import FLOAT_COLUMN, check_same_scenes, names, read_batches, sizes, write_images
@@ -295,9 +295,13 @@ class BestSingle(_GlobalWeights):
 class Regressor:
     """A regressor of scikit-learn, with its defaults: candidates' values → true value of a sample."""
 
-    kind: Literal[
-        "hist-gradient-boosting", "gradient-boosting", "ada-boost", "bagging", "extra-trees", "random-forest"
-    ] = attrs.field(default="hist-gradient-boosting", metadata=doc("which regressor of scikit-learn"))
+    kind: str = attrs.field(
+        default="hist-gradient-boosting",
+        validator=one_of(
+            "hist-gradient-boosting", "gradient-boosting", "ada-boost", "bagging", "extra-trees", "random-forest"
+        ),
+        metadata=doc("which regressor of scikit-learn"),
+    )
     max_samples: int | None = attrs.field(
         default=200_000,
         validator=in_range(1),

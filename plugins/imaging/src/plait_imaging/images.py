@@ -17,29 +17,24 @@ optional lossless copy of ``image`` before rounding.
 
 from __future__ import annotations
 
-import io
-import tempfile
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset, Features, Image, List, Value
-from datasets.arrow_writer import ArrowWriter
-from PIL import Image as PILImage
 from plait import PlaitError
-
-from plait_imaging.decoding import decode_rgb
+from plait_vision import images as vision
+from plait_vision.files import composed
+from plait_vision.writing import BUFFER_BYTES, write_tables
 
 if TYPE_CHECKING:
     from plait import Run
 
 FLOAT_COLUMN = "image_float"
 FLOAT_FEATURE = List(List(List(Value("float32"))))
-SHARD_BYTES = 256 << 20
-BUFFER_BYTES = 16 << 20
 
 
 def to_float(image: torch.Tensor) -> torch.Tensor:
@@ -51,12 +46,14 @@ def to_uint8(image: torch.Tensor) -> torch.Tensor:
     """Float in [0, 1] → uint8, clipped and rounded to the nearest level (halves to even); uint8 unchanged.
 
     Raises:
-        ValueError: the image holds NaN or infinity, which no level stands for.
+        ValueError: the image holds NaN or infinity, which no level stands for, or is on the 0–255 scale.
     """
     if image.dtype == torch.uint8:
         return image
-    if not torch.isfinite(image).all():
-        raise ValueError("the image holds NaN or infinity")
+    if problem := _problem(image):
+        raise ValueError(f"the image holds {problem}")
+    if image.dtype in (torch.float16, torch.bfloat16):
+        image = image.float()  # else the levels themselves are rounded
     return image.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
@@ -106,7 +103,7 @@ def write_images(
         keep_source_as: put the image of ``source`` into this column, unless it is there already.
 
     Raises:
-        PlaitError: an image holds NaN or infinity (the row and its name are given).
+        PlaitError: an image holds NaN or infinity, or is on the 0–255 scale (its name is given).
         ValueError: more or fewer images than rows.
     """
     stale = FLOAT_COLUMN if column == "image" else None
@@ -135,7 +132,7 @@ def write_images(
         if start != len(source):
             raise ValueError(f"{start} images for {len(source)} rows")
 
-    return write_tables(run, tables(), features)
+    return write_tables(run.folder, tables(), features)
 
 
 def map_images(
@@ -161,43 +158,15 @@ def map_images(
     return write_images(run, source, results(), column=column, keep_float=keep_float, keep_source_as=keep_source_as)
 
 
-def write_tables(run: Run, tables: Iterable[pa.Table], features: Features) -> Dataset:
-    """Write Arrow tables as shards of about 256 MB in a new folder under ``run.folder``; return them memory-mapped."""
-    folder = Path(tempfile.mkdtemp(prefix="images-", dir=run.folder))
-    shards: list[Path] = []
-    writer: ArrowWriter | None = None
-    written = 0
-    try:
-        for table in tables:
-            if writer is None:
-                shards.append(folder / f"{len(shards):05d}.arrow")
-                writer, written = ArrowWriter(path=str(shards[-1]), features=features), 0
-            writer.write_table(table)
-            written += table.nbytes
-            if written >= SHARD_BYTES:
-                writer.finalize()
-                writer = None
-    finally:
-        if writer is not None:
-            writer.finalize()
-    if not shards:
-        return Dataset.from_dict({name: [] for name in features}, features=features)
-    from datasets import concatenate_datasets
-
-    return concatenate_datasets([Dataset.from_file(str(shard)) for shard in shards])
-
-
 def encode_png(image: torch.Tensor) -> bytes:
     """uint8 ``[3, H, W]`` → PNG bytes."""
-    buffer = io.BytesIO()
-    PILImage.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(buffer, "PNG", compress_level=3)
-    return buffer.getvalue()
+    return vision.encode_png(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def names(dataset: Dataset) -> list[str]:
-    """The ``name`` of every row, or its number where the dataset has no such column."""
+    """The ``name`` of every row in Unicode's composed form, or its number where the dataset has no such column."""
     if "name" in dataset.column_names:
-        return list(dataset["name"])
+        return [composed(str(name)) for name in dataset.with_format(None)["name"]]
     return [str(row) for row in range(len(dataset))]
 
 
@@ -205,12 +174,7 @@ def sizes(dataset: Dataset, column: str = "image") -> Iterator[tuple[int, int]]:
     """Height and width of every image, from its header alone."""
     for rows, cells in _raw_batches(dataset, column, 16):
         for row, cell in zip(rows, cells, strict=True):
-            try:
-                picture = PILImage.open(io.BytesIO(_bytes(cell, column, row)))
-            except OSError as error:
-                raise PlaitError(f"column {column!r}, row {row}: not an image that Pillow can read") from error
-            turned = picture.getexif().get(0x0112, 1) >= 5
-            yield (picture.width, picture.height) if turned else (picture.height, picture.width)
+            yield vision.size(_cell(cell, column, row), _label(column, row))
 
 
 def check_same_scenes(datasets: Mapping[str, Dataset], column: str = "image") -> None:
@@ -226,12 +190,13 @@ def check_same_scenes(datasets: Mapping[str, Dataset], column: str = "image") ->
     base_names, base_sizes = names(base), list(sizes(base, column))
     for model, dataset in others:
         own = names(dataset)
-        missing = [name for name in base_names if name not in set(own)]
+        known, wanted = set(own), set(base_names)
+        missing = [name for name in base_names if name not in known]
         if missing:
             raise PlaitError(
                 f"{model} lacks {len(missing)} of the images of {first}: {_some(missing)}; restore them too"
             )
-        surplus = [name for name in own if name not in set(base_names)]
+        surplus = [name for name in own if name not in wanted]
         if surplus or len(own) != len(base_names):
             raise PlaitError(
                 f"{model} has {len(own)} images and {first} {len(base_names)}"
@@ -257,6 +222,8 @@ def over_splits(data: Any, function: Callable[[Dataset, str], Dataset]) -> Any:
         PlaitError: something in ``data`` is not a dataset with images in column ``image``.
     """
     if isinstance(data, Mapping):
+        if not data:
+            raise PlaitError("data has no splits; give at least one dataset with an image column")
         return {split: function(_checked(dataset, f"data.{split}"), split) for split, dataset in data.items()}
     return function(_checked(data, "data"), "")
 
@@ -283,19 +250,18 @@ def _raw_batches(dataset: Dataset, column: str, batch_size: int) -> Iterator[tup
         yield list(range(start, start + len(cells))), cells
 
 
-def _bytes(cell: Any, column: str, row: int) -> bytes:
-    if isinstance(cell, dict) and cell.get("bytes") is not None:
-        return cell["bytes"]
-    if isinstance(cell, dict) and cell.get("path"):
-        try:
-            return Path(cell["path"]).read_bytes()
-        except OSError as error:
-            raise PlaitError(f"column {column!r}, row {row}: {error.strerror} ({cell['path']})") from error
-    raise PlaitError(f"column {column!r}, row {row} holds no image; give a column of images")
+def _cell(cell: Any, column: str, row: int) -> Any:
+    if cell is not None and not (isinstance(cell, dict) and {"bytes", "path"} <= set(cell)):
+        raise PlaitError(f"{_label(column, row)} holds no image; give a column of images")
+    return cell
+
+
+def _label(column: str, row: int) -> str:
+    return f"column {column!r}, row {row}"
 
 
 def _decode(cell: Any, column: str, row: int) -> torch.Tensor:
-    picture = decode_rgb(_bytes(cell, column, row), f"column {column!r}, row {row}")
+    picture = vision.decode(_cell(cell, column, row), _label(column, row))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
@@ -306,8 +272,8 @@ def _in_buffers(images: Iterable[torch.Tensor], source: Dataset) -> Iterator[lis
     for row, image in enumerate(images):
         if image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f"row {row} is of shape {tuple(image.shape)}; [3, H, W] is needed")
-        if image.dtype != torch.uint8 and not torch.isfinite(image).all():
-            raise PlaitError(f"image {names(source)[row]} came out with NaN or infinity; nothing was written")
+        if image.dtype != torch.uint8 and (problem := _problem(image)):
+            raise PlaitError(f"image {names(source)[row]} came out with {problem}; nothing was written")
         buffer.append(image.detach().cpu())
         held += image.numel() * image.element_size()
         if held >= BUFFER_BYTES:
@@ -315,6 +281,16 @@ def _in_buffers(images: Iterable[torch.Tensor], source: Dataset) -> Iterator[lis
             buffer, held = [], 0
     if buffer:
         yield buffer
+
+
+def _problem(image: torch.Tensor) -> str | None:
+    """What bars a float image from being written, in words."""
+    low, high = (float(value) for value in image.aminmax()) if image.numel() else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "NaN or infinity"
+    if high > 1 and image.mean(dtype=torch.float32) > 2:  # overshoots do not double the brightness
+        return f"values from {low:.4g} to {high:.4g} where [0, 1] is needed, as on the 0–255 scale"
+    return None
 
 
 def _encoded(batch: list[torch.Tensor]) -> pa.Array:

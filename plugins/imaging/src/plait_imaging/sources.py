@@ -5,7 +5,6 @@ Every source gives a column ``image`` (RGB, 8 bit) and a string column ``name``.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,17 @@ import attrs
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
-from PIL import Image as PILImage
+from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset
 from plait import PlaitError, hookimpl
 from plait.fields import doc, in_range, one_of
+from plait_vision.columns import is_saved_dataset, read_saved
+from plait_vision.files import Files, by_stem
+from plait_vision.images import SUFFIXES, Transparency, as_cell, check_rules, is_image_name
+from plait_vision.writing import write_rows
 
-from plait_imaging.decoding import decode_rgb
-from plait_imaging.images import BUFFER_BYTES, encode_png, write_tables
+from plait_imaging.images import encode_png
 
 __plait_api__ = "0.1"
-
-# The kinds of file that a folder of images may hold; Pillow decides whether one really is an image.
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-
 
 # photograph → top and left of two tiles with something to see
 PHOTOS = {
@@ -94,7 +91,7 @@ class Photos:
     def load_data(self, run):
         """One dataset a split with columns ``image``, ``name`` (``china_0``) and ``photo``."""
         features = Features({"image": Image(), "name": Value("string"), "photo": Value("string")})
-        return {split: _write_rows(run, self._tiles(photos), features) for split, photos in self.splits.items()}
+        return {split: write_rows(run.folder, self._tiles(photos), features) for split, photos in self.splits.items()}
 
     def _tiles(self, photos: Iterable[str]) -> Iterator[dict[str, Any]]:
         for photo in photos:
@@ -136,10 +133,11 @@ class _FileRules:
         validator=one_of("refuse", "scale"),
         metadata=doc("16-bit images: refuse them, or scale 0–65535 to 0–255 (colour by the high byte)"),
     )
-    transparency: str = attrs.field(
+    transparency: Transparency = attrs.field(
         default="refuse",
-        validator=one_of("refuse", "drop"),
-        metadata=doc("images with transparent pixels: refuse them, or drop the alpha channel"),
+        metadata=doc(
+            "images with transparent pixels: refuse, drop the alpha channel, or the colour [R, G, B] behind them"
+        ),
     )
     other_files: str = attrs.field(
         default="refuse",
@@ -147,47 +145,51 @@ class _FileRules:
         metadata=doc("files without an image's suffix: refuse the folder, or skip them (hidden files always are)"),
     )
 
-    def encoded(self, file: Path) -> tuple[dict[str, Any], tuple[int, int]]:
+    def __attrs_post_init__(self) -> None:
+        try:
+            check_rules(self.transparency)
+        except ValueError as error:
+            raise PlaitError(str(error)) from error
+
+    def encoded(self, files: Files, name: str) -> tuple[dict[str, Any], tuple[int, int]]:
         """The cell of an image column, and height and width. The file's own bytes are kept if they are RGB."""
-        data = _read(file)
-        picture = decode_rgb(
-            data,
-            str(file),
+        cell, picture = as_cell(
+            files.read(name),
+            files.label(name),
             greyscale=self.greyscale,
             sixteen_bit=self.sixteen_bit,
             transparency=self.transparency,
         )
-        if not _is_plain_rgb(data):
-            data = encode_png(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-        return {"bytes": data, "path": None}, (picture.height, picture.width)
+        return cell, (picture.height, picture.width)
 
 
 @attrs.frozen(kw_only=True)
 class ImageFolder(_FileRules):
     """A folder of images; ``name`` is a file's path inside it without the suffix."""
 
-    folder: Path = attrs.field(metadata=doc("the folder"))
+    folder: Path = attrs.field(metadata=doc("the folder, or a zip or tar"))
     recursive: bool = attrs.field(default=False, metadata=doc("also take the images in its subfolders"))
 
     @hookimpl
     def load_data(self, run):
         """One dataset with columns ``image`` and ``name``, sorted by name."""
-        files = _image_files(self.folder, self.recursive, self.other_files)
         features = Features({"image": Image(), "name": Value("string")})
+        with Files(self.folder) as files:
+            found = _images(files, self.recursive, self.other_files)
 
-        def rows() -> Iterator[dict[str, Any]]:
-            for name, file in run.track(files.items(), "images", total=len(files)):
-                yield {"image": self.encoded(file)[0], "name": name}
+            def rows() -> Iterator[dict[str, Any]]:
+                for name, file in run.track(found.items(), "images", total=len(found)):
+                    yield {"image": self.encoded(files, file)[0], "name": name}
 
-        return _write_rows(run, rows(), features)
+            return write_rows(run.folder, rows(), features)
 
 
 @attrs.frozen(kw_only=True)
 class ImagePairs(_FileRules):
     """Two folders, degraded images and their targets, matched by file stem."""
 
-    inputs: Path = attrs.field(metadata=doc("folder of degraded images"))
-    targets: Path = attrs.field(metadata=doc("folder of clean images"))
+    inputs: Path = attrs.field(metadata=doc("folder, zip or tar of degraded images"))
+    targets: Path = attrs.field(metadata=doc("folder, zip or tar of clean images"))
     input_suffix: str = attrs.field(default="", metadata=doc("end of the inputs' stems that targets lack, e.g. x4"))
     scale: int = attrs.field(
         default=1, validator=in_range(1), metadata=doc("targets are this many times as high and wide as inputs")
@@ -197,32 +199,32 @@ class ImagePairs(_FileRules):
     @hookimpl
     def load_data(self, run):
         """One dataset with columns ``image``, ``target`` and ``name`` (the target's), sorted by name."""
-        inputs = {
-            self._stem(name): file for name, file in _image_files(self.inputs, self.recursive, self.other_files).items()
-        }
-        targets = _image_files(self.targets, self.recursive, self.other_files)
-        for have, lack, where in ((inputs, targets, self.targets), (targets, inputs, self.inputs)):
-            missing = sorted(have.keys() - lack.keys())
-            if missing:
-                raise PlaitError(
-                    f"{where} has no counterpart of {len(missing)} images: {', '.join(missing[:3])}"
-                    f"{' …' if len(missing) > 3 else ''}; add them, or remove their partners"
-                )
         features = Features({"image": Image(), "target": Image(), "name": Value("string")})
-
-        def rows() -> Iterator[dict[str, Any]]:
-            for name in run.track(sorted(inputs), "pairs"):
-                image, size = self.encoded(inputs[name])
-                target, target_size = self.encoded(targets[name])
-                if target_size != (size[0] * self.scale, size[1] * self.scale):
+        with Files(self.inputs) as degraded, Files(self.targets) as clean:
+            found = _images(degraded, self.recursive, self.other_files)
+            inputs = {self._stem(name): file for name, file in found.items()}
+            targets = _images(clean, self.recursive, self.other_files)
+            for have, lack, where in ((inputs, targets, self.targets), (targets, inputs, self.inputs)):
+                missing = sorted(have.keys() - lack.keys())
+                if missing:
                     raise PlaitError(
-                        f"pair {name}: the input is {size[0]}×{size[1]} pixels and the target "
-                        f"{target_size[0]}×{target_size[1]}; with scale {self.scale} it must be "
-                        f"{size[0] * self.scale}×{size[1] * self.scale}"
+                        f"{where} has no counterpart of {len(missing)} images: {', '.join(missing[:3])}"
+                        f"{' …' if len(missing) > 3 else ''}; add them, or remove their partners"
                     )
-                yield {"image": image, "target": target, "name": name}
 
-        return _write_rows(run, rows(), features)
+            def rows() -> Iterator[dict[str, Any]]:
+                for name in run.track(sorted(inputs), "pairs"):
+                    image, size = self.encoded(degraded, inputs[name])
+                    target, target_size = self.encoded(clean, targets[name])
+                    if target_size != (size[0] * self.scale, size[1] * self.scale):
+                        raise PlaitError(
+                            f"pair {name}: the input is {size[0]}×{size[1]} pixels and the target "
+                            f"{target_size[0]}×{target_size[1]}; with scale {self.scale} it must be "
+                            f"{size[0] * self.scale}×{size[1] * self.scale}"
+                        )
+                    yield {"image": image, "target": target, "name": name}
+
+            return write_rows(run.folder, rows(), features)
 
     def _stem(self, name: str) -> str:
         if not name.endswith(self.input_suffix):
@@ -254,9 +256,10 @@ class HFDataset:
 
     def _load(self, run: Any) -> Dataset | DatasetDict:
         folder = Path(self.path)
+        if is_saved_dataset(folder):
+            parts = read_saved(folder)
+            return self._pick(parts[""] if list(parts) == [""] else DatasetDict(parts))
         try:
-            if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
-                return self._pick(load_from_disk(str(folder)))
             # What comes from the hub is kept in the usual cache; a local folder leaves nothing there.
             cache = str(run.folder) if folder.exists() else None
             return load_dataset(self.path, self.config, split=self.split, revision=self.revision, cache_dir=cache)
@@ -313,54 +316,12 @@ def _names_from_paths(dataset: Dataset) -> list[str]:
     return stems
 
 
-def _image_files(folder: Path, recursive: bool, other_files: str) -> dict[str, Path]:
-    """Name → file, sorted by name; hidden files do not count."""
-    if not folder.is_dir():
-        raise PlaitError(f"{folder} is not a folder; give the folder that holds the images")
-    found: dict[str, Path] = {}
-    for file in sorted(folder.rglob("*") if recursive else folder.iterdir()):
-        inside = file.relative_to(folder)
-        if not file.is_file() or any(part.startswith(".") for part in inside.parts) or file.name == "Thumbs.db":
-            continue
-        if file.suffix.lower() not in SUFFIXES:
-            if other_files == "refuse":
-                raise PlaitError(f"{file} is no image by its suffix; remove it or set other_files: skip")
-            continue
-        name = inside.with_suffix("").as_posix()
-        if name in found:
-            raise PlaitError(f"{found[name]} and {file} share the stem {name}; rename one of them")
-        found[name] = file
-    if not found:
-        raise PlaitError(f"{folder} holds no image ({', '.join(SUFFIXES)}); check the path, or set recursive: true")
-    return dict(sorted(found.items()))
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise PlaitError(f"{file} cannot be read: {error.strerror}") from error
-
-
-def _is_plain_rgb(data: bytes) -> bool:
-    picture = PILImage.open(io.BytesIO(data))
-    upright = picture.getexif().get(0x0112, 1) == 1
-    wide = any(";16" in str(tile[3]) for tile in picture.tile)
-    return picture.mode == "RGB" and upright and not wide and "transparency" not in picture.info
-
-
-def _write_rows(run: Any, rows: Iterable[dict[str, Any]], features: Features) -> Dataset:
-    def tables() -> Iterator[pa.Table]:
-        buffer: list[dict[str, Any]] = []
-        for row in rows:
-            buffer.append(row)
-            if (
-                sum(len(cell["bytes"]) for held in buffer for cell in held.values() if isinstance(cell, dict))
-                > BUFFER_BYTES
-            ):
-                yield pa.Table.from_pylist(buffer, schema=features.arrow_schema)
-                buffer = []
-        if buffer:
-            yield pa.Table.from_pylist(buffer, schema=features.arrow_schema)
-
-    return write_tables(run, tables(), features)
+def _images(files: Files, recursive: bool, other_files: str) -> dict[str, str]:
+    """Name without suffix → name of every image, sorted."""
+    found = [name for name in files.names if recursive or "/" not in name]
+    others = [name for name in found if not is_image_name(name)]
+    if others and other_files == "refuse":
+        raise PlaitError(f"{files.label(others[0])} is no image by its suffix; remove it or set other_files: skip")
+    if len(others) == len(found):
+        raise PlaitError(f"{files.path} holds no image ({', '.join(SUFFIXES)}); check the path, or set recursive: true")
+    return by_stem([name for name in found if is_image_name(name)], files.path)

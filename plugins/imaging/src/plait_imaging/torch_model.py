@@ -12,8 +12,7 @@ from datasets import Dataset
 from plait import PlaitError, hookimpl
 from plait.fields import doc, in_range, one_of
 from plait.importing import import_code
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from plait.weights import is_torchscript, read_weights
 
 from plait_imaging.images import map_images, names, over_splits, to_float
 from plait_imaging.tiling import run_tiled
@@ -29,12 +28,19 @@ class TorchModel:
     """
 
     file: Path | None = attrs.field(
-        default=None, metadata=doc("TorchScript file, or .safetensors (then architecture says of what)")
+        default=None,
+        metadata=doc(
+            "TorchScript file; or weights (.safetensors, .pth, .pt, .ckpt, .bin), and architecture says of what"
+        ),
     )
     architecture: str | None = attrs.field(
         default=None, metadata=doc("class of the network: package.module:Class or ./file.py:Class")
     )
     arguments: dict[str, Any] = attrs.field(factory=dict, metadata=doc("what the class is called with"))
+    entry: str | None = attrs.field(
+        default=None,
+        metadata=doc("which weights of a checkpoint, e.g. params; default: the only ones, averaged before plain ones"),
+    )
     tile: int = attrs.field(
         default=512, validator=in_range(0), metadata=doc("side of a tile, in pixels; 0: each image at once")
     )
@@ -68,10 +74,12 @@ class TorchModel:
             raise PlaitError(
                 f"file {self.file} holds weights only; say of what with architecture: package.module:Class"
             )
-        if self.architecture is not None and (self.file is None or self.file.suffix != ".safetensors"):
-            raise PlaitError("architecture needs its weights: file: ….safetensors")
+        if self.architecture is not None and self.file is None:
+            raise PlaitError("architecture needs its weights: file: ….safetensors, .pth or .ckpt")
         if self.arguments and self.architecture is None:
             raise PlaitError("arguments are for architecture, which is not given; leave them out")
+        if self.entry is not None and self.architecture is None:
+            raise PlaitError("entry is for the weights of architecture, which is not given; leave it out")
 
     @hookimpl
     def restore(self, model: torch.nn.Module | None, data, run):
@@ -97,14 +105,13 @@ class TorchModel:
                 raise PlaitError(f"model is a {type(model).__name__}; a torch.nn.Module from image to image is needed")
             return copy.deepcopy(model)  # the step's own is not moved or cast
         assert self.file is not None
-        if not self.file.is_file():
-            raise PlaitError(f"file {self.file} does not exist; give the path of a TorchScript or .safetensors file")
         if self.architecture is None:
-            return _load_torchscript(self.file)
+            return _load_torchscript(self.file.expanduser())
         network = _build(self.architecture, self.arguments)
+        state = read_weights(self.file, entry=self.entry, expected=network.state_dict())
         try:
-            network.load_state_dict(load_file(self.file))
-        except (RuntimeError, SafetensorError) as error:
+            network.load_state_dict(state)
+        except RuntimeError as error:
             raise PlaitError(f"file {self.file} does not fit {self.architecture}: {_reason(error)}") from error
         return network
 
@@ -128,12 +135,15 @@ class TorchModel:
 
 
 def _load_torchscript(file: Path) -> torch.nn.Module:
+    if not file.is_file():
+        raise PlaitError(f"file {file} does not exist; give the path of a TorchScript file, or of weights")
+    if not is_torchscript(file):
+        read_weights(file)  # tells what else it may be
+        raise PlaitError(f"file {file} holds weights only; say of what with architecture: package.module:Class")
     try:
         return torch.jit.load(file, map_location="cpu")
     except RuntimeError as error:
-        raise PlaitError(
-            f"file {file} is no TorchScript file; for a state dict, save it as .safetensors and give architecture"
-        ) from error
+        raise PlaitError(f"file {file} is not a whole TorchScript file: {_reason(error)}") from error
 
 
 def _build(architecture: str, arguments: dict[str, Any]) -> torch.nn.Module:

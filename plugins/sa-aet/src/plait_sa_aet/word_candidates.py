@@ -78,6 +78,7 @@ class MaskedLanguageModel:
         bpe_max: combinations of such pieces, ≥ 1.
         bpe_pieces: pieces of a word looked at, ≥ 1.
         allow_multiword: keep proposals of several words, as the published figures do.
+        allow_special: keep special tokens (``[UNK]``, ``[SEP]``, ...) as proposals, as the published figures do.
 
     Raises:
         ValueError: a number is outside its range, or the tokenizer is not of the WordPiece kind.
@@ -96,6 +97,7 @@ class MaskedLanguageModel:
         bpe_max: int = 24,
         bpe_pieces: int = 12,
         allow_multiword: bool = False,
+        allow_special: bool = False,
     ) -> None:
         for name, value in {"top_k": top_k, "bpe_topk": bpe_topk, "bpe_max": bpe_max, "bpe_pieces": bpe_pieces}.items():
             if value < 1:
@@ -119,7 +121,7 @@ class MaskedLanguageModel:
         self.allow_multiword = allow_multiword
         self.num_rejected_multiword = 0
         self._vocab_size = int(model.config.vocab_size)
-        self._special = set(tokenizer.all_special_ids)
+        self._barred = set() if allow_special else set(tokenizer.all_special_ids)
         self._memo: _Memo = _Memo()
 
     def respelled(self, caption: str) -> str:
@@ -194,7 +196,7 @@ class MaskedLanguageModel:
         proposals: dict[str, float] = {}
         for pieces, score in found:
             text = " ".join(self.tokenizer.convert_ids_to_tokens(list(pieces))).replace(" ##", "")
-            if "##" in text or self._special.intersection(pieces):  # no word begins with such a piece
+            if "##" in text or self._barred.intersection(pieces):  # no word begins with such a piece
                 continue
             if " " in text and not self.allow_multiword:
                 self.num_rejected_multiword += 1

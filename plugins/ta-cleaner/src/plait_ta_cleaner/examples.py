@@ -11,7 +11,7 @@ def training() -> Example:
     data = digit_pairs(24)
     return Example(
         arguments={"model": tiny_model(), "data": data},
-        fields={"num_epochs": 1, "batch_size": 8, "warmup_steps": 1, "synonyms": "test-beds", "min_pool_count": 1},
+        fields={"num_epochs": 1, "batch_size": 8, "warmup_steps": 1, "min_pool_count": 1},
         random=True,
         empty={"data": data.select([])},
         wrong={"data": data.remove_columns("captions"), "model": torch.nn.Linear(2, 2)},

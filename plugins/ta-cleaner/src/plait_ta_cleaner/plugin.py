@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import attrs
 import datasets
-import torch
 from plait import PlaitError, Report, hookimpl
 from plait.fields import doc, in_range, one_of
 from plait_clip.backdoor.plugin.defences import (
@@ -22,10 +21,11 @@ from plait_clip.backdoor.plugin.defences import (
     copy_of,
     logger,
     part_of,
+    restored_optimizer,
     scratch,
     synonyms_of,
 )
-from plait_clip.loader import caption_column, check_captions, undecoded
+from plait_clip.loader import check_captions, first_captions, undecoded
 from plait_clip.plugin.errors import as_plait_errors
 
 from plait_ta_cleaner import ta_cleaner as algorithm
@@ -71,8 +71,8 @@ class SubcaptionRules:
     synonyms: str = attrs.field(
         default=WORDNET,
         metadata=doc(
-            "wordnet (nltk's data or WordNet's files where installed), test-beds (of the small beds), or the path of a "
-            "JSON file {word: [synonyms]} or of a folder with WordNet's files"
+            "wordnet (WordNet 3.0, which comes with plait-clip), test-beds (of the small beds), or the path of a JSON file "
+            "{word: [synonyms]} or of a folder with WordNet's files"
         ),
     )
     tagger: str = attrs.field(
@@ -81,7 +81,9 @@ class SubcaptionRules:
     )
     word_list: Path | None = attrs.field(
         default=None,
-        metadata=doc("WordNet folder of the lexicon tagger; default: the installed one, else a list in the package"),
+        metadata=doc(
+            "folder with WordNet's files for the lexicon tagger; default: WordNet 3.0, which comes with plait-clip"
+        ),
     )
 
     def __attrs_post_init__(self) -> None:
@@ -189,8 +191,10 @@ class TaCleaner(SubcaptionRules, CleanClip):
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> Any:
         """A cleaned copy of the model, from the trusted pairs in ``data`` (a dataset, or its part ``clean``)."""
         pairs, model = part_of(data, CLEAN, "ta-cleaner"), copy_of(model, run)
+        state = restored_optimizer(self.optimizer_checkpoint, model)
         notes = self._overlap_notes(data)
         with as_plait_errors():
+            check_captions(pairs, model, run.warn)
             captions = first_captions(pairs)
             draw = self._draw(pairs, captions, run)
             n_subtext = _count(self.n_subtext, len(pairs))
@@ -214,7 +218,7 @@ class TaCleaner(SubcaptionRules, CleanClip):
                     negative_scope=self.negative_scope,
                     negative_loss=self.negative_loss,
                 ),
-                self.options(official=self.compat == "cleanclip", optimizer_state=self._optimizer_state()),
+                self.options(official=self.compat == "cleanclip", optimizer_state=state),
                 seed=run.derived_seed(),
                 num_workers=self.workers,
                 checkpoint=scratch(run, self, model, pairs) / "training.pt",
@@ -222,14 +226,6 @@ class TaCleaner(SubcaptionRules, CleanClip):
             )
         self._count_subcaptions(captions, draw, n_subtext, notes, run)
         return model.eval()
-
-    def _optimizer_state(self) -> Mapping[str, Any] | None:
-        if self.optimizer_checkpoint is None:
-            return None
-        checkpoint = torch.load(self.optimizer_checkpoint, map_location="cpu", weights_only=True)
-        if "optimizer" not in checkpoint:
-            raise ValueError(f"optimizer_checkpoint {self.optimizer_checkpoint} has no entry 'optimizer'")
-        return checkpoint["optimizer"]
 
     def _draw(self, pairs: datasets.Dataset, captions: Sequence[str], run: Any) -> algorithm.Draw:
         if self.subcaptions == "columns":
@@ -291,6 +287,7 @@ class FtHardNegatives(SubcaptionRules, Training):
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> Any:
         pairs, model = part_of(data, CLEAN, "ft-hard-negatives"), copy_of(model, run)
         with as_plait_errors():
+            check_captions(pairs, model, run.warn)
             source = self.source(first_captions(pairs), run.derived_seed(), run)
             algorithm.fine_tune_with_hard_negatives(
                 model,
@@ -304,17 +301,6 @@ class FtHardNegatives(SubcaptionRules, Training):
                 on_step=logger(run, self.num_steps(len(pairs)), "fine-tuning"),
             )
         return model.eval()
-
-
-def first_captions(data: datasets.Dataset) -> list[str]:
-    """The first caption of every row.
-
-    Raises:
-        ValueError: a caption is empty, or the data have no captions.
-    """
-    check_captions(data)
-    cells = data.with_format(None)[caption_column(data)]
-    return [cell if isinstance(cell, str) else cell[0] for cell in cells]
 
 
 def _check_subtext(n_subtext: float) -> None:

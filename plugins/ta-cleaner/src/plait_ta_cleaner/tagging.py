@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
 from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 from typing import Literal
+
+from plait_clip.backdoor.wordnet import WordNet, open_wordnet
 
 Tag = Literal["NOUN", "VERB", "ADJ", "ADV", "ADP", "DET", "OTHER"]
 TAGS = ("NOUN", "VERB", "ADJ", "ADV", "ADP", "DET", "OTHER")
@@ -45,6 +46,7 @@ CARDINALS = frozenset(
 COORDINATORS = frozenset({"and", "or"})
 AUXILIARIES = frozenset({"be", "am", "is", "are", "was", "were", "been", "being", "has", "have", "had"})
 
+WORDNET_TAGS = {"n": "NOUN", "v": "VERB", "a": "ADJ", "r": "ADV"}
 # Endings of inflected forms and what they replace.
 ENDINGS: dict[str, tuple[tuple[str, str], ...]] = {
     "NOUN": (("s", ""), ("es", ""), ("ies", "y"), ("men", "man")),
@@ -85,25 +87,19 @@ class WordList:
         return frozenset(tag for _, tag in self.bases(word))
 
 
-def wordnet_words(folder: Path) -> WordList:
-    """The single words of WordNet's ``index.*`` files, with the exceptions of its ``*.exc`` files.
+def wordnet_words(wordnet: WordNet) -> WordList:
+    """The single words of WordNet, with its irregular forms.
 
     A part of speech in which a word never occurs in WordNet's tagged texts is left out where another one does.
     """
     occurs: dict[str, dict[str, bool]] = defaultdict(dict)
     irregular: dict[str, set[tuple[str, str]]] = defaultdict(set)
-    for name, tag in {"noun": "NOUN", "verb": "VERB", "adj": "ADJ", "adv": "ADV"}.items():
-        with (folder / f"index.{name}").open(encoding="latin-1") as lines:
-            for line in lines:
-                fields = line.split()
-                if line.startswith(" ") or "_" in fields[0]:
-                    continue
-                # lemma pos synset_cnt p_cnt pointers... sense_cnt tagsense_cnt offsets...
-                occurs[fields[0]][tag] = int(fields[5 + int(fields[3])]) > 0
-        exceptions = folder / f"{name}.exc"
-        if exceptions.is_file():
-            for form, *bases in map(str.split, exceptions.read_text(encoding="latin-1").splitlines()):
-                irregular[form].update((base, tag) for base in bases if base != form)
+    for pos, tag in WORDNET_TAGS.items():
+        for word in wordnet.words(pos):
+            if "_" not in word:
+                occurs[word][tag] = word in wordnet.occurring[pos]
+        for form, bases in wordnet.exceptions[pos].items():
+            irregular[form].update((base, tag) for base in bases if base != form)
     tags = {
         word: frozenset(tag for tag, seen in by_tag.items() if seen or not any(by_tag.values()))
         for word, by_tag in occurs.items()
@@ -111,36 +107,15 @@ def wordnet_words(folder: Path) -> WordList:
     return WordList(tags, irregular)
 
 
-def bundled_words() -> WordList:
-    """Adjectives, verbs and ambiguous nouns that are common in captions; every other word counts as a noun."""
-    tags: dict[str, set[str]] = defaultdict(set)
-    irregular: dict[str, set[tuple[str, str]]] = defaultdict(set)
-    text = files("plait_ta_cleaner").joinpath("words.txt").read_text(encoding="utf-8")
-    for line in text.splitlines():
-        if line.startswith("#") or not line.strip():
-            continue
-        tag, words = line.split(":")
-        for word in words.split():
-            form, _, base = word.partition("=")
-            if base:
-                irregular[form].add((base, tag))
-            tags[base or form].add(tag)
-    return WordList(tags, irregular)
-
-
+@lru_cache(maxsize=4)
 def open_words(folder: Path | None) -> WordList:
-    """WordNet's words in ``folder``; without one those where Debian's wordnet-base puts them, else the bundled list.
+    """The words of WordNet's files in ``folder``; without one those of WordNet 3.0, which comes with plait-clip.
 
     Raises:
-        FileNotFoundError: the folder holds no WordNet.
+        FileNotFoundError: the folder lacks one of WordNet's files.
+        ValueError: a file in it is not one of WordNet's.
     """
-    places = [folder] if folder is not None else [os.environ.get("WNSEARCHDIR"), "/usr/share/wordnet"]
-    for place in filter(None, places):
-        if (Path(place) / "index.noun").is_file():
-            return wordnet_words(Path(place))
-    if folder is not None:
-        raise FileNotFoundError(f"{folder} holds no index.noun; name WordNet's dict folder")
-    return bundled_words()
+    return wordnet_words(open_wordnet(folder))
 
 
 class LexiconTagger:
@@ -159,10 +134,12 @@ class LexiconTagger:
 
     def __call__(self, words: Sequence[str]) -> list[str]:
         candidates = [self._candidates(word) for word in words]
-        # Whether a noun follows, directly or after what can be adjectives.
+        # Whether a noun follows, directly or after what can be adjectives, also joined ones: "black and white dog".
         noun_follows = [False] * len(words)
         for i in reversed(range(len(words) - 1)):
-            noun_follows[i] = "NOUN" in candidates[i + 1] or ("ADJ" in candidates[i + 1] and noun_follows[i + 1])
+            following = candidates[i + 1]
+            joins = words[i + 1] in COORDINATORS and i + 2 < len(words) and "ADJ" in candidates[i + 2]
+            noun_follows[i] = "NOUN" in following or (noun_follows[i + 1] and ("ADJ" in following or joins))
         tags: list[str] = []
         for i, (word, can_be) in enumerate(zip(words, candidates, strict=True)):
             before = "" if i == 0 else "AUX" if words[i - 1] in AUXILIARIES else tags[-1]

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from plait import PlaitError, hookimpl
 from plait.fields import doc, in_range, one_of, output_path
-from plait_clip.backdoor.plugin.defences import SUSPICIOUS, copy_of, part_of, scratch
+from plait_clip.backdoor.plugin.defences import SUSPICIOUS, copy_of, part_of, scratch, sound_copy
+from plait_clip.backdoor.poison import flags_of
 from plait_clip.loader import Pairs as LoadedPairs
-from plait_clip.loader import caption_column
+from plait_clip.loader import check_captions, first_captions
 from plait_clip.plugin.errors import as_plait_errors
 
 from plait_ubt import tokens, ubt
@@ -217,12 +218,11 @@ class Ubt:
     def _inspect(self, model: Any, data: datasets.Dataset, reference: Any | None, run: Any) -> Evidence:
         """Steps 0 to 4: rank, overfit, rank again, find the forget words."""
         n_suspicious, n_normal = self._sizes(len(data))
+        check_captions(data, model, run.warn)
         pairs = _pairs(data, model)
         lettered = sum(map(tokens.has_letters, pairs.captions))
         if lettered < len(pairs) / 2:
-            run.warn(
-                f"{len(pairs) - lettered} captions hold no letter a-z; their words are taken to be split by blanks"
-            )
+            run.warn(f"{len(pairs) - lettered} captions hold no letter; their words are taken to be split by blanks")
 
         # Steps 0 and 1
         ranks_low = self.rank_mode == "low_reference"
@@ -230,7 +230,7 @@ class Ubt:
             raise PlaitError("rank_mode low_reference needs a clean model as reference; give one, or use top_poisoned")
         if not ranks_low:
             run.warn("pairs are ranked by the suspected model itself, which finds fewer of the poisoned ones")
-        ranker = copy_of(reference, run) if ranks_low else model
+        ranker = sound_copy(reference, run) if ranks_low else model
         folder = scratch(run, self, torch.nn.ModuleList([model, ranker]), data)
         similarity = ubt.similarities(
             ranker,
@@ -364,10 +364,8 @@ class Ubt:
 def _pairs(data: datasets.Dataset, model: Any) -> ubt.Pairs:
     """Images at the model's size, and the first caption of every image."""
     loaded = LoadedPairs(data, model)
-    cells = data.with_format(None)[caption_column(data)]
     return ubt.Pairs(
-        [cell if isinstance(cell, str) else cell[0] for cell in cells],
-        lambda rows: loaded.read([int(row) for row in rows], [0.0] * len(rows)).pixels,
+        first_captions(data), lambda rows: loaded.read([int(row) for row in rows], [0.0] * len(rows)).pixels
     )
 
 
@@ -375,9 +373,7 @@ def _oracle(
     data: datasets.Dataset, split: ubt.Split, draw: np.random.Generator, n_top: int
 ) -> tuple[ubt.Split, np.ndarray]:
     """The truth in place of the ranking, as an upper bound; the only place that reads ``is_backdoor``."""
-    if "is_backdoor" not in data.column_names:
-        raise PlaitError("detection is oracle, but the data have no column is_backdoor")
-    poisoned = np.flatnonzero(np.asarray(data["is_backdoor"], dtype=bool))
+    poisoned = np.flatnonzero(flags_of(data))
     if len(poisoned) == 0:
         raise PlaitError("detection is oracle, but no pair is marked in is_backdoor")
     rows = draw.permutation(poisoned)[:n_top]

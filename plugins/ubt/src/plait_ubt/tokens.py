@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-LETTERS = re.compile("[a-z]+")
+# Chinese characters: their words have no blanks between them, so each counts as a word.
+_HAN = re.compile("([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f])")
 
 
 def caption_words(caption: str) -> list[str]:
-    """Lower-cased ``[a-z]+`` runs; the blank-separated parts where there is no such letter."""
-    text = caption.lower()
-    return LETTERS.findall(text) or text.split()
+    """Lower-cased runs of letters of any alphabet, each Chinese character; blank-separated parts where there is no letter.
+
+    Words are in Unicode's composed form, so that "é" is the same letter however it is written.
+    """
+    text = unicodedata.normalize("NFC", caption.lower())
+    letters = "".join(letter if unicodedata.category(letter)[0] in "LM" else " " for letter in text)
+    return _HAN.sub(r" \1 ", letters).split() or text.split()
 
 
 def has_letters(caption: str) -> bool:
-    """Whether :func:`caption_words` finds words by letters (false e.g. for Chinese)."""
-    return LETTERS.search(caption.lower()) is not None
+    """Whether :func:`caption_words` finds words by letters (false for numbers and signs alone)."""
+    return any(letter.isalpha() for letter in caption)
 
 
 def plural_folding(captions: Collection[str]) -> dict[str, str]:

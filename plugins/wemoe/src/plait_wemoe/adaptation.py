@@ -12,16 +12,19 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from plait_wemoe.heads import logits_of
+from plait_wemoe.inputs import Inputs
+
 # A task has collapsed when its entropy is below 1 % of the greatest possible and one class takes most inputs.
 COLLAPSE_ENTROPY, COLLAPSE_SHARE, COLLAPSE_WINDOW = 0.01, 0.9, 10
 
-Encoder = Callable[[Tensor], Tensor]
+Encoder = Callable[[Inputs], Tensor]
 
 
 class Batches(Protocol):
     """A stream of unlabelled batches that can be entered at any step: ``batches[step]``."""
 
-    def __getitem__(self, step: int) -> Tensor: ...
+    def __getitem__(self, step: int) -> Inputs: ...
 
 
 def entropy(logits: Tensor, epsilon: float = 1e-8) -> Tensor:
@@ -63,7 +66,7 @@ def minimise_entropy(
     Args:
         parameters: the only tensors that change.
         encoder_at: step → function from inputs to features that depends on ``parameters``; called once a step.
-        heads: task → frozen function from features to logits.
+        heads: task → frozen function from features to logits, or a head inside the encoder.
         batches: task → unlabelled batches; steps 0, 1, … are asked for.
         lr_schedule: ``constant`` or ``cosine`` (to 0 at ``max_steps``).
         grad_accumulate: a backward pass after each task (same gradient, memory of one task).
@@ -94,7 +97,7 @@ def minimise_entropy(
         losses = {}
         total: Tensor | None = None
         for task, head in heads.items():
-            logits = head(encoder(batches[task][step]))
+            logits = logits_of(head, encoder, batches[task][step])
             loss = entropy(logits, entropy_eps)
             losses[task] = loss.item()
             if not math.isfinite(losses[task]):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from plait_wemoe.adaptation import Batches, Encoder, History, minimise_entropy
-from plait_wemoe.states import State, state_of, task_vectors
+from plait_wemoe.states import State, buffer_names, completed, merged_buffer, state_of, task_vectors, weight_names
 from plait_wemoe.static import add_to_base
 
 Heads = Mapping[str, Callable[[Tensor], Tensor]]
@@ -55,7 +55,7 @@ def adamerging(
 
     history = minimise_entropy(list(coefficients.parameters()), encoder_at, heads, batches, keep_graph=True, **training)
     with torch.no_grad():
-        return add_to_base(state, coefficients.combine(stacked)), history
+        return _merged(base, experts, coefficients.combine(stacked), "AdaMerging"), history
 
 
 class ConcreteMask(nn.Module):
@@ -95,7 +95,8 @@ def concrete_task_arithmetic(
     coefficients = Coefficients(list(stacked), len(experts), "task", scaling).to(_device(base)).requires_grad_(False)
     mask, history = _train_mask(base, state, stacked, coefficients, heads, batches, temperature, seed, training)
     with torch.no_grad():
-        return add_to_base(state, coefficients.combine(_masked(stacked, mask.sample(_seeded(seed, -1))))), history
+        masked = _masked(stacked, mask.sample(_seeded(seed, -1)))
+        return _merged(base, experts, coefficients.combine(masked), "Concrete task arithmetic"), history
 
 
 def concrete_adamerging(
@@ -129,7 +130,7 @@ def concrete_adamerging(
         list(coefficients.parameters()), encoder_at, heads, batches, keep_graph=True, checkpoint=checkpoint, **training
     )
     with torch.no_grad():
-        return add_to_base(state, coefficients.combine(masked)), history
+        return _merged(base, experts, coefficients.combine(masked), "Concrete AdaMerging"), history
 
 
 def _train_mask(
@@ -162,11 +163,23 @@ def _seeded(seed: int, step: int) -> torch.Generator:
 
 
 def _stacked(base: nn.Module, experts: Mapping[str, State]) -> tuple[State, dict[str, Tensor]]:
-    """The base's state and every entry's task vectors (T, *shape); entries that no expert changed are left out."""
-    state = state_of(base)
-    vectors = list(task_vectors(state, experts).values())
-    stacked = {name: torch.stack([vector[name] for vector in vectors]) for name in vectors[0]}
+    """The base's state with the experts' mean statistics, and every weight's task vectors (T, *shape).
+
+    Weights that no expert changed are left out.
+    """
+    state, buffers = state_of(base), buffer_names(base)
+    names = weight_names(state, buffers)
+    for name in state.keys() & buffers:
+        state[name] = merged_buffer(name, state[name], [expert[name] for expert in experts.values()])
+    vectors = list(task_vectors(state, experts, names).values())
+    stacked = {name: torch.stack([vector[name] for vector in vectors]) for name in names}
     return state, {name: tau for name, tau in stacked.items() if tau.any()}
+
+
+def _merged(base: nn.Module, experts: Mapping[str, State], change: Mapping[str, Tensor], method: str) -> State:
+    state = state_of(base)
+    moved = add_to_base(state, change)
+    return completed(state, experts, {name: moved[name] for name in change}, method, buffer_names(base))
 
 
 def _functional(model: nn.Module, state: State) -> Encoder:

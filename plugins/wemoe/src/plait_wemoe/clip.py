@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from plait_clip.model import ImageTextModel
 from plait_clip.zero_shot import zero_shot_head
 from torch import Tensor, nn
 
-from plait_wemoe.tasks import CosineHead, WithHeads, class_path, read_heads, save_module, write_heads
-from plait_wemoe.upscaling import WEMoE, import_class
+from plait_wemoe.heads import CosineHead
+from plait_wemoe.storing import load_module, save_module
+from plait_wemoe.tasks import WithHeads, read_heads, write_heads
+from plait_wemoe.upscaling import WEMoE
 
 
 class ImageTower(nn.Module):
@@ -38,6 +41,8 @@ class MergedImageText(ImageTextModel, WithHeads):
     Args:
         encoder: an :class:`ImageTower`, or a WEMoE whose backbone is one.
     """
+
+    stores_parts: ClassVar[bool] = True
 
     def __init__(self, encoder: nn.Module, heads: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -81,12 +86,12 @@ class MergedImageText(ImageTextModel, WithHeads):
 
     def save_pretrained(self, folder: str | Path) -> None:
         save_module(self.encoder, Path(folder) / "encoder")
-        write_heads(self.heads, Path(folder), {"encoder": class_path(self.encoder)})
+        write_heads(self.heads, Path(folder), {})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> MergedImageText:
-        config, heads = read_heads(folder)
-        return cls(import_class(config["encoder"]).from_pretrained(Path(folder) / "encoder"), heads)
+        _, heads = read_heads(folder)
+        return cls(load_module(Path(folder) / "encoder"), heads)
 
     @classmethod
     def _load(cls, folder: Path, about: dict) -> MergedImageText:

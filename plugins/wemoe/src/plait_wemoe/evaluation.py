@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait_wemoe.images import ImageColumn
+from plait_wemoe.columns import Column
+from plait_wemoe.inputs import Inputs, call, input_dtype, placed, take
 from plait_wemoe.tasks import WithHeads
 from plait_wemoe.training import LabelledTask
 from plait_wemoe.upscaling import WEMoE
@@ -17,11 +18,10 @@ from plait_wemoe.upscaling import WEMoE
 @torch.no_grad()
 def one_task_accuracy(model: WithHeads, tasks: Mapping[str, LabelledTask], batch_size: int) -> dict[str, float]:
     """Top-1 accuracy (%) of each task; a batch holds one task, in the order of the data."""
-    device = next(model.parameters()).device
     found = {}
     for name, task in tasks.items():
         predictions = [
-            model.logits(images.to(device), name).argmax(dim=1).cpu() for images in task.images.batches(batch_size)
+            model.logits(_for(model, inputs), name).argmax(dim=1).cpu() for inputs in task.inputs.batches(batch_size)
         ]
         found[name] = _percentage(torch.cat(predictions), task.labels)
     return found
@@ -31,31 +31,29 @@ def one_task_accuracy(model: WithHeads, tasks: Mapping[str, LabelledTask], batch
 def mixed_accuracy(
     model: WithHeads, tasks: Mapping[str, LabelledTask], batch_size: int, generator: torch.Generator
 ) -> dict[str, float]:
-    """As :func:`one_task_accuracy`, but all tasks' images are shuffled into common batches."""
-    device = next(model.parameters()).device
+    """As :func:`one_task_accuracy`, but all tasks' inputs are shuffled into common batches."""
     names = list(tasks)
-    places = torch.cat([torch.tensor([[i, row] for row in range(len(tasks[n].images))]) for i, n in enumerate(names)])
+    places = torch.cat([torch.tensor([[i, row] for row in range(len(tasks[n].inputs))]) for i, n in enumerate(names)])
     places = places[torch.randperm(len(places), generator=generator)]
     correct = dict.fromkeys(names, 0)
     for batch in places.split(batch_size):
         mine = {name: (batch[:, 0] == i).nonzero().squeeze(1) for i, name in enumerate(names)}
         mine = {name: places for name, places in mine.items() if len(places)}
-        images = torch.cat([tasks[name].images.read(batch[places, 1].tolist()) for name, places in mine.items()])
+        read = [tasks[name].inputs.read(batch[places, 1].tolist()) for name, places in mine.items()]
         order = torch.cat(list(mine.values())).argsort()  # from task after task to the shuffled order
-        features = model.features(images[order].to(device))
-        for name, here in mine.items():
-            predicted = model.heads[name](features[here.to(device)]).argmax(dim=1).cpu()
-            correct[name] += int((predicted == tasks[name].labels[batch[here, 1]]).sum())
-    return {name: 100 * correct[name] / len(tasks[name].images) for name in names}
+        inputs = _for(model, take(tasks[names[0]].inputs.join(read), order))
+        for name, logits in model.logits_by_task(inputs, mine).items():
+            correct[name] += int((logits.argmax(dim=1).cpu() == tasks[name].labels[batch[mine[name], 1]]).sum())
+    return {name: 100 * correct[name] / len(tasks[name].inputs) for name in names}
 
 
 @torch.no_grad()
-def task_routing(mixture: WEMoE, columns: Mapping[str, ImageColumn], batch_size: int) -> tuple[Tensor, Tensor]:
+def task_routing(mixture: WEMoE, columns: Mapping[str, Column], batch_size: int) -> tuple[Tensor, Tensor]:
     """Mean coefficients (K, tasks, T), and the share of samples whose largest one is expert t's, (K, tasks, T)."""
-    device = next(mixture.parameters()).device
     means, shares = [], []
     for column in columns.values():
-        weights = [mixture.routing_weights(images.to(device)).cpu() for images in column.batches(batch_size)]
+        batches = (_for(mixture, inputs) for inputs in column.batches(batch_size))
+        weights = [call(mixture.routing_weights, inputs).cpu() for inputs in batches]
         coefficients = torch.cat(weights, dim=1)
         means.append(coefficients.mean(dim=1))
         first = torch.nn.functional.one_hot(coefficients.argmax(dim=-1), coefficients.shape[-1])
@@ -87,3 +85,7 @@ def routing_figure(values: Tensor, tasks: list[str], experts: list[str], label: 
 
 def _percentage(predictions: Tensor, labels: Tensor) -> float:
     return 100 * (predictions == labels).double().mean().item()
+
+
+def _for(model: torch.nn.Module, inputs: Inputs) -> Inputs:
+    return placed(inputs, next(model.parameters()).device, input_dtype(model))

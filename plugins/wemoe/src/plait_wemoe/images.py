@@ -1,4 +1,4 @@
-"""Image columns of datasets as batches of tensors."""
+"""Image columns of datasets as batches of tensors, and any column in shuffled batches."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from plait_wemoe.inputs import Inputs, placed
 
 HELD_BYTES = 256 << 20
 
@@ -60,6 +62,10 @@ class ImageColumn:
             )
         return torch.from_numpy(np.stack(images)).movedim(-1, 1).float() / 255
 
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Batches one after the other as one."""
+        return torch.cat(list(parts))
+
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
         """The first ``limit`` images (``None``: all) in order."""
         end = len(self) if limit is None else min(limit, len(self))
@@ -73,12 +79,14 @@ class ShuffledBatches:
     Batch ``step`` depends on the seed and the step alone, so training can go on anywhere.
     """
 
-    def __init__(self, column: ImageColumn, batch_size: int, seed: int, device: Any = "cpu") -> None:
-        self.column, self.batch_size, self.seed, self.device = column, batch_size, seed, device
+    def __init__(
+        self, column: Any, batch_size: int, seed: int, device: Any = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
+        self.column, self.batch_size, self.seed, self.device, self.dtype = column, batch_size, seed, device, dtype
         self.per_epoch = -(-len(column) // batch_size)
 
-    def __getitem__(self, step: int) -> Tensor:
-        return self.column.read(self.rows(step)).to(self.device)
+    def __getitem__(self, step: int) -> Inputs:
+        return placed(self.column.read(self.rows(step)), self.device, self.dtype)
 
     def rows(self, step: int) -> list[int]:
         epoch, position = divmod(step, self.per_epoch)

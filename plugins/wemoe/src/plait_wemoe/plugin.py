@@ -18,18 +18,21 @@ from plait.report import Image, Panel, png
 
 from plait_wemoe import adaptive, static
 from plait_wemoe.adaptation import History, minimise_entropy
+from plait_wemoe.columns import Column, Reading, ShuffledBatches, column_of, reading_of, tokenizer_of
 from plait_wemoe.evaluation import mixed_accuracy, one_task_accuracy, routing_figure, task_routing
 from plait_wemoe.four_tasks import CLASSES, TASKS, four_tasks
-from plait_wemoe.images import ImageColumn, ShuffledBatches
-from plait_wemoe.pool import Features, Pool, columns_of, label_names, pool_of
-from plait_wemoe.states import State, fingerprint
-from plait_wemoe.tasks import CosineHead, IndividualModels, MultiTaskModel, WithHeads, feature_tensor, with_state
+from plait_wemoe.heads import CosineHead, Features, feature_tensor
+from plait_wemoe.inputs import Inputs, call, input_dtype, placed
+from plait_wemoe.pool import Pool, columns_of, label_names, pool_of
+from plait_wemoe.states import State, fingerprint, with_state
+from plait_wemoe.tasks import IndividualModels, MultiTaskModel, WithHeads
 from plait_wemoe.training import LabelledTask, first_per_class, train_tasks
 from plait_wemoe.upscaling import UpscaleConfig, upscale
 from plait_wemoe.vit import seeded_vit
 
 __plait_api__ = "0.1"
 
+STATISTICS_BATCH = 128
 ROUTING = ("sample", "batch", "fixed")
 
 
@@ -56,6 +59,9 @@ class Merging:
         default=None, metadata=doc("task → class names of image-text models; default: the names that the data declares")
     )
     strict: bool = attrs.field(default=False, metadata=doc("refuse an expert that equals the base, not only warn"))
+    tokenizer: Path | None = attrs.field(
+        default=None, metadata=doc("folder with the tokenizer of text models, for data with a column of texts")
+    )
 
     def pool(self, base: Any, experts: Mapping[str, Any], data: Mapping[str, Any] | None, run: Any) -> Pool:
         for name, value in (("experts", experts), ("data", data)):
@@ -69,6 +75,11 @@ class Merging:
             run.warn(f"expert {task!r} equals the base bit by bit; it adds nothing")
         return pool.to(run.device)
 
+    def columns(self, pool: Pool, data: Mapping[str, Any] | None, run: Any) -> dict[str, Column]:
+        """Every expert's unlabelled data."""
+        reading = reading_of(pool.base, pool.image_size, tokenizer_of(self.tokenizer), run.warn)
+        return columns_of(data, list(pool.encoders), reading)
+
 
 @attrs.frozen(kw_only=True)
 class Individual(Merging):
@@ -81,18 +92,45 @@ class Individual(Merging):
 
 
 @attrs.frozen(kw_only=True)
-class SimpleAverage(Merging):
+class OneModel(Merging):
+    """What methods have in common that make one model of all."""
+
+    statistics: Literal["average", "recompute"] = attrs.field(
+        default="average",
+        validator=one_of("average", "recompute"),
+        metadata=doc("running statistics of normalisation layers: the experts' mean, or anew from all the data"),
+    )
+
+    def finished(self, pool: Pool, encoder: torch.nn.Module, data: Any, run: Any) -> torch.nn.Module:
+        """The merged encoder as a model, with its statistics."""
+        if self.statistics == "recompute":
+            columns, features = self.columns(pool, data, run), Features(encoder).eval()
+            with torch.no_grad(), static.recomputed_statistics(features) as any_there:
+                for column in columns.values() if any_there else ():
+                    for inputs in column.batches(STATISTICS_BATCH):
+                        features(_on(run, encoder, inputs))
+            if not any_there:
+                run.warn("statistics is recompute, but the model has no layer with running statistics")
+        return pool.merged(encoder)
+
+    def merged(self, pool: Pool, state: State, data: Any, run: Any) -> torch.nn.Module:
+        return self.finished(pool, with_state(pool.base, state), data, run)
+
+
+@attrs.frozen(kw_only=True)
+class SimpleAverage(OneModel):
     """Mean of the experts' weights (Wortsman et al., ICML 2022)."""
 
     @hookimpl
     def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> torch.nn.Module:
         with told():
             pool = self.pool(base, experts, data, run)
-            return _merged(pool, static.simple_average(pool.base_state, pool.states))
+            state = static.simple_average(pool.base_state, pool.states, pool.buffers)
+            return self.merged(pool, state, data, run)
 
 
 @attrs.frozen(kw_only=True)
-class TaskArithmetic(Merging):
+class TaskArithmetic(OneModel):
     """Base plus scaled sum of the task vectors (Ilharco et al., ICLR 2023)."""
 
     scaling: float = attrs.field(default=0.3, validator=in_range(), metadata=doc("λ, factor of the sum"))
@@ -101,11 +139,12 @@ class TaskArithmetic(Merging):
     def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> torch.nn.Module:
         with told():
             pool = self.pool(base, experts, data, run)
-            return _merged(pool, static.task_arithmetic(pool.base_state, pool.states, self.scaling))
+            state = static.task_arithmetic(pool.base_state, pool.states, self.scaling, pool.buffers)
+            return self.merged(pool, state, data, run)
 
 
 @attrs.frozen(kw_only=True)
-class Ties(Merging):
+class Ties(OneModel):
     """Trim, elect sign, merge (Yadav et al., NeurIPS 2023)."""
 
     scaling: float = attrs.field(default=0.3, validator=in_range(), metadata=doc("λ, factor of the merged vector"))
@@ -120,13 +159,12 @@ class Ties(Merging):
     def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> torch.nn.Module:
         with told():
             pool = self.pool(base, experts, data, run)
-            return _merged(
-                pool, static.ties(pool.base_state, pool.states, self.scaling, self.keep, self.merge_function)
-            )
+            facts = (self.scaling, self.keep, self.merge_function, pool.buffers)
+            return self.merged(pool, static.ties(pool.base_state, pool.states, *facts), data, run)
 
 
 @attrs.frozen(kw_only=True)
-class Dare(Merging):
+class Dare(OneModel):
     """Randomly dropped and rescaled task vectors, then task arithmetic or TIES (Yu et al., ICML 2024)."""
 
     drop_rate: float = attrs.field(default=0.5, validator=in_range(0, 1, high_open=True), metadata=doc("share dropped"))
@@ -140,19 +178,20 @@ class Dare(Merging):
 
     @hookimpl
     def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> torch.nn.Module:
-        def join(base_state: State, states: Mapping[str, State]) -> State:
-            if self.then == "ties":
-                return static.ties(base_state, states, self.scaling, self.keep)
-            return static.task_arithmetic(base_state, states, self.scaling)
-
         with told():
             pool = self.pool(base, experts, data, run)
-            state = static.dare(pool.base_state, pool.states, self.drop_rate, join, run.generator("drop"))
-            return _merged(pool, state)
+
+            def join(base_state: State, states: Mapping[str, State]) -> State:
+                if self.then == "ties":
+                    return static.ties(base_state, states, self.scaling, self.keep, buffers=pool.buffers)
+                return static.task_arithmetic(base_state, states, self.scaling, pool.buffers)
+
+            facts = (self.drop_rate, join, run.generator("drop"), pool.buffers)
+            return self.merged(pool, static.dare(pool.base_state, pool.states, *facts), data, run)
 
 
 @attrs.frozen(kw_only=True)
-class Fisher(Merging):
+class Fisher(OneModel):
     """Average weighted by diagonal Fisher information, from unlabelled inputs (Matena & Raffel, NeurIPS 2022)."""
 
     num_examples: int = attrs.field(default=256, validator=in_range(1), metadata=doc("inputs per task"))
@@ -162,17 +201,18 @@ class Fisher(Merging):
     def merge(self, base: Any, experts: Any, data: Any, run: Any) -> torch.nn.Module:
         with told():
             pool = self.pool(base, experts, data, run)
-            columns = columns_of(data, list(experts), pool.image_size)
+            columns = self.columns(pool, data, run)
             information = {}
             for task, encoder in run.track(pool.encoders.items(), "Fisher information"):
                 features = Features(with_state(encoder, encoder.state_dict())).eval()
-                found = static.fisher_information(features, pool.heads[task], _few(columns[task], self, run))
+                found = static.fisher_information(features, pool.heads[task], _few(columns[task], self, encoder, run))
                 information[task] = {name.removeprefix("encoder."): value for name, value in found.items()}
-            return _merged(pool, static.fisher(pool.base_state, pool.states, information))
+            state = static.fisher(pool.base_state, pool.states, information, pool.buffers)
+            return self.merged(pool, state, data, run)
 
 
 @attrs.frozen(kw_only=True)
-class RegMean(Merging):
+class RegMean(OneModel):
     """Least squares for linear layers, average for the rest (Jin et al., ICLR 2023)."""
 
     num_examples: int = attrs.field(default=256, validator=in_range(1), metadata=doc("inputs per task"))
@@ -186,19 +226,19 @@ class RegMean(Merging):
     def merge(self, base: Any, experts: Any, data: Any, run: Any) -> torch.nn.Module:
         with told():
             pool = self.pool(base, experts, data, run)
-            columns = columns_of(data, list(experts), pool.image_size)
+            columns = self.columns(pool, data, run)
             grams = {
                 task: static.gram_matrices(
-                    with_state(encoder, encoder.state_dict()).eval(), _few(columns[task], self, run)
+                    with_state(encoder, encoder.state_dict()).eval(), _few(columns[task], self, encoder, run)
                 )
                 for task, encoder in run.track(pool.encoders.items(), "inner products")
             }
-            state = static.regmean(pool.base_state, pool.states, grams, self.off_diagonal, self.ridge)
-            return _merged(pool, state)
+            facts = (self.off_diagonal, self.ridge, pool.buffers)
+            return self.merged(pool, static.regmean(pool.base_state, pool.states, grams, *facts), data, run)
 
 
 @attrs.frozen(kw_only=True)
-class Adaptive(Merging):
+class Adaptive(OneModel):
     """What methods that train on unlabelled data have in common."""
 
     lr: float = attrs.field(default=1e-3, validator=in_range(0, low_open=True), metadata=doc("learning rate"))
@@ -218,10 +258,11 @@ class Adaptive(Merging):
     )
     checkpoint_every: int = attrs.field(default=100, validator=in_range(1), metadata=doc("steps between checkpoints"))
 
-    def training(self, pool: Pool, columns: Mapping[str, ImageColumn], run: Any) -> dict[str, Any]:
+    def training(self, pool: Pool, columns: Mapping[str, Column], run: Any) -> dict[str, Any]:
         """Arguments of :func:`minimise_entropy` for this step."""
+        dtype = input_dtype(pool.base)
         batches = {
-            task: ShuffledBatches(column, self.batch_size, run.derived_seed(f"batches/{task}"), run.device)
+            task: ShuffledBatches(column, self.batch_size, run.derived_seed(f"batches/{task}"), run.device, dtype)
             for task, column in columns.items()
         }
         return {
@@ -239,12 +280,12 @@ class Adaptive(Merging):
             "on_step": lambda step, losses: run.log(step=step, **{f"entropy {t}": loss for t, loss in losses.items()}),
         }
 
-    def _scratch(self, pool: Pool, columns: Mapping[str, ImageColumn], run: Any) -> Path:
-        """A folder for the state of this training: of this method, these models and images, and of no other."""
-        images = {task: column.fingerprint for task, column in columns.items()}
+    def _scratch(self, pool: Pool, columns: Mapping[str, Column], run: Any) -> Path:
+        """A folder for the state of this training: of this method, these models and inputs, and of no other."""
+        inputs = {task: column.fingerprint for task, column in columns.items()}
         models = (pool.base, *pool.encoders.values(), *pool.task_heads.values())
         weights = [fingerprint(model.state_dict()) for model in models]
-        facts = (plain(self), run.seed, run.step, images, weights)
+        facts = (plain(self), run.seed, run.step, inputs, weights)
         folder = run.folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -263,11 +304,11 @@ class AdaMerging(Adaptive):
     def merge(self, base: Any, experts: Any, data: Any, run: Any) -> torch.nn.Module:
         with told():
             pool = self.pool(base, experts, data, run)
-            training = self.training(pool, columns_of(data, list(experts), pool.image_size), run)
+            training = self.training(pool, self.columns(pool, data, run), run)
             features, states = _features(pool)
             state, history = adaptive.adamerging(features, states, level=self.level, initial=self.initial, **training)
             _tell(history, run)
-            return _merged(pool, _unprefixed(state))
+            return self.merged(pool, _unprefixed(state), data, run)
 
 
 @attrs.frozen(kw_only=True)
@@ -296,7 +337,7 @@ class Concrete(Adaptive):
     def merge(self, base: Any, experts: Any, data: Any, run: Any) -> torch.nn.Module:
         with told():
             pool = self.pool(base, experts, data, run)
-            training = self.training(pool, columns_of(data, list(experts), pool.image_size), run)
+            training = self.training(pool, self.columns(pool, data, run), run)
             features, states = _features(pool)
             mask = {"temperature": self.temperature, "seed": run.derived_seed("mask")}
             if self.then == "task-arithmetic":
@@ -308,7 +349,7 @@ class Concrete(Adaptive):
                     features, states, level=self.level, initial=self.scaling, **mask, **training
                 )
             _tell(history, run)
-            return _merged(pool, _unprefixed(state))
+            return self.merged(pool, _unprefixed(state), data, run)
 
 
 @attrs.frozen(kw_only=True)
@@ -384,32 +425,30 @@ class WEMoE(Adaptive):
     def merge(self, base: Any, experts: Any, data: Any, run: Any) -> torch.nn.Module:
         with told():
             pool = self.pool(base, experts, data, run)
-            columns = columns_of(data, list(experts), pool.image_size)
+            columns = self.columns(pool, data, run)
             if not 0 <= self.init_lambda <= 1:
                 run.warn(f"init_lambda is {self.init_lambda}, outside the usual [0, 1]")
             if self.eval_routing == "batch":
                 run.warn(
                     "eval_routing is batch: an output depends on its batch, and accuracy falls where tasks are mixed"
                 )
-            example = next(iter(columns.values())).read([0]).to(run.device)
+            example = _on(run, pool.base, next(iter(columns.values())).read([0]))
             mixture = upscale(pool.base, pool.encoders, example, self.config(), run.derived_seed("routers") % 2**63)
             mixture.eval().set_routing(self.train_routing)
             training = self.training(pool, columns, run)
             history = minimise_entropy(
                 mixture.router_parameters(),
-                lambda step: lambda images: feature_tensor(mixture(images)),
+                lambda step: lambda inputs: feature_tensor(call(mixture, inputs)),
                 **training,
             )
             _tell(history, run)
             if self.gate_prune_ratio is not None:
                 mixture.prune_routers(self.gate_prune_ratio)
-            model = pool.merged(mixture)
+            mixture.set_routing("sample" if self.eval_routing == "fixed" else self.eval_routing)
+            model = self.finished(pool, mixture, data, run)
             if self.eval_routing == "fixed":
-                mixture.set_routing("sample")
                 means, _ = task_routing(mixture, columns, batch_size=128)
                 mixture.set_routing("fixed", means.mean(dim=1))
-            else:
-                mixture.set_routing(self.eval_routing)
             return model
 
 
@@ -452,10 +491,6 @@ class EWEMoEPublished(EWEMoEFast):
     )
 
 
-def _merged(pool: Pool, state: State) -> torch.nn.Module:
-    return pool.merged(with_state(pool.base, state))
-
-
 def _features(pool: Pool) -> tuple[Features, dict[str, State]]:
     """The base as a function to feature tensors, and the experts' states under its names."""
     states = {task: {f"encoder.{name}": value for name, value in s.items()} for task, s in pool.states.items()}
@@ -466,8 +501,12 @@ def _unprefixed(state: State) -> State:
     return {name.removeprefix("encoder."): value for name, value in state.items()}
 
 
-def _few(column: ImageColumn, method: Fisher | RegMean, run: Any) -> Iterator[torch.Tensor]:
-    return (images.to(run.device) for images in column.batches(method.batch_size, method.num_examples))
+def _few(column: Column, method: Fisher | RegMean, model: torch.nn.Module, run: Any) -> Iterator[Inputs]:
+    return (_on(run, model, inputs) for inputs in column.batches(method.batch_size, method.num_examples))
+
+
+def _on(run: Any, model: torch.nn.Module, inputs: Inputs) -> Inputs:
+    return placed(inputs, run.device, input_dtype(model))
 
 
 def _tell(history: History, run: Any) -> None:
@@ -555,13 +594,14 @@ class MultiTaskTraining:
     examples_per_class: int | None = attrs.field(
         default=None, validator=in_range(1), metadata=doc("use the first ones of every class only; default: all")
     )
+    tokenizer: Path | None = attrs.field(default=None, metadata=doc("folder with the tokenizer of a text model"))
 
     @hookimpl
     def optimize(self, model: Any, data: Any, run: Any) -> MultiTaskModel:
         with told():
             if not isinstance(model, MultiTaskModel):
                 raise PlaitError(f"multi-task training needs a MultiTaskModel, not a {type(model).__name__}")
-            tasks = _labelled(data, getattr(model.encoder, "image_size", None), self.examples_per_class)
+            tasks = _labelled(data, _reading(model, self.tokenizer, run), self.examples_per_class)
             return train_tasks(
                 model.to(run.device),
                 tasks,
@@ -581,7 +621,7 @@ class MultiTaskTraining:
 class MultiTaskAccuracy:
     """Accuracy of every task and their mean, size, and what the routers do."""
 
-    batch_size: int = attrs.field(default=128, validator=in_range(1), metadata=doc("images at a time"))
+    batch_size: int = attrs.field(default=128, validator=in_range(1), metadata=doc("inputs at a time"))
     batches: tuple[Literal["one-task", "mixed"], ...] = attrs.field(
         default=("one-task",), metadata=doc("one-task: a batch holds one task's images in order; mixed: all, shuffled")
     )
@@ -589,6 +629,7 @@ class MultiTaskAccuracy:
         default=(), metadata=doc("routings to measure of models that route; default: the one each model is set to")
     )
     pictures: bool = attrs.field(default=True, metadata=doc("draw routing weights and first choices"))
+    tokenizer: Path | None = attrs.field(default=None, metadata=doc("folder with the tokenizer of text models"))
 
     @hookimpl
     def evaluate(self, model: Any, data: Any, run: Any) -> Report:
@@ -598,7 +639,7 @@ class MultiTaskAccuracy:
             for name, one in models.items():
                 if not isinstance(one, WithHeads):
                     raise PlaitError(f"evaluate: multi-task needs models with heads, not a {type(one).__name__}")
-                tasks = _labelled(data, _image_size(one))
+                tasks = _labelled(data, _reading(one, self.tokenizer, run))
                 one = one.to(run.device).eval()
                 size = {"parameters": stored_numbers(one), "bytes on disk": _bytes_on_disk(one)}
                 label = {"method": name} if name else {}
@@ -633,7 +674,7 @@ class MultiTaskAccuracy:
                 mixture.set_routing(before)
 
     def _panels(self, name: str, model: WithHeads, tasks: Mapping[str, LabelledTask]) -> list[Panel]:
-        columns = {task: part.images for task, part in tasks.items()}
+        columns = {task: part.inputs for task, part in tasks.items()}
         means, shares = task_routing(model.mixture, columns, self.batch_size)
         experts = list(model.mixture.experts)
         drawn = [(means, "mean coefficient"), (shares, "share of samples with this first choice")]
@@ -657,18 +698,20 @@ def stored_numbers(model: WithHeads) -> int:
 def _bytes_on_disk(model: WithHeads) -> int:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder))
-        return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
+        weights = [path for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".pt", ".bin")]
+        return sum(path.stat().st_size for path in weights)
 
 
-def _image_size(model: WithHeads) -> int | None:
+def _reading(model: WithHeads, tokenizer: Path | None, run: Any) -> Reading:
     if hasattr(model, "encode_image"):
-        return model.image_size
+        return reading_of(model, model.image_size, None)
     encoder = model.encoders[0] if isinstance(model, IndividualModels) else model.encoder
-    return getattr(getattr(encoder, "backbone", encoder), "image_size", None)
+    encoder = getattr(encoder, "backbone", encoder)
+    return reading_of(encoder, getattr(encoder, "image_size", None), tokenizer_of(tokenizer), run.warn)
 
 
-def _labelled(data: Any, size: int | None, per_class: int | None = None) -> dict[str, LabelledTask]:
-    """task → images and labels; ``per_class`` keeps the first ones of every class."""
+def _labelled(data: Any, reading: Reading, per_class: int | None = None) -> dict[str, LabelledTask]:
+    """task → inputs and labels; ``per_class`` keeps the first ones of every class."""
     if not isinstance(data, Mapping):
         raise PlaitError(f"data is a {type(data).__name__}; give a mapping from task to labelled data")
     found = {}
@@ -679,5 +722,5 @@ def _labelled(data: Any, size: int | None, per_class: int | None = None) -> dict
         if per_class is not None:
             rows = first_per_class(labels, per_class)
             part, labels = part.select(rows.tolist()), labels[rows]
-        found[task] = LabelledTask(ImageColumn(part, size), labels)
+        found[task] = LabelledTask(column_of(part, reading), labels)
     return found

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from plait_wemoe.images import ImageColumn
-from plait_wemoe.states import State, check_states, state_of
-from plait_wemoe.tasks import IndividualModels, MultiTaskModel, feature_tensor, head_name, split_head
+from plait_wemoe.columns import Column, Reading, column_of
+from plait_wemoe.heads import has_places, head_places, split_head
+from plait_wemoe.states import State, buffer_names, check_states, state_like, state_of
+from plait_wemoe.storing import Portable, check_storable, saves_itself
+from plait_wemoe.tasks import IndividualModels, MultiTaskModel
+from plait_wemoe.upscaling import WEMoE
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Encoders of one architecture, every task's own frozen head, and what to return a merged encoder as.
+    """Encoders of one architecture, every task's own head, and what to return a merged encoder as.
 
     Attributes:
         heads: of the experts' tasks, and of any other task that the base has a head for.
@@ -38,18 +41,33 @@ class Pool:
 
     @property
     def states(self) -> dict[str, State]:
-        return {task: state_of(encoder) for task, encoder in self.encoders.items()}
+        return {task: state_like(self.base, encoder) for task, encoder in self.encoders.items()}
+
+    @property
+    def buffers(self) -> set[str]:
+        return buffer_names(self.base)
 
     @property
     def task_heads(self) -> dict[str, nn.Module]:
         return {task: self.heads[task] for task in self.encoders}
 
     def merged(self, encoder: nn.Module) -> nn.Module:
-        return self.wrap(encoder, self.heads).requires_grad_(False).eval()
+        """The model to return, in evaluation mode; what could be trained in the base can be trained in it."""
+        flags = {name: parameter.requires_grad for name, parameter in self.base.named_parameters()}
+        backbone = encoder.backbone if isinstance(encoder, WEMoE) else encoder
+        routed = {id(p) for p in encoder.routed_parameters()} if isinstance(encoder, WEMoE) else set()
+        for name, parameter in backbone.named_parameters():
+            # A base that is frozen as a whole says nothing about which weights may move.
+            wanted = parameter.is_floating_point() and (flags.get(name, True) or not any(flags.values()))
+            parameter.requires_grad_(wanted and id(parameter) not in routed)
+        model = self.wrap(encoder, self.heads)
+        for head in self.heads.values():
+            head.requires_grad_(True)
+        return model.eval()
 
     def individual(self) -> IndividualModels:
         encoders = {task: copy.deepcopy(encoder) for task, encoder in self.encoders.items()}
-        return IndividualModels(encoders, self.task_heads).requires_grad_(False).eval()
+        return IndividualModels(encoders, {t: head.requires_grad_(True) for t, head in self.task_heads.items()}).eval()
 
     def to(self, device: torch.device) -> Pool:
         """The pool on a device; models that are elsewhere are copied, the caller's stay where they are."""
@@ -67,13 +85,14 @@ def pool_of(
     class_names: Mapping[str, Sequence[str]],
     templates: Sequence[str] | str,
 ) -> Pool:
-    """Take models apart into encoders and heads.
+    """Take models apart into encoders and heads. Encoders are made of the caller's own tensors.
 
     Args:
         class_names: of image-text models' tasks; other models bring their heads along.
 
     Raises:
-        ValueError, KeyError, TypeError: experts that cannot be merged, or have no head where others have one.
+        ValueError, KeyError, TypeError: experts that cannot be merged, or have no head where others have one; a
+            base that could not be stored.
     """
     if not experts:
         raise ValueError("there is no expert to merge; give at least one fine-tuned model")
@@ -106,27 +125,48 @@ def pool_of(
         }
         encoders = {task: ImageTower(model) for task, model in experts.items()}
         encoder, wrap, size = ImageTower(base), MergedImageText, base.image_size
-    elif all(isinstance(model, nn.Module) and head_name(model) for model in experts.values()):
-        parts = {task: split_head(model) for task, model in experts.items()}
-        encoders = {task: encoder for task, (encoder, _) in parts.items()}
-        heads = {task: head for task, (_, head) in parts.items()}
-        encoder = split_head(base)[0] if head_name(base) else base
-        wrap, size = MultiTaskModel, None
     else:
         for name, model in {"the base": base, **{f"expert {t!r}": model for t, model in experts.items()}}.items():
             if not isinstance(model, nn.Module):
                 raise TypeError(f"{name} is a {type(model).__name__}; give a torch module")
-        encoder, encoders = base, dict(experts)
-        heads = {task: nn.Identity() for task in experts}
-        wrap, size = whole, None
+        encoder, encoders, heads = _without_heads(base, experts)
+        wrap, size = MultiTaskModel if any(heads.values()) else whole, None
+        if wrap is whole:
+            heads = {task: nn.Identity() for task in experts}
+    check_storable(encoder)
     heads = {task: copy.deepcopy(head).requires_grad_(False) for task, head in heads.items()}
-    unchanged = check_states(state_of(encoder), {task: state_of(e) for task, e in encoders.items()})
-    return Pool(encoder, encoders, heads, wrap, size, unchanged)
+    states = {task: state_like(encoder, e) for task, e in encoders.items()}
+    return Pool(encoder, encoders, heads, wrap, size, check_states(state_of(encoder), states))
+
+
+def _without_heads(
+    base: nn.Module, experts: Mapping[str, nn.Module]
+) -> tuple[nn.Module, dict[str, nn.Module], dict[str, nn.Module | None]]:
+    """Classifiers apart from their heads, which are ``None`` where any expert has none: those are merged whole.
+
+    Raises:
+        ValueError: experts whose heads are in different places. KeyError: a base without the place.
+    """
+    places = {task: head_places(model) for task, model in experts.items()}
+    if not all(places.values()):
+        return base, dict(experts), dict.fromkeys(experts)
+    first = next(iter(places.values()))
+    if other := next((task for task, found in places.items() if found != first), None):
+        raise ValueError(
+            f"the head of expert {other!r} is {', '.join(places[other])}, that of another one {', '.join(first)}"
+        )
+    if not has_places(base, first):
+        raise KeyError(
+            f"the base is of another architecture than its experts: it has no module {first[0]!r}, where their heads are"
+        )
+    parts = {task: split_head(model, first) for task, model in experts.items()}
+    heads: dict[str, nn.Module | None] = {task: head for task, (_, head) in parts.items()}
+    return split_head(base, first)[0], {task: encoder for task, (encoder, _) in parts.items()}, heads
 
 
 def whole(model: nn.Module, heads: Mapping[str, nn.Module]) -> nn.Module:
-    """A model without heads is returned as it is."""
-    return model
+    """A model without heads is returned as it is, or in a wrapper that can save it."""
+    return model if saves_itself(model) else Portable(model)
 
 
 def _on(module: nn.Module, device: torch.device) -> nn.Module:
@@ -134,19 +174,8 @@ def _on(module: nn.Module, device: torch.device) -> nn.Module:
     return module if here else copy.deepcopy(module).to(device)
 
 
-class Features(nn.Module):
-    """An encoder whose output is the feature tensor, whatever it returns itself."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, images: Any) -> Any:
-        return feature_tensor(self.encoder(images))
-
-
-def columns_of(data: Mapping[str, Any] | None, tasks: Sequence[str], size: int | None) -> dict[str, ImageColumn]:
-    """The unlabelled images of every task.
+def columns_of(data: Mapping[str, Any] | None, tasks: Sequence[str], reading: Reading) -> dict[str, Column]:
+    """The unlabelled inputs of every task.
 
     Raises:
         KeyError: a task without data, or data of no task. ValueError: a task without samples.
@@ -159,7 +188,7 @@ def columns_of(data: Mapping[str, Any] | None, tasks: Sequence[str], size: int |
     found = {}
     for task in tasks:
         try:
-            found[task] = ImageColumn(data[task], size)
+            found[task] = column_of(data[task], reading)
         except ValueError as error:
             raise ValueError(f"task {task!r}: {error}") from error
     return found

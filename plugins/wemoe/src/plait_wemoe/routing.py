@@ -46,21 +46,28 @@ class Router(nn.Module):
         """Per-token coefficients, (B, S, width) → (B, S, T)."""
         if self.depth == 0:
             return self.weight.expand(*x.shape[:-1], -1)
-        return self.output(x if self.hidden is None else F.relu(self.hidden(x)))
+        return _linear(self.output, x if self.hidden is None else F.relu(_linear(self.hidden, x)))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean over tokens of :meth:`tokens`, (B, S, width) → (B, T); ``mask`` (B, S) weighs the tokens.
 
-        The mean is taken before the last linear, which is the same and S times cheaper.
+        A sample all of whose tokens are masked is read whole. The mean is taken before the last linear,
+        which is the same and S times cheaper.
         """
         if self.depth == 0:
             return self.weight.expand(x.shape[0], -1)
         if self.hidden is not None:
-            x = F.relu(self.hidden(x))
+            x = F.relu(_linear(self.hidden, x))
         if mask is None:
-            return self.output(x.mean(dim=1))
+            return _linear(self.output, x.mean(dim=1))
         mask = mask.to(x.dtype)
-        return self.output(torch.einsum("bs,bsd->bd", mask, x) / mask.sum(dim=1, keepdim=True))
+        mask = torch.where(mask.sum(dim=1, keepdim=True) > 0, mask, 1)
+        return _linear(self.output, torch.einsum("bs,bsd->bd", mask, x) / mask.sum(dim=1, keepdim=True))
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in the type of its input: a router computes in float32 whatever its weights were cast to."""
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
 def position_code(block: int, size: int) -> Tensor:

@@ -1,9 +1,10 @@
-"""State dicts of the models to merge: where they come from, what must hold, task vectors."""
+"""State dicts of the models to merge: where they come from, what must hold, task vectors, statistics."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,10 +12,14 @@ from torch import Tensor, nn
 
 State = dict[str, Tensor]
 Source = nn.Module | Mapping[str, Tensor] | str | Path
+# What normalisation layers track; in a state dict without its module they are known by these names.
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def state_of(source: Source) -> State:
     """The state dict of a module, a mapping, a ``.safetensors`` / ``torch.save`` file or a folder with one.
+
+    Of a module, a tensor with several names is there once, under the first of them.
 
     Raises:
         TypeError: an adapter (LoRA) is still unmerged, or the source is none of these.
@@ -23,7 +28,9 @@ def state_of(source: Source) -> State:
     if hasattr(source, "merge_and_unload"):
         raise TypeError(f"{type(source).__name__} carries unmerged adapters; call merge_and_unload() first")
     if isinstance(source, nn.Module):
-        return {name: value.detach() for name, value in source.state_dict().items()}
+        state = source.state_dict()
+        tied = tied_names(state)
+        return {name: value.detach() for name, value in state.items() if name not in tied and isinstance(value, Tensor)}
     if isinstance(source, Mapping):
         return dict(source)
     if not isinstance(source, (str, Path)):
@@ -39,6 +46,61 @@ def state_of(source: Source) -> State:
 
         return load_file(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def state_like(model: nn.Module, source: Source) -> State:
+    """:func:`state_of` under the names of ``model``: what is one tensor there may have any of its names.
+
+    Raises:
+        ValueError: what is one tensor in the model is two that differ in the source.
+    """
+    state = state_of(source)
+    for alias, name in tied_names(model.state_dict()).items():
+        value = state.pop(alias, None)
+        if value is None:
+            continue
+        if name in state and not torch.equal(state[name], value):
+            raise ValueError(
+                f"{name} and {alias} are one tensor in the base and differ in an expert; tie them there too"
+            )
+        state.setdefault(name, value)
+    return state
+
+
+def tied_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that are another one of the state again → the first name of that one."""
+    first: dict[tuple[object, ...], str] = {}
+    tied = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.device.type == "meta" or value.numel() == 0:
+            continue
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        if first.setdefault(place, name) != name:
+            tied[name] = first[place]
+    return tied
+
+
+def buffer_names(model: nn.Module) -> set[str]:
+    """Names of buffers, which are statistics and constants and not weights."""
+    return {name for name, _ in model.named_buffers(remove_duplicate=False)}
+
+
+def weight_names(state: Mapping[str, Tensor], buffers: Collection[str] | None = None) -> list[str]:
+    """Floating-point entries that are weights: no buffers, and tied tensors once.
+
+    Args:
+        buffers: see :func:`buffer_names`; ``None``: what is named as in :data:`STATISTICS`.
+    """
+    tied = tied_names(state)
+    return [
+        name
+        for name, value in state.items()
+        if value.is_floating_point() and name not in tied and not _is_buffer(name, buffers)
+    ]
+
+
+def _is_buffer(name: str, buffers: Collection[str] | None) -> bool:
+    return name.rpartition(".")[2] in STATISTICS if buffers is None else name in buffers
 
 
 def check_states(base: State, experts: Mapping[str, State]) -> list[str]:
@@ -64,7 +126,7 @@ def check_states(base: State, experts: Mapping[str, State]) -> list[str]:
                 raise ValueError(f"{name} is {tuple(value.shape)} in {expert}, {tuple(base[name].shape)} in the base")
             if value.is_floating_point() != base[name].is_floating_point():
                 raise TypeError(f"{name} is {value.dtype} in {expert}, {base[name].dtype} in the base; dequantise it")
-            if value.is_floating_point() and not torch.isfinite(value).all():
+            if not is_finite(value):
                 raise ValueError(f"{name} of {expert} holds a value that is not finite")
     for name, state in experts.items():
         if all(torch.equal(value.to(base[key].device), base[key]) for key, value in state.items()):
@@ -72,16 +134,103 @@ def check_states(base: State, experts: Mapping[str, State]) -> list[str]:
     return unchanged
 
 
-def task_vectors(base: State, experts: Mapping[str, State], dtype: torch.dtype = torch.float32) -> dict[str, State]:
-    """τ_t = θ_t − θ₀ of every floating-point entry, computed in ``dtype``."""
+def is_finite(value: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; integers always are."""
+    if not value.is_floating_point() or value.numel() == 0:
+        return True
+    low, high = torch.aminmax(value)  # a NaN is in both, and no mask as large as the tensor is made
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def completed(
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    weights: Mapping[str, Tensor],
+    method: str,
+    buffers: Collection[str] | None = None,
+) -> State:
+    """The whole state of a merged model, no tensor of which is one of the base's.
+
+    Args:
+        weights: merged weights; the base's stand where there are none.
+        method: what merged them, for the error.
+        buffers: see :func:`weight_names`. They are averaged over the experts, see :func:`merged_buffer`.
+
+    Raises:
+        ValueError: a merged entry that is not finite, or buffers that cannot be averaged.
+    """
+    tied, state = tied_names(base), State()
+    for name, value in base.items():
+        if name in tied:
+            state[name] = state[tied[name]]
+        elif name in weights:
+            state[name] = weights[name].to(value.dtype)
+        elif value.is_floating_point() and not _is_buffer(name, buffers):
+            state[name] = value.clone()
+        else:
+            state[name] = merged_buffer(name, value, [expert[name] for expert in experts.values()])
+        if not is_finite(state[name]):
+            worst = "NaN" if state[name].isnan().any() else f"beyond the range of {value.dtype}"
+            raise ValueError(
+                f"{name} merged by {method} is {worst}; lower its scaling, or convert base and experts to float32"
+            )
+    return state
+
+
+def merged_buffer(name: str, base: Tensor, values: Iterable[Tensor]) -> Tensor:
+    """The mean of a statistic, never beyond the experts' own values; an integer count is rounded.
+
+    Raises:
+        ValueError: integers that are no count (an index, a mask) and differ between the experts.
+    """
+    values = [value.to(base.device) for value in values]
+    if all(torch.equal(value, values[0]) for value in values):
+        return values[0].to(base.dtype, copy=True)
+    if base.is_floating_point() or base.is_complex():
+        wide = torch.promote_types(base.dtype, torch.float32)
+        return (sum(value.to(wide) for value in values) / len(values)).to(base.dtype)
+    if base.dim() == 0 and base.dtype != torch.bool:
+        return torch.stack(values).double().mean().round().to(base.dtype)
+    raise ValueError(f"buffer {name} holds {base.dtype} values that differ between the experts and have no mean")
+
+
+def task_vectors(
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    names: Collection[str],
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, State]:
+    """τ_t = θ_t − θ₀ of the entries named, computed in ``dtype``."""
     return {
-        expert: {name: task_vector(base[name], state[name], dtype) for name in base if base[name].is_floating_point()}
+        expert: {name: task_vector(base[name], state[name], dtype) for name in names}
         for expert, state in experts.items()
     }
 
 
 def task_vector(base: Tensor, expert: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return expert.to(base.device, dtype) - base.to(dtype)
+
+
+def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model that holds these very tensors; what ``state`` lacks is copied.
+
+    Raises:
+        KeyError: names that the model has not.
+    """
+    own = model.state_dict(keep_vars=True)
+    if unknown := state.keys() - own.keys():
+        raise KeyError(f"{type(model).__name__} has no entry {sorted(unknown)[0]!r}")
+    replaced = {}
+    for name, value in state.items():
+        old = own[name]
+        new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+        replaced.setdefault(id(old), new)
+    return copy.deepcopy(model, replaced)
+
+
+def same_tensors(model: nn.Module) -> nn.Module:
+    """A copy of the modules of a model around its own parameters and buffers."""
+    return copy.deepcopy(model, {id(value): value for value in (*model.parameters(), *model.buffers())})
 
 
 def fingerprint(state: State) -> str:

@@ -1,44 +1,86 @@
 """Baselines that merge once: one function per method, from state dicts to a state dict.
 
-Every function takes the state of the base and name → state of the fine-tuned experts. Floating-point
-entries are merged in float32 and returned in the base's type; others are the base's.
+Every function takes the state of the base and name → state of the fine-tuned experts. Weights are merged in
+float32 and returned in the base's type; a tensor with several names counts once. Buffers (``buffers`` names them;
+by default those of normalisation layers, by their names) are averaged over the experts: a variance or a count has
+no task vector. What comes out not finite is refused.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from plait_wemoe.states import State, task_vectors
+from plait_wemoe.heads import logits_of
+from plait_wemoe.inputs import Inputs, call, count, token_mask
+from plait_wemoe.states import State, completed, task_vectors, tied_names, weight_names
 
 MERGE_FUNCTIONS = ("sum", "mean", "max")
+PIECE = 1 << 18  # entries merged at a time
+Buffers = Collection[str] | None
 
 
-def simple_average(base: State, experts: Mapping[str, State]) -> State:
+def simple_average(base: State, experts: Mapping[str, State], buffers: Buffers = None) -> State:
     """(1/T) Σ_t θ_t; the base is not averaged in."""
-    return task_arithmetic(base, experts, 1 / len(experts))
+    return _scaled_sum(base, experts, 1 / len(experts), "simple average", buffers)
 
 
-def task_arithmetic(base: State, experts: Mapping[str, State], scaling: float) -> State:
+def task_arithmetic(base: State, experts: Mapping[str, State], scaling: float, buffers: Buffers = None) -> State:
     """θ₀ + λ Σ_t τ_t (Ilharco et al., ICLR 2023)."""
-    vectors = task_vectors(base, experts)
-    return add_to_base(base, {name: scaling * sum(v[name] for v in vectors.values()) for name in float_entries(base)})
+    return _scaled_sum(base, experts, scaling, "task arithmetic", buffers)
 
 
-def ties(base: State, experts: Mapping[str, State], scaling: float, keep: float, merge: str = "sum") -> State:
+def _scaled_sum(
+    base: State, experts: Mapping[str, State], scaling: float, method: str, buffers: Buffers = None
+) -> State:
+    merged = {
+        name: scaled_sum(base[name], [expert[name] for expert in experts.values()], scaling)
+        for name in weight_names(base, buffers)
+    }
+    return completed(base, experts, merged, method, buffers)
+
+
+def scaled_sum(base: Tensor, experts: Sequence[Tensor], scaling: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """θ₀ + λ Σ_t (θ_t − θ₀) of one tensor, summed in ``dtype``, in the type of the base.
+
+    It goes through the tensor in pieces that stay in a core's cache: nothing but the result is as large as it.
+    """
+    flat, flat_experts = base.reshape(-1), [expert.reshape(-1) for expert in experts]
+    merged = torch.empty_like(flat)
+    for start in range(0, len(flat), PIECE):
+        piece = slice(start, start + PIECE)
+        origin = flat[piece].to(dtype)
+        total = flat_experts[0][piece].to(base.device, dtype) - origin
+        for expert in flat_experts[1:]:
+            total += expert[piece].to(base.device, dtype) - origin
+        merged[piece] = total.mul_(scaling).add_(origin)
+    return merged.view(base.shape)
+
+
+def ties(
+    base: State,
+    experts: Mapping[str, State],
+    scaling: float,
+    keep: float,
+    merge: str = "sum",
+    buffers: Buffers = None,
+) -> State:
     """Trim, elect a sign, merge what agrees (Yadav et al., NeurIPS 2023).
 
     Args:
         keep: percentage of entries of each task vector that are kept (a fraction if ≤ 1).
         merge: how agreeing entries are joined: ``sum``, ``mean`` over the non-zero ones, or ``max`` magnitude.
     """
-    vectors = task_vectors(base, experts)
-    names = sorted(float_entries(base))
+    names = sorted(weight_names(base, buffers))
+    vectors = task_vectors(base, experts, names)
     flat = torch.stack([torch.cat([vector[name].flatten() for name in names]) for vector in vectors.values()])
-    return add_to_base(base, _unflatten(base, names, scaling * ties_merge(flat, keep, merge)))
+    del vectors
+    change = _unflatten(base, names, scaling * ties_merge(flat, keep, merge))
+    return completed(base, experts, _changed(base, change), "TIES", buffers)
 
 
 def ties_merge(vectors: Tensor, keep: float, merge: str = "sum") -> Tensor:
@@ -66,6 +108,7 @@ def dare(
     drop_rate: float,
     merge: Callable[[State, Mapping[str, State]], State],
     generator: torch.Generator,
+    buffers: Buffers = None,
 ) -> State:
     """Drop entries of the task vectors at random and rescale the rest by 1/(1 − p), then merge (Yu et al., ICML 2024).
 
@@ -75,19 +118,24 @@ def dare(
     """
     if not 0 <= drop_rate < 1:
         raise ValueError(f"drop_rate is {drop_rate}; allowed is [0, 1)")
-    thinned = {}
-    for expert, vector in task_vectors(base, experts).items():
+    names, thinned = sorted(weight_names(base, buffers)), {}
+    for expert, vector in task_vectors(base, experts, names).items():
         kept = {
             name: tau * (torch.rand(tau.shape, generator=generator) >= drop_rate).to(tau.device) / (1 - drop_rate)
-            for name, tau in sorted(vector.items())
+            for name, tau in vector.items()
         }
         # float32, so that θ₀ + τ loses no more than the merge itself
-        thinned[expert] = {name: base[name].float() + kept[name] if name in kept else base[name] for name in base}
+        moved = {name: base[name].to(kept[name].dtype) + kept[name] for name in names}
+        tied = tied_names(base)
+        thinned[expert] = {
+            name: moved[tied.get(name, name)] if tied.get(name, name) in moved else experts[expert][name]
+            for name in base
+        }
     return merge(base, thinned)
 
 
 def fisher_information(
-    encoder: nn.Module, head: Callable[[Tensor], Tensor], batches: Iterable[Tensor]
+    encoder: nn.Module, head: Callable[[Tensor], Tensor], batches: Iterable[Inputs]
 ) -> dict[str, Tensor]:
     """Diagonal Fisher information by squared gradients of Σ_n Σ_c √p_nc · log p_nc (√p constant), + 1e-6.
 
@@ -96,42 +144,50 @@ def fisher_information(
     encoder.requires_grad_(True)
     parameters = {name: p for name, p in encoder.named_parameters() if p.is_floating_point()}
     information = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-    count = 0
-    for images in batches:
-        log_p = head(encoder(images)).float().log_softmax(dim=-1)
+    samples = 0
+    for inputs in batches:
+        log_p = logits_of(head, encoder, inputs).float().log_softmax(dim=-1)
         total = (log_p.detach().exp().sqrt() * log_p).sum()
         gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 information[name] += gradient.float() ** 2
-        count += len(images)
-    return {name: value / count + 1e-6 for name, value in information.items()}
+        samples += count(inputs)
+    return {name: value / samples + 1e-6 for name, value in information.items()}
 
 
-def fisher(base: State, experts: Mapping[str, State], information: Mapping[str, Mapping[str, Tensor]]) -> State:
+def fisher(
+    base: State,
+    experts: Mapping[str, State],
+    information: Mapping[str, Mapping[str, Tensor]],
+    buffers: Buffers = None,
+) -> State:
     """Σ_t c_t F_t θ_t / Σ_t c_t F_t, with c_t that even out the norms of F_t (Matena & Raffel, NeurIPS 2022).
 
-    Entries without information (buffers) are averaged.
+    Weights without information are averaged.
     """
     norms = {t: torch.stack([value.norm() for value in information[t].values()]).norm() for t in experts}
     inverse = {t: 1 / (norm + 1e-6) for t, norm in norms.items()}
     coefficient = {t: value / sum(inverse.values()) / len(experts) for t, value in inverse.items()}
-    merged = dict(base)
-    for name in float_entries(base):
+    merged = {}
+    for name in weight_names(base, buffers):
         weights = {t: coefficient[t] * information[t][name] if name in information[t] else 1.0 for t in experts}
         total = sum(weights[t] * experts[t][name].float() for t in experts)
-        merged[name] = (total / sum(weights.values())).to(base[name].dtype)
-    return merged
+        merged[name] = total / sum(weights.values())
+    return completed(base, experts, merged, "Fisher", buffers)
 
 
-def gram_matrices(encoder: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Mean over tokens of x xᵀ for what enters every ``nn.Linear``: linear → (in, in)."""
+def gram_matrices(encoder: nn.Module, batches: Iterable[Inputs]) -> dict[str, Tensor]:
+    """Mean over tokens of x xᵀ for what enters every ``nn.Linear``: linear → (in, in). Padding is left out."""
+    current: Inputs = {}
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
     def record(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
-            x = args[0].detach().float().flatten(0, -2)
+            x = args[0].detach().float()
+            mask = token_mask(current, x)
+            x = x.flatten(0, -2) if mask is None else x[mask].flatten(0, -2)
             sums[name] = sums.get(name, 0) + x.T @ x
             counts[name] = counts.get(name, 0) + len(x)
 
@@ -141,8 +197,8 @@ def gram_matrices(encoder: nn.Module, batches: Iterable[Tensor]) -> dict[str, Te
     handles = [module.register_forward_hook(record(name)) for name, module in linears]
     try:
         with torch.no_grad():
-            for images in batches:
-                encoder(images)
+            for current in batches:  # the hooks read it
+                call(encoder, current)
     finally:
         for handle in handles:
             handle.remove()
@@ -155,16 +211,18 @@ def regmean(
     grams: Mapping[str, Mapping[str, Tensor]],
     off_diagonal: float = 0.6,
     ridge: float = 1e-6,
+    buffers: Buffers = None,
 ) -> State:
     """Linear layers by least squares on the experts' own inputs, the rest averaged (Jin et al., ICLR 2023).
 
     Wᵀ = (Σ G_t)⁻¹ Σ G_t W_tᵀ, off-diagonal entries of G_t scaled by ``off_diagonal``. ``ridge`` times the
     mean diagonal is added to every G_t, which keeps the solution where inputs do not span the space.
     """
-    merged = simple_average(base, experts)
+    names = set(weight_names(base, buffers))
+    merged = {name: scaled_sum(base[name], [e[name] for e in experts.values()], 1 / len(experts)) for name in names}
     for linear in set.intersection(*[set(gram) for gram in grams.values()]):
         name = f"{linear}.weight"
-        if name not in base:
+        if name not in names:
             continue
         shrunk = {}
         for t, gram in grams.items():
@@ -176,19 +234,35 @@ def regmean(
         right = sum(shrunk[t] @ experts[t][name].float().T for t in experts)
         factor = torch.linalg.cholesky(sum(shrunk.values()))
         merged[name] = torch.cholesky_solve(right, factor).T.to(base[name].dtype).contiguous()
-    return merged
+    return completed(base, experts, merged, "RegMean", buffers)
 
 
-def float_entries(state: State) -> list[str]:
-    return [name for name, value in state.items() if value.is_floating_point()]
+@contextmanager
+def recomputed_statistics(model: nn.Module) -> Iterator[bool]:
+    """Normalisation layers of the model start their running statistics anew, from what it is called with in the block.
+
+    They are the means over the calls. Gives whether there is such a layer.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+    before = [(norm.momentum, norm.training) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    try:
+        yield bool(norms)
+    finally:
+        for norm, (norm.momentum, training) in zip(norms, before, strict=True):
+            norm.train(training)
 
 
 def add_to_base(base: State, change: Mapping[str, Tensor]) -> State:
     """θ₀ + change where there is one, summed in the type of the change, in the type of the base."""
-    return {
-        name: (value.to(change[name].dtype) + change[name]).to(value.dtype) if name in change else value
-        for name, value in base.items()
-    }
+    return {**base, **_changed(base, change)}
+
+
+def _changed(base: State, change: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: (base[name].to(value.dtype) + value).to(base[name].dtype) for name, value in change.items()}
 
 
 def _unflatten(base: State, names: list[str], flat: Tensor) -> dict[str, Tensor]:

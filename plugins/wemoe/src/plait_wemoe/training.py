@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from plait_wemoe.images import ImageColumn, ShuffledBatches
+from plait_wemoe.columns import Column, ShuffledBatches
+from plait_wemoe.inputs import input_dtype, placed
 from plait_wemoe.tasks import MultiTaskModel
 
 
 @dataclass(frozen=True)
 class LabelledTask:
-    """Images of a task and their labels, int64 (N,)."""
+    """Inputs of a task and their labels, int64 (N,)."""
 
-    images: ImageColumn
+    inputs: Column
     labels: Tensor
 
 
@@ -57,16 +58,16 @@ def train_tasks(
         chosen += [parameter] if wanted else []
     if not any(p.requires_grad for p in model.encoder.parameters()):
         raise ValueError(f"trainable is {trainable!r}, which matches no parameter of the encoder")
-    device = chosen[0].device
+    device, dtype = chosen[0].device, input_dtype(model)
     streams = {
-        name: ShuffledBatches(task.images, batch_size, seed + index) for index, (name, task) in enumerate(tasks.items())
+        name: ShuffledBatches(task.inputs, batch_size, seed + index) for index, (name, task) in enumerate(tasks.items())
     }
     optimizer = torch.optim.AdamW(chosen, lr=lr, weight_decay=weight_decay)
     for step in track(range(num_steps)):
         losses = []
         for name, task in tasks.items():
             rows = streams[name].rows(step)
-            logits = model.logits(task.images.read(rows).to(device), name)
+            logits = model.logits(placed(task.inputs.read(rows), device, dtype), name)
             losses.append(F.cross_entropy(logits, task.labels[rows].to(device)))
         loss = torch.stack(losses).sum()
         if not torch.isfinite(loss):

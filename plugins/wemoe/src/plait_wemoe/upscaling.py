@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import safe_open
@@ -34,19 +34,34 @@ from plait_wemoe.ensembling import (
     SparseDeltas,
     store_deltas,
 )
+from plait_wemoe.inputs import Inputs, call
 from plait_wemoe.pruning import keep_above, magnitude_threshold, prune, prune_together
 from plait_wemoe.routing import Gate, Router, position_code
-from plait_wemoe.states import Source, State, check_states, fingerprint, state_of, task_vector
+from plait_wemoe.states import (
+    Source,
+    State,
+    buffer_names,
+    check_states,
+    completed,
+    fingerprint,
+    state_like,
+    state_of,
+    task_vector,
+    tied_names,
+    weight_names,
+    with_state,
+)
+from plait_wemoe.static import scaled_sum
+from plait_wemoe.storing import load_module, save_module
 
-_BLOCK = r"(?P<block>(?:.*\.)?(?:layers|resblocks|blocks|layer|block|h)\.\d+(?:\.layer\.\d+)?)\."
-# Module names of known families: CLIP, ViT (transformers, timm, open_clip), T5, BERT. Modules with the same
+_BLOCK = r"(?P<block>(?:.*\.)?(?:layers|resblocks|blocks|layer|block|h)\.(?:encoder_layer_)?\d+(?:\.layer\.\d+)?)\."
+# Module names of known families: CLIP, ViT (transformers, timm, open_clip, torchvision), T5, BERT. Modules with the same
 # ``block`` share coefficients; the router reads what enters the first of them.
 PATTERNS = {
     "mlp": _BLOCK + r"(?:mlp|ffn|feed_forward|DenseReluDense|intermediate\.dense|output\.dense)",
     "attention": _BLOCK + r"(?:self_attn|attn|attention|SelfAttention)",
 }
 GRANULARITY = ("tensor", "block", "model")
-Example = Tensor | Mapping[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +145,7 @@ class Block:
 
 
 def upscale(
-    base: nn.Module, experts: Mapping[str, Source], example: Example, config: UpscaleConfig, seed: int = 0
+    base: nn.Module, experts: Mapping[str, Source], example: Inputs, config: UpscaleConfig, seed: int = 0
 ) -> WEMoE:
     """Merge experts into a copy of the base; routers are at their first values.
 
@@ -146,30 +161,37 @@ def upscale(
             a pattern that matches no module, modules that cannot be up-scaled.
     """
     base_state = state_of(base)
-    expert_states = {name: state_of(source) for name, source in experts.items()}
+    expert_states = {name: state_like(base, source) for name, source in experts.items()}
     check_states(base_state, expert_states)
     blocks = find_blocks(base, example, config)
     linears = upscaled_linears(base, blocks)
-    _refuse_other_changes(base, blocks, linears, base_state, expert_states)
+    tied = tied_names(base.state_dict())
+    origin, tuned = _under_all_names(base_state, tied), {n: _under_all_names(s, tied) for n, s in expert_states.items()}
+    _refuse_other_changes(base, blocks, linears, origin, tuned)
 
-    backbone = copy.deepcopy(base)
-    backbone.load_state_dict(static_state(base_state, expert_states, linears, config))
-    model = WEMoE(backbone, blocks, tuple(experts), config, seed)
-    for task_vectors in pruned_task_vectors(base_state, expert_states, block_linears(base, blocks), config):
+    routed = {tied.get(entry, entry) for entry in _entries(origin, linears)}
+    static = static_state(base_state, expert_states, routed, config, buffer_names(base))
+    model = WEMoE(with_state(base, static), blocks, tuple(experts), config, seed)
+    for task_vectors in pruned_task_vectors(origin, tuned, block_linears(base, blocks), config):
         model.install(task_vectors)
     model.sources = {"base": fingerprint(base_state), **{n: fingerprint(s) for n, s in expert_states.items()}}
     return model
 
 
-def static_state(base: State, experts: Mapping[str, State], linears: Sequence[str], config: UpscaleConfig) -> State:
-    """θ₀ + λ Σ_t τ_t for every floating-point entry, but θ₀ itself for the up-scaled layers."""
-    routed = {f"{linear}.{kind}" for linear in linears for kind in ("weight", "bias")}
-    merged = dict(base)
-    for name, value in base.items():
-        if value.is_floating_point() and name not in routed:
-            total = sum(task_vector(value, state[name], config.dtype) for state in experts.values())
-            merged[name] = (value.to(config.dtype) + config.init_lambda * total).to(value.dtype)
-    return merged
+def _under_all_names(state: State, tied: Mapping[str, str]) -> State:
+    return {**state, **{alias: state[name] for alias, name in tied.items()}}
+
+
+def static_state(
+    base: State, experts: Mapping[str, State], routed: Collection[str], config: UpscaleConfig, buffers: Collection[str]
+) -> State:
+    """θ₀ + λ Σ_t τ_t for every weight, but θ₀ itself for ``routed`` ones; buffers are averaged over the experts."""
+    merged = {
+        name: scaled_sum(base[name], [state[name] for state in experts.values()], config.init_lambda, config.dtype)
+        for name in weight_names(base, buffers)
+        if name not in routed
+    }
+    return completed(base, experts, merged, "the static part of WEMoE", buffers)
 
 
 def pruned_task_vectors(
@@ -204,18 +226,22 @@ def _entries(base: State, linears: Sequence[str]) -> list[str]:
 # ------------------------------------------------------------------------- finding blocks and layouts
 
 
-def find_blocks(model: nn.Module, example: Example, config: UpscaleConfig) -> list[Block]:
+def find_blocks(model: nn.Module, example: Inputs, config: UpscaleConfig) -> list[Block]:
     """The blocks to up-scale, in the order of the model, those off the way of ``model(example)`` left out.
 
-    The samples' axis of a block is the one that grows when the model is given three samples, not two.
+    Modules that the model uses in several places are one block, which reads its input anew in each of them. The samples' axis of a block is the one that grows when the model is given three samples, not two.
     """
     patterns = [config.pattern] if config.pattern else [PATTERNS[part] for part in config.upscale]
     members: dict[str, list[str]] = {}
-    for name, _ in model.named_modules():
+    for name, _ in model.named_modules(remove_duplicate=False):
         for pattern in patterns:
             if found := re.fullmatch(pattern, name):
                 key = found.groupdict().get("block", name)
                 members.setdefault(f"{key} {pattern}", []).append(name)
+    objects = {key: tuple(id(model.get_submodule(name)) for name in names) for key, names in members.items()}
+    members = {
+        key: names for key, names in members.items() if key == next(k for k in objects if objects[k] == objects[key])
+    }
     shapes = {count: _input_shapes(model, example, [names[0] for names in members.values()], count) for count in (2, 3)}
     blocks = []
     for names in members.values():
@@ -242,7 +268,7 @@ def find_blocks(model: nn.Module, example: Example, config: UpscaleConfig) -> li
     return blocks
 
 
-def _input_shapes(model: nn.Module, example: Example, names: Sequence[str], count: int) -> dict[str, torch.Size]:
+def _input_shapes(model: nn.Module, example: Inputs, names: Sequence[str], count: int) -> dict[str, torch.Size]:
     """Shapes of what enters the named modules when the model is given ``count`` samples."""
     shapes: dict[str, torch.Size] = {}
 
@@ -265,15 +291,10 @@ def _input_shapes(model: nn.Module, example: Example, names: Sequence[str], coun
     return shapes
 
 
-def repeated(example: Example, count: int) -> Example:
+def repeated(example: Inputs, count: int) -> Inputs:
     if isinstance(example, Tensor):
         return example[:1].repeat(count, *[1] * (example.dim() - 1))
     return {name: repeated(value, count) for name, value in example.items()}
-
-
-def call(model: nn.Module, inputs: Example) -> Any:
-    """``model(inputs)``, or ``model(**inputs)`` for a mapping."""
-    return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
 
 
 def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -323,12 +344,16 @@ def _refuse_other_changes(
 class WEMoE(nn.Module):
     """A backbone whose up-scaled linear layers merge their weights by routers; called like the backbone.
 
-    Only :meth:`router_parameters` can be trained. Made by :func:`upscale` or :meth:`from_pretrained`.
+    Made by :func:`upscale` or :meth:`from_pretrained`; only :meth:`router_parameters` require gradients then. The
+    weights of up-scaled layers never do, see :meth:`routed_parameters`. Cast to half precision it keeps weights in it,
+    while routers and merging compute in float32.
 
     Attributes:
         experts: names, in the order of the coefficients; blocks: what is up-scaled.
         sources: name → SHA-256 of the weights that were merged.
     """
+
+    stores_parts: ClassVar[bool] = True
 
     def __init__(
         self, backbone: nn.Module, blocks: Sequence[Block], experts: Sequence[str], config: UpscaleConfig, seed: int = 0
@@ -365,6 +390,7 @@ class WEMoE(nn.Module):
         self.routers.to(device)
         self.gates.to(device)
         self._names = block_linears(backbone, self.blocks)
+        self._places = _places(backbone, self._names)
         self._linears: dict[str, EnsembledLinear] = {}
 
     def install(self, task_vectors: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
@@ -379,15 +405,16 @@ class WEMoE(nn.Module):
         layer.compute, layer.group_radius = self.config.compute, self.config.group_radius
         layer.merge_dtype = self.config.dtype
         self._linears[name] = layer
-        self.backbone.set_submodule(name, layer)
+        for place in self._places[name]:
+            self.backbone.set_submodule(place, layer)
         entry = self.backbone.get_submodule(self.blocks[number].modules[0])
         if not any(isinstance(hook, _Reading) for hook in entry._forward_pre_hooks.values()):
             entry.register_forward_pre_hook(_Reading(gate), with_kwargs=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        mask = kwargs.get("attention_mask")
+        mask = _attention_mask(self.backbone, args, kwargs)
         for gate in self.gates:
-            gate.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            gate.mask = mask
         try:
             return self.backbone(*args, **kwargs)
         finally:
@@ -398,6 +425,10 @@ class WEMoE(nn.Module):
 
     def router_parameters(self) -> list[nn.Parameter]:
         return list(self.routers.parameters())
+
+    def routed_parameters(self) -> list[nn.Parameter]:
+        """θ₀ of the up-scaled layers, which no gradient reaches."""
+        return [p for layer in self._linears.values() for p in (layer.weight, layer.bias) if p is not None]
 
     def set_routing(self, mode: str, weights: Tensor | None = None) -> Self:
         """Route by ``sample``, by ``batch``, or with ``fixed`` weights, (T,) or (K, T).
@@ -440,11 +471,12 @@ class WEMoE(nn.Module):
             dense = copy.deepcopy(backbone)
         for row, names in zip(weights, self._names, strict=True):
             for name in names:
-                weight, bias = self._linears[name].merged(row)
-                linear = dense.get_submodule(name)
-                linear.weight.copy_(weight)
+                layer, linear = self._linears[name], dense.get_submodule(name)
+                weight, bias = layer.merged(row)
+                # New ones: blocks that shared θ₀ need not share what it is merged to.
+                linear.weight = nn.Parameter(weight.to(layer.weight.dtype), layer.weight.requires_grad)
                 if bias is not None:
-                    linear.bias.copy_(bias)
+                    linear.bias = nn.Parameter(bias.to(layer.bias.dtype), layer.bias.requires_grad)
         return dense
 
     def prune_routers(self, ratio: float) -> None:
@@ -477,14 +509,16 @@ class WEMoE(nn.Module):
                 plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
                 plain.weight, plain.bias = layer.weight, layer.bias
                 plain.training = layer.training
-                self.backbone.set_submodule(name, plain)
+                for place in self._places[name]:
+                    self.backbone.set_submodule(place, plain)
             for module, found in hooks.items():
                 for key in [key for key, hook in found.items() if isinstance(hook, _Reading)]:
                     del module._forward_pre_hooks[key]
             yield self.backbone
         finally:
             for name, layer in layers.items():
-                self.backbone.set_submodule(name, layer)
+                for place in self._places[name]:
+                    self.backbone.set_submodule(place, layer)
             for module, found in hooks.items():
                 module._forward_pre_hooks.clear()
                 module._forward_pre_hooks.update(found)
@@ -494,14 +528,7 @@ class WEMoE(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with self.plain_backbone() as backbone:
-            saves_itself = hasattr(backbone, "save_pretrained") and hasattr(type(backbone), "from_pretrained")
-            if saves_itself:
-                backbone.save_pretrained(folder / "backbone")
-            else:
-                from safetensors.torch import save_model
-
-                (folder / "backbone").mkdir(exist_ok=True)
-                save_model(backbone, str(folder / "backbone" / "model.safetensors"))
+            save_module(backbone, folder / "backbone")
         tensors = {f"router.{name}": value for name, value in self.routers.state_dict().items()}
         for name, layer in self._linears.items():
             tensors |= _delta_tensors(name, layer, self.experts)
@@ -511,7 +538,6 @@ class WEMoE(nn.Module):
         tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
         save_file(tensors, folder / "moe.safetensors", {"format": "pt", "torch": torch.__version__})
         config = {
-            "backbone": f"{type(backbone).__module__}:{type(backbone).__qualname__}" if saves_itself else None,
             "experts": self.experts,
             "blocks": [dataclasses.asdict(block) for block in self.blocks],
             "routing": self.gates[0].routing,
@@ -521,34 +547,18 @@ class WEMoE(nn.Module):
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, backbone: nn.Module | None = None) -> Self:
-        """Load what :meth:`save_pretrained` wrote; neither base nor experts are needed.
-
-        Args:
-            backbone: a module of the same architecture (its weights are replaced); needed only where the
-                saved one has no ``save_pretrained`` of its own.
-        """
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Load what :meth:`save_pretrained` wrote; neither base nor experts are needed."""
         folder = Path(folder)
         config = json.loads((folder / "config.json").read_text())
-        if config["backbone"] is not None:
-            backbone = import_class(config["backbone"]).from_pretrained(folder / "backbone")
-        elif backbone is None:
-            raise ValueError(
-                f"the backbone in {folder} cannot build itself; pass a module of its architecture as backbone"
-            )
-        else:
-            from safetensors.torch import load_model
-
-            backbone = copy.deepcopy(backbone)
-            load_model(backbone, str(folder / "backbone" / "model.safetensors"))
+        backbone = load_module(folder / "backbone")
         fields = dict(config["upscale"], upscale=tuple(config["upscale"]["upscale"]))
         blocks = [Block(tuple(b["modules"]), b["width"], b["batch_axis"]) for b in config["blocks"]]
         model = cls(backbone, blocks, config["experts"], UpscaleConfig(**fields))
         model.sources = config["sources"]
         tensors = load_file(folder / "moe.safetensors")
-        model.routers.load_state_dict(
-            {name.removeprefix("router."): value for name, value in tensors.items() if name.startswith("router.")}
-        )
+        routers = {n.removeprefix("router."): value for n, value in tensors.items() if n.startswith("router.")}
+        model.routers.to(next(iter(routers.values())).dtype).load_state_dict(routers)
         for name in upscaled_linears(backbone, blocks):
             model._install(name, *_read_deltas(name, backbone.get_submodule(name), model.experts, tensors))
         fixed = [tensors[f"fixed.{index}"] for index in range(len(blocks)) if f"fixed.{index}" in tensors]
@@ -580,15 +590,27 @@ class _Reading:
         self.gate.route(first_tensor(args, kwargs))
 
 
-def import_class(path: str) -> Any:
-    """``package.module:Class``, which must be an ``nn.Module`` that loads itself."""
-    module, _, name = path.partition(":")
-    found: Any = import_module(module)
-    for part in name.split("."):
-        found = getattr(found, part)
-    if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "from_pretrained")):
-        raise TypeError(f"{path} is no module class with from_pretrained")
-    return found
+def _places(backbone: nn.Module, blocks: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Up-scaled layer → all its names in the model, but those that another block up-scales for itself."""
+    named, names = {name for block in blocks for name in block}, {}
+    for name, module in backbone.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return {
+        name: (name, *(n for n in names[id(backbone.get_submodule(name))] if n not in named)) for name in sorted(named)
+    }
+
+
+def _attention_mask(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The ``attention_mask`` (samples, tokens) of a call, by name, by position or inside a mapping of inputs."""
+    try:
+        given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    except TypeError:
+        given = kwargs  # what is wrong with the call, the call itself says best
+    for found in (kwargs, given, *(value for value in given.values() if isinstance(value, Mapping))):
+        mask = found.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return mask
+    return None
 
 
 def _delta_tensors(name: str, layer: EnsembledLinear, experts: Sequence[str]) -> dict[str, Tensor]:

@@ -25,9 +25,9 @@ from torchvision.transforms import AutoAugment
 
 from plait_clip.backdoor.eda import Synonyms, eda
 from plait_clip.backdoor.losses import self_supervised_loss
-from plait_clip.loader import caption_column, open_image, pixels_from_pil, undecoded
+from plait_clip.loader import caption_column, open_image, undecoded
 from plait_clip.losses import clip_loss
-from plait_clip.model import ImageTextModel
+from plait_clip.model import ImageInput, ImageTextModel
 from plait_clip.training import LossFn, adamw, train, warmup_cosine
 
 # --- Step 1: the two views of a batch --------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def view_batches(
     steps_of_epoch(pairs, batch_size)
     generator = torch.Generator().manual_seed(seed_of("order", seed, epoch))
     loader = DataLoader(
-        _Views(undecoded(pairs), model.image_size, model.image_input.resize, seed, epoch, augment_images),
+        _Views(undecoded(pairs), model.image_input, seed, epoch, augment_images),
         batch_size=batch_size,
         sampler=torch.randperm(len(pairs), generator=generator).tolist()[skip * batch_size :],
         drop_last=True,
@@ -112,8 +112,7 @@ def view_batches(
 @dataclass(frozen=True)
 class _Views(Dataset):
     pairs: datasets.Dataset
-    size: int
-    resize: str
+    image_input: ImageInput
     seed: int
     epoch: int
     augment_images: bool
@@ -127,10 +126,10 @@ class _Views(Dataset):
         image = open_image(pair["image"], row).convert("RGB")
         captions = pair["captions"] if "captions" in pair else [pair["caption"]]
         chosen = random.Random(f"caption/{self.seed}/{self.epoch}/{row}").choice(captions)
-        item = {"row": row, "image": pixels_from_pil(image, self.size, self.resize), "caption": chosen}
+        item = {"row": row, "image": self.image_input.from_pil(image), "caption": chosen}
         if self.augment_images:
             augmented = auto_augment(image, seed_of("auto-augment", self.seed, self.epoch, row))
-            item["augmented_image"] = pixels_from_pil(augmented, self.size, self.resize)
+            item["augmented_image"] = self.image_input.from_pil(augmented)
         return item
 
 
@@ -228,7 +227,8 @@ class FineTuning:
             after ``num_epochs``: the warm-up is skipped and the rate rises again in the last epoch. And parameters
             whose name contains bn, ln, bias or logit_scale are spared weight decay, rather than those of fewer than
             two dimensions.
-        optimizer_state: with ``official``, the state of an AdamW over :func:`official_groups` to start from.
+        optimizer_state: with ``official``, the state of an AdamW over :func:`official_groups` to start from; of a
+            checkpoint: :func:`official_optimizer_state`.
     """
 
     num_epochs: int = 10
@@ -279,11 +279,7 @@ def fine_tune(
 
 
 def optimizer(model: nn.Module, options: FineTuning) -> torch.optim.AdamW:
-    """AdamW with the weight decay of ``options``.
-
-    Raises:
-        ValueError: ``optimizer_state`` belongs to other parameters.
-    """
+    """AdamW with the weight decay of ``options``."""
     if not options.official:
         return adamw(
             model,
@@ -296,20 +292,87 @@ def optimizer(model: nn.Module, options: FineTuning) -> torch.optim.AdamW:
     result = torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps)
     if options.optimizer_state is not None:
         result.load_state_dict(dict(options.optimizer_state))
-        moments = [(p, result.state[p]["exp_avg"]) for group in groups for p in group["params"] if p in result.state]
-        if any(parameter.shape != moment.shape for parameter, moment in moments):
-            raise ValueError("the optimizer state is of parameters of other shapes or in another order")
     return result
 
 
 def official_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups by the authors' rule, which goes by names: without weight decay, then with."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    spared = [any(part in name for part in ("bn", "ln", "bias", "logit_scale")) for name, _ in named]
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    spared, decayed = _by_the_authors_rule(named)
     return [
-        {"params": [p for (_, p), spare in zip(named, spared, strict=True) if spare], "weight_decay": 0.0},
-        {"params": [p for (_, p), spare in zip(named, spared, strict=True) if not spare], "weight_decay": weight_decay},
+        {"params": [named[name] for name in spared], "weight_decay": 0.0},
+        {"params": [named[name] for name in decayed], "weight_decay": weight_decay},
     ]
+
+
+def _by_the_authors_rule(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Names of the parameters that are spared weight decay, and of the others."""
+    names = list(names)
+    spared = [name for name in names if any(part in name for part in ("bn", "ln", "bias", "logit_scale"))]
+    return spared, [name for name in names if name not in spared]
+
+
+def official_optimizer_state(checkpoint: Any, model: nn.Module) -> dict[str, Any]:
+    """The optimizer's state in a checkpoint of the authors' training, for an AdamW over :func:`official_groups`.
+
+    Such a state numbers the parameters in the order in which its own model has them, which is not that of every
+    implementation. The weights beside it are in that order too, and have names.
+
+    Args:
+        checkpoint: ``{"state_dict": weights by name, "optimizer": state of an AdamW in two groups}``.
+
+    Raises:
+        ValueError: it is no such checkpoint, or one of another model; says what differs.
+    """
+    content = checkpoint if isinstance(checkpoint, Mapping) else {}
+    state, weights = content.get("optimizer"), content.get("state_dict", content.get("model"))
+    if not isinstance(state, Mapping) or not {"state", "param_groups"} <= set(state):
+        raise ValueError(
+            "it has no entry 'optimizer' with an optimizer's state; give a checkpoint of the training itself"
+        )
+    if not isinstance(weights, Mapping):
+        raise ValueError("it has no entry 'state_dict' with the weights, which name the optimizer's parameters")
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own = {_bare(name): name for name in parameters}
+    theirs = [own[_bare(name)] for name in weights if _bare(name) in own]
+    missing = [name for name in own if own[name] not in theirs]
+    if missing:
+        raise ValueError(f"it is of another model: it lacks the weights {', '.join(missing[:3])}")
+    groups = _by_the_authors_rule(theirs)
+    sizes = [len(group["params"]) for group in state["param_groups"]]
+    if sizes != [len(group) for group in groups]:
+        raise ValueError(
+            f"its optimizer has groups of {' and '.join(map(str, sizes))} parameters; expected {len(groups[0])} without "
+            f"and {len(groups[1])} with weight decay, as in the authors' training"
+        )
+    number = {name: i for group, stored in zip(groups, state["param_groups"], strict=True)
+              for name, i in zip(group, stored["params"], strict=True)}  # fmt: skip
+    result = torch.optim.AdamW(official_groups(model, 0.0)).state_dict()
+    for group, names, stored in zip(
+        result["param_groups"], _by_the_authors_rule(parameters), state["param_groups"], strict=True
+    ):
+        group.update({key: stored[key] for key in ("lr", "betas", "eps", "weight_decay") if key in stored})
+        for i, name in zip(group["params"], names, strict=True):
+            moments = state["state"].get(number[name])
+            if moments is None:  # a parameter that was never moved
+                continue
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key not in moments or moments[key].shape != parameters[name].shape:
+                    raise ValueError(f"its {key} of {_bare(name)} is not of the model's shape; it is of another model")
+            result["state"][i] = {
+                "step": torch.as_tensor(float(moments["step"])),
+                **{key: moments[key] for key in ("exp_avg", "exp_avg_sq")},
+            }
+    if not result["state"]:
+        raise ValueError("its optimizer has not made a step yet, so it has no state; leave optimizer_checkpoint out")
+    return result
+
+
+def _bare(name: str) -> str:
+    """A parameter's name without what wrappers put before it."""
+    for prefix in ("module.", "_orig_mod.", "model."):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def clean_clip(

@@ -101,10 +101,6 @@ def training() -> Example:
     return _training()
 
 
-def clean_clip() -> Example:
-    return _training(synonyms="test-beds")
-
-
 def abl() -> Example:
     return _training(isolation_share=0.2, num_isolated=2)
 

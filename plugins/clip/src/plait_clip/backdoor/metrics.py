@@ -13,8 +13,9 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
-from plait_clip.backdoor.poison import Trigger, pixels, triggered
-from plait_clip.loader import open_image, pixels_from_pil, undecoded
+from plait_clip.backdoor.poison import Trigger, pixels, prepared
+from plait_clip.loader import open_image, undecoded
+from plait_clip.model import ImageInput
 from plait_clip.zero_shot import accuracy
 
 FEW_CLASSES = 20
@@ -75,38 +76,41 @@ def ranks_for(num_classes: int, wanted: Sequence[int]) -> list[int]:
 def triggered_batches(
     data: datasets.Dataset,
     trigger: Trigger,
-    size: int,
-    resize: str,
+    image_input: ImageInput,
+    model_input: ImageInput,
     *,
-    image_size: int | None = None,
     batch_size: int = 256,
     threads: int = 4,
-) -> Iterator[Tensor]:
-    """All images with the trigger, in order: uint8 ``[B, 3, size, size]``.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images with the trigger, in order, as the model takes them: uint8 ``[B, 3, S, S]``, and which it left as they are.
 
-    What is random in the trigger depends on the row number alone. The trigger is pasted before the model's resizing.
+    What is random in the trigger depends on the row number alone.
+
+    Args:
+        image_input: brings images to size before the trigger.
+        model_input: brings them to the model's size after it.
     """
     cells = undecoded(data).select_columns("image")
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(cells), batch_size):
             rows = range(start, min(start + batch_size, len(cells)))
-            images = list(pool.map(open_image, cells[start : rows.stop]["image"], rows))
-            yield torch.stack(
-                [_to_model(image, size, resize) for image in triggered(images, rows, trigger, image_size)]
-            )
+            plain = prepared(list(pool.map(open_image, cells[start : rows.stop]["image"], rows)), image_input)
+            changed = trigger(plain, rows)
+            seen = _to_model(changed, model_input)
+            yield seen, (seen == _to_model(plain, model_input)).flatten(1).all(dim=1)
 
 
-def _to_model(image: Tensor, size: int, resize: str) -> Tensor:
-    if image.shape[-2:] == (size, size):
-        return image
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    return torch.from_numpy(pixels_from_pil(picture, size, resize).copy())
+def _to_model(images: Tensor, model_input: ImageInput) -> Tensor:
+    if images.shape[-2:] == (model_input.size, model_input.size):
+        return images
+    return prepared([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images], model_input)
 
 
-def clean_images(data: datasets.Dataset, rows: Sequence[int], image_size: int | None = None) -> list[Tensor]:
-    """Some images as the trigger meets them: uint8 ``[3, H, W]`` each."""
+def images_of(data: datasets.Dataset, rows: Sequence[int], image_input: ImageInput | None = None) -> list[Tensor]:
+    """Some images, uint8 ``[3, H, W]`` each: as the trigger meets them, or at their own size."""
     cells = undecoded(data)
-    return [pixels(open_image(cells[row]["image"], row), image_size) for row in rows]
+    pictures = [open_image(cells[row]["image"], row) for row in rows]
+    return [pixels(picture) for picture in pictures] if image_input is None else list(prepared(pictures, image_input))
 
 
 # --- Detection ------------------------------------------------------------------------------------------------
@@ -120,6 +124,21 @@ class DetectionMetrics:
     recall: dict[int, float]
     auroc: float | None
     average_precision: float | None
+
+
+def scores_of(data: datasets.Dataset, column: str) -> np.ndarray:
+    """``[N]`` float, a column of suspicion scores; a missing score is NaN.
+
+    Raises:
+        ValueError: the column is missing or holds no numbers.
+    """
+    if column not in data.column_names:
+        raise ValueError(f"column {column!r} is missing; the data have {', '.join(data.column_names)}")
+    feature = data.features[column]
+    kind = feature.dtype if isinstance(feature, datasets.Value) else str(feature)
+    if not kind.startswith(("float", "int", "uint")):
+        raise ValueError(f"column {column!r} holds {kind}; scores are numbers")
+    return np.asarray(data.with_format(None).select_columns(column)[:][column], float)
 
 
 def detection_metrics(scores: np.ndarray, flags: np.ndarray, ks: Sequence[int]) -> DetectionMetrics:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from plait_clip.backdoor.clean_clip import auto_augment, seed_of
 from plait_clip.backdoor.triggers import centre_patch
-from plait_clip.loader import open_image, pixels_from_pil, undecoded
+from plait_clip.loader import open_image, undecoded
 from plait_clip.losses import clip_loss
 from plait_clip.model import ImageTextModel
 from plait_clip.zero_shot import evaluating
@@ -120,6 +120,5 @@ def _images(cells: Any, rows: Sequence[int], model: ImageTextModel, augment_seed
     pictures = [open_image(cells[row]["image"], row).convert("RGB") for row in rows]
     if augment_seed is not None:
         pictures = [auto_augment(image, seed_of(augment_seed, row)) for image, row in zip(pictures, rows, strict=True)]
-    size, resize = model.image_size, model.image_input.resize
-    stacked = np.stack([pixels_from_pil(image, size, resize) for image in pictures])
+    stacked = np.stack([model.image_input.from_pil(image) for image in pictures])
     return torch.from_numpy(stacked).to(model.device).float() / 255

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,12 @@ import numpy as np
 import torch
 from datasets.arrow_writer import ArrowWriter
 from PIL import Image
+from plait_vision.files import composed
 from torch import Tensor
 
+from plait_clip.backdoor.triggers import REFERENCE_SIDE
 from plait_clip.loader import caption_column, open_image, undecoded
+from plait_clip.model import ImageInput
 from plait_clip.prompts import fill
 from plait_clip.records import flattened
 
@@ -82,7 +84,34 @@ def captions_of(data: datasets.Dataset) -> Iterator[list[str]]:
 
 def contains(captions: Iterator[list[str]], target: str) -> np.ndarray:
     """``[N]`` bool: some caption of the row contains ``target`` (as a substring: "bananas" counts for banana)."""
-    return np.fromiter((any(target.lower() in caption.lower() for caption in row) for row in captions), bool)
+    return np.fromiter((any(names(caption, target) for caption in row) for row in captions), bool)
+
+
+def names(caption: str, target: str) -> bool:
+    """Whether the caption contains the target, in upper or lower case and in either Unicode form."""
+    return composed(target).lower() in composed(caption).lower()
+
+
+def flags_of(data: datasets.Dataset, column: str = IS_BACKDOOR) -> np.ndarray:
+    """``[N]`` bool, a column that marks rows.
+
+    Raises:
+        ValueError: it is missing, holds something else than true and false, or a row has no mark.
+    """
+    if column not in data.column_names:
+        raise ValueError(f"column {column!r} is missing; the data have {', '.join(data.column_names)}")
+    feature = data.features[column]
+    if feature != datasets.Value("bool"):
+        kind = feature.dtype if isinstance(feature, (datasets.Value, datasets.ClassLabel)) else feature
+        raise ValueError(
+            f"column {column!r} holds {kind}, not true and false; make a boolean column of it, such as by "
+            f"data.map(lambda row: {{{column!r}: row[{column!r}] == 1}}), or name another"
+        )
+    marks = data.with_format(None).select_columns(column)[:][column]
+    missing = next((row for row, mark in enumerate(marks) if mark is None), None)
+    if missing is not None:
+        raise ValueError(f"row {missing}: column {column!r} is empty; mark every row with true or false")
+    return np.asarray(marks, bool)
 
 
 # --- Which captions -------------------------------------------------------------------------------------------
@@ -114,33 +143,34 @@ def shuffled_among(rows: np.ndarray, share: float, rng: np.random.Generator) -> 
 # --- Which images ---------------------------------------------------------------------------------------------
 
 Trigger = Callable[[Tensor, Sequence[int]], Tensor]
+"""(uint8 ``[N, 3, S, S]``, N row numbers) → uint8 of that shape."""
 
 
-def triggered(
-    images: Sequence[Image.Image], rows: Sequence[int], trigger: Trigger, image_size: int | None = None
-) -> list[Tensor]:
-    """PIL images with the trigger: uint8 ``[3, H, W]`` each.
+def squashed(side: int) -> ImageInput:
+    """Images brought to a square, bicubic, aspect ratio ignored."""
+    return ImageInput(side, [0.0] * 3, [1.0] * 3, resize="squash")
 
-    Args:
-        trigger: (uint8 ``[N, 3, H, W]``, N row numbers) → uint8 of that shape.
-        image_size: squash the images to this side before (bicubic, aspect ratio ignored); ``None``: keep their size.
+
+def papers_input(data: datasets.Dataset, rows: Sequence[int]) -> ImageInput:
+    """Where no model says what it sees: squares of 224 pixels, as in the papers.
+
+    Images that are squares of one smaller size are taken to be made for their model, and stay as they are.
     """
-    plain = [pixels(image, image_size) for image in images]
-    result: dict[int, Tensor] = {}
-    by_shape = sorted(range(len(plain)), key=lambda i: plain[i].shape)
-    for _, same in itertools.groupby(by_shape, key=lambda i: plain[i].shape):
-        index = list(same)
-        changed = trigger(torch.stack([plain[i] for i in index]), [rows[i] for i in index])
-        result.update(zip(index, changed, strict=True))
-    return [result[i] for i in range(len(plain))]
+    cells = undecoded(data)
+    side = open_image(cells[rows[0]]["image"], rows[0]).width
+    if side < REFERENCE_SIDE and all(open_image(cells[row]["image"], row).size == (side, side) for row in rows):
+        return squashed(side)
+    return squashed(REFERENCE_SIDE)
 
 
-def pixels(image: Image.Image, image_size: int | None = None) -> Tensor:
-    """A PIL image of any mode as uint8 ``[3, H, W]``, squashed to ``image_size`` if given."""
-    image = image.convert("RGB")
-    if image_size is not None and image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def prepared(images: Sequence[Image.Image], image_input: ImageInput) -> Tensor:
+    """PIL images as the trigger meets them: uint8 ``[N, 3, S, S]``."""
+    return torch.from_numpy(np.stack([image_input.from_pil(image) for image in images]))
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """A PIL image of any mode as uint8 ``[3, H, W]``."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def encoded(image: Tensor, store: str) -> bytes:
@@ -165,7 +195,8 @@ def poisoned_table(
     trigger: Trigger,
     folder: Path,
     *,
-    image_size: int | None = None,
+    image_input: ImageInput,
+    model_input: ImageInput | None = None,
     store: str = "png",
     batch_size: int = 64,
 ) -> datasets.Dataset:
@@ -176,7 +207,18 @@ def poisoned_table(
     Args:
         poison_captions: poisoned row → its new caption; rows that are absent keep their captions.
         noise: clean row → row whose captions it gets.
+        image_input: brings images to size before the trigger.
+        model_input: what the attacked model does with the poisoned images; default: nothing more.
+
+    Raises:
+        ValueError: the data are poisoned already; the model would see a row's trigger in no pixel; names the row.
     """
+    there = [name for name in (IS_BACKDOOR, SOURCE_ROW) if name in data.column_names]
+    if there:
+        raise ValueError(
+            f"the data have the column {there[0]!r}, so they are poisoned already; attack the clean data, or remove "
+            f"{' and '.join(there)} first"
+        )
     cells = flattened(undecoded(data), folder / "flat.arrow")
     column = caption_column(data)
     clean = cells.add_column(IS_BACKDOOR, np.zeros(len(cells), bool))
@@ -192,11 +234,18 @@ def poisoned_table(
             rows = changed[start : start + batch_size]
             records = {row: cells[row] for row in rows}
             flagged = [row for row in rows if row in poisoned]
-            pictures = [open_image(records[row]["image"], row) for row in flagged]
-            images = dict(zip(flagged, triggered(pictures, flagged, trigger, image_size), strict=True))
+            images: dict[int, bytes] = {}
+            if flagged:
+                plain = prepared([open_image(records[row]["image"], row) for row in flagged], image_input)
+                for row, clean_image, image in zip(flagged, plain, trigger(plain, flagged), strict=True):
+                    images[row] = encoded(image, store)
+                    if _same_to_model(encoded(clean_image, store), images[row], model_input):
+                        raise ValueError(
+                            f"row {row}: the model sees nothing of the trigger; make it larger or stronger, or set image_size"
+                        )
             for row, record in records.items():
                 if row in images:
-                    record["image"] = {"bytes": encoded(images[row], store), "path": None}
+                    record["image"] = {"bytes": images[row], "path": None}
                 if row in poison_captions:
                     record[column] = [poison_captions[row]] if as_list else poison_captions[row]
                 if row in noise:
@@ -209,6 +258,13 @@ def poisoned_table(
     place = {row: len(cells) + i for i, row in enumerate(changed)}
     order = np.sort(np.concatenate([selection.poisoned, selection.kept])).tolist()
     return both.select([place.get(row, row) for row in order]).cast_column("image", datasets.Image())
+
+
+def _same_to_model(clean: bytes, poisoned: bytes, model_input: ImageInput | None) -> bool:
+    if model_input is None or clean == poisoned:
+        return clean == poisoned
+    seen = [model_input.from_pil(Image.open(io.BytesIO(content))) for content in (clean, poisoned)]
+    return np.array_equal(*seen)
 
 
 # --- The manifest ---------------------------------------------------------------------------------------------

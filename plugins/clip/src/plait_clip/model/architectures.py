@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 from open_clip.convert import convert_state_dict, load_big_vision_weights
 from open_clip.factory import get_model_config
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
+from plait.weights import read_weights
 from torch import Tensor
 
 from plait_clip import beds
@@ -121,6 +120,8 @@ def from_tag(name: str, tag: str, image_size: int | None = None) -> OpenClipMode
     if not found:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))) or "none"
         raise ValueError(f"pretrained {tag!r} is no weights of {name}; there are: {tags}")
+    if found.get("quick_gelu"):  # what the weights were trained with, whatever the name of the architecture says
+        config["quick_gelu"] = True
     path = _fetched(f"the weights {tag!r} of {name}", lambda: download_pretrained(found))
     model = from_config(
         config, tokenizer_source="" if config["text_cfg"].get("hf_tokenizer_name") else name, preprocess=found
@@ -182,14 +183,13 @@ def load_weights(model: OpenClipModel, path: str | Path) -> None:
     Position embeddings are interpolated to the model's image size and context length.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint, or one of another architecture.
+        ValueError: there is no such file, or it is no checkpoint, or one of another architecture.
     """
     inner = model.model
     if Path(path).suffix == ".npz":
         load_big_vision_weights(inner, str(path))
         return
-    state = convert_state_dict(inner, read_checkpoint(path))
+    state = convert_state_dict(inner, _without_marks(read_weights(path)))
     if "positional_embedding" in state and not hasattr(inner, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     for name in ("logit_scale", "logit_bias"):
@@ -205,8 +205,17 @@ def load_weights(model: OpenClipModel, path: str | Path) -> None:
 
 
 def from_checkpoint(path: str | Path) -> OpenClipModel:
-    """A model from a checkpoint alone, in the naming of OpenAI (as CleanCLIP keeps it); see :func:`infer_config`."""
-    state = read_checkpoint(path)
+    """A model from one of OpenAI's own files alone; see :func:`infer_config`.
+
+    Others of these shapes may have another activation or other heads, which weights do not show.
+
+    Raises:
+        ValueError: the file is not OpenAI's, so that an architecture has to be given; says which have its shapes.
+    """
+    state = read_weights(path)
+    if not set(_MARKS) & set(state):
+        raise ValueError(_question(path, state))
+    state = _without_marks(state)
     model = from_config(infer_config(state))
     try:
         model.model.load_state_dict(state)
@@ -217,35 +226,35 @@ def from_checkpoint(path: str | Path) -> OpenClipModel:
     return model
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a ``.safetensors`` or torch file: ``state_dict`` unpacked, ``module.`` stripped.
+# Numbers that OpenAI's files hold beside the weights, and nobody else's.
+_MARKS = ("input_resolution", "context_length", "vocab_size")
 
-    OpenAI's files are TorchScript archives; only their weights are read.
 
-    Raises:
-        FileNotFoundError, ValueError: as :func:`load_weights`.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path}: there is no such file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+def _without_marks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name not in _MARKS}
 
-            content: Any = load_file(path)
-        elif _is_torchscript(path):
-            content = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-    state = {re.sub(r"^module\.", "", name): value for name, value in state.items() if isinstance(value, Tensor)}
-    for name in ("input_resolution", "context_length", "vocab_size"):
-        state.pop(name, None)
-    if not state:
-        raise ValueError(f"checkpoint {path} holds no weights")
-    return state
+
+def _question(path: str | Path, state: Mapping[str, Tensor]) -> str:
+    """What to ask of the owner of a checkpoint that does not say what it is of."""
+    asked = f"checkpoint {path} shows neither its activation nor its heads; give its architecture too"
+    fitting = _of_these_shapes(infer_config(state))
+    if not fitting:
+        return f"{asked}, by name or as an open_clip JSON (OpenAI's and CleanCLIP's models have quick_gelu: true)"
+    return f"{asked}: {' or '.join(fitting)} (OpenAI's and CleanCLIP's models are those with -quickgelu)"
+
+
+def _of_these_shapes(config: Mapping[str, Any]) -> list[str]:
+    """The architectures of open_clip whose weights have the shapes of a configuration."""
+
+    def shapes(one: Mapping[str, Any]) -> Any:
+        vision, text = one["vision_cfg"], one["text_cfg"]
+        return (
+            one["embed_dim"],
+            *(vision.get(key) for key in ("layers", "width", "patch_size", "image_size", "timm_model_name")),
+            *(text.get(key) for key in ("context_length", "vocab_size", "width", "layers", "hf_model_name")),
+        )
+
+    return [name for name in open_clip.list_models() if shapes(get_model_config(name)) == shapes(config)]
 
 
 def infer_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -296,12 +305,3 @@ def _fetched(what: str, download: Callable[[], str]) -> str:
     except Exception as error:  # the hub's client raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConnectionError(f"{what} cannot be downloaded ({reason}); give a local folder or checkpoint") from error
-
-
-def _is_torchscript(path: Path) -> bool:
-    import zipfile
-
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())

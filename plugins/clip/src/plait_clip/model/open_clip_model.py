@@ -153,12 +153,15 @@ def image_input(preprocess: Mapping[str, Any], model: nn.Module) -> ImageInput:
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
         raise ValueError(f"the model takes images of {size}; only square ones are supported")
-    resize = {"shortest": "crop", "squash": "squash"}.get(preprocess.get("resize_mode", "shortest"))
+    given = {key: value for key, value in preprocess.items() if value is not None}
+    resize = {"shortest": "crop", "squash": "squash"}.get(given.get("resize_mode", "shortest"))
     if resize is None:
-        raise ValueError(f"resize_mode {preprocess['resize_mode']!r} is not supported; use shortest or squash")
-    mean = preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN)
-    std = preprocess.get("std", open_clip.OPENAI_DATASET_STD)
-    return ImageInput(sides.pop(), mean, std, resize=resize, interpolation=preprocess.get("interpolation", "bicubic"))
+        raise ValueError(f"resize_mode {given['resize_mode']!r} is not supported; use shortest or squash")
+    mean = given.get("mean", open_clip.OPENAI_DATASET_MEAN)
+    std = given.get("std", open_clip.OPENAI_DATASET_STD)
+    # "random" is for training; open_clip evaluates with bicubic then.
+    interpolation = "bilinear" if given.get("interpolation") == "bilinear" else "bicubic"
+    return ImageInput(sides.pop(), mean, std, resize=resize, interpolation=interpolation)
 
 
 def _encode_short(model: CLIP, tokens: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plait_clip.model.image_input import ImageInput
+from plait_clip.model.image_input import ImageInput, ProcessorInput
 from plait_clip.model.interface import ImageTextModel, write_about
 
 
@@ -135,10 +135,11 @@ class TransformersModel(ImageTextModel):
                 model = loader.from_pretrained(source, revision=revision)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
             processor = transformers.AutoImageProcessor.from_pretrained(source, revision=revision)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # of many kinds: of files, of JSON, of safetensors
+            reason = _lfs_pointer(Path(source)) or (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"transformers cannot load {source}: {reason}") from error
-        return cls(model, tokenizer, _image_input(processor))
+        _check_tokenizer(tokenizer, source)
+        return cls(model, tokenizer, ProcessorInput(processor))
 
     def save_pretrained(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -146,7 +147,12 @@ class TransformersModel(ImageTextModel):
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         about: dict[str, Any] = {"library": "transformers", "class": type(self.model).__name__}
-        about["image"] = self.image_input.config()
+        if isinstance(self.image_input, ProcessorInput):
+            self.image_input.processor.save_pretrained(folder)
+            # Its class too: transformers would choose between its implementations, which differ by some levels.
+            about["image_processor"] = type(self.image_input.processor).__name__
+        else:
+            about["image"] = self.image_input.config()
         if self._own_scale:
             about["log_scale"] = self.log_scale.item()
         write_about(folder, about)
@@ -159,17 +165,31 @@ class TransformersModel(ImageTextModel):
             model = getattr(transformers, about["class"]).from_pretrained(folder, dtype="auto")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         extra = {"log_scale": about["log_scale"]} if "log_scale" in about else {}
+        if "image_processor" in about:
+            processor = getattr(transformers, about["image_processor"]).from_pretrained(folder)
+            return cls(model, tokenizer, ProcessorInput(processor), **extra)
         return cls(model, tokenizer, ImageInput(**about["image"]), **extra)
 
 
-def _image_input(processor: Any) -> ImageInput:
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    height, width = (size["height"], size["width"]) if "height" in size else (size["shortest_edge"],) * 2
-    if height != width:
-        raise ValueError(f"the model takes images of {height} × {width}; only square ones are supported")
-    resize = "crop" if "shortest_edge" in processor.size else "squash"
-    interpolation = {2: "bilinear", 3: "bicubic"}.get(int(processor.resample), "bicubic")  # PIL's numbers
-    return ImageInput(height, processor.image_mean, processor.image_std, resize=resize, interpolation=interpolation)
+def _check_tokenizer(tokenizer: Any, source: str) -> None:
+    """Where a folder lacks the files of its tokenizer, transformers makes one that knows no word.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
+        raise ValueError(
+            f"{source} holds no tokenizer, so that all texts would be equal; add the model's own tokenizer files "
+            "(tokenizer.json, or vocab.json and merges.txt)"
+        )
+
+
+def _lfs_pointer(folder: Path) -> str | None:
+    """What to say of a folder in which a file was not fetched."""
+    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+            return f"{path.name} is a Git LFS pointer, not the file; fetch it with 'git lfs pull'"
+    return None
 
 
 @contextlib.contextmanager

@@ -10,9 +10,25 @@ import attrs
 import datasets
 from plait import PlaitError, hookimpl
 from plait.fields import doc, in_range, one_of
+from plait_vision.columns import is_saved_dataset, read_saved
+from plait_vision.files import Files, class_folders, composed
+from plait_vision.images import Transparency, check_rules
 
 from plait_clip import beds, prompts, records, sources
 from plait_clip.plugin.errors import as_plait_errors
+
+_TRANSPARENCY = doc(
+    "images with transparent pixels: refuse, drop the alpha channel, or the colour [R, G, B] behind them"
+)
+_SIXTEEN_BIT = doc("16-bit images: refuse them, or scale 0–65535 to 0–255 (colour by the high byte)")
+
+
+def _rules(method: ImageText | ClassFolder) -> dict[str, Any]:
+    """How images are decoded; only what is not the default."""
+    chosen = {"transparency": method.transparency, "sixteen_bit": method.sixteen_bit}
+    with as_plait_errors():
+        check_rules(**chosen)
+    return {name: rule for name, rule in chosen.items() if rule != "refuse"}
 
 
 def _bad_image_field() -> Any:
@@ -30,7 +46,7 @@ class ImageText:
     source: str = attrs.field(
         metadata=doc(
             "a .csv, .tsv, .json (also COCO's and Karpathy's), .jsonl or .parquet list, a WebDataset .tar, a folder with "
-            "metadata.csv, tars or a saved dataset, or owner/name on the Hugging Face hub"
+            "metadata.csv or tars (also one for each split), a saved dataset, or owner/name on the Hugging Face hub"
         )
     )
     split: str | None = attrs.field(default=None, metadata=doc("only this split; default: all that the source has"))
@@ -43,22 +59,35 @@ class ImageText:
         default="label", metadata=doc("column of class numbers or names, where there is one")
     )
     id_column: str | None = attrs.field(default=None, metadata=doc("column whose values must all differ"))
-    delimiter: str | None = attrs.field(default=None, metadata=doc("of a CSV list; default: comma, in .tsv tab"))
+    delimiter: str | None = attrs.field(default=None, metadata=doc("of a CSV list; default: as its header shows"))
+    encoding: str | None = attrs.field(
+        default=None, metadata=doc("of a CSV list; default: UTF-8, or by its byte order mark")
+    )
+    quotes: bool = attrs.field(
+        default=True, metadata=doc('whether a cell of a CSV list may stand between "; false takes them as they are')
+    )
     class_names: tuple[str, ...] | str | None = attrs.field(
         default=None, metadata=doc("class names in the order of the labels: imagenet, or a list; default: as found")
     )
     restval_in_train: bool = attrs.field(
         default=True, metadata=doc("Karpathy's split restval counts as train, as is usual for COCO")
     )
+    transparency: Transparency = attrs.field(default="refuse", metadata=_TRANSPARENCY)
+    sixteen_bit: Literal["refuse", "scale"] = attrs.field(
+        default="refuse", validator=one_of("refuse", "scale"), metadata=_SIXTEEN_BIT
+    )
     on_bad_image: Literal["raise", "skip"] = _bad_image_field()
+
+    def __attrs_post_init__(self) -> None:
+        _rules(self)
 
     @hookimpl
     def load_data(self, run: Any) -> datasets.Dataset | dict[str, datasets.Dataset]:
         with as_plait_errors():
             path = Path(self.source).expanduser()
-            saved = [name for name in ("dataset_info.json", "dataset_dict.json") if (path / name).is_file()]
+            saved = is_saved_dataset(path)
             hub = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", self.source) and not path.suffix
-            parts, skipped = self._datasets(path, bool(hub)) if saved or hub else self._rows(path, run)
+            parts, skipped = self._datasets(path, bool(hub), run) if saved or hub else self._rows(path, run)
         if skipped:
             run.warn(f"{skipped} rows without a readable image were left out")
         if self.split is not None:
@@ -71,7 +100,8 @@ class ImageText:
         columns = sources.Columns(
             image=self.image_column, caption=self.caption_column, label=self.label_column, id=self.id_column
         )
-        rows = run.track(sources.read(path, columns, self.image_root, self.delimiter), "reading images")
+        table = sources.Table(delimiter=self.delimiter, encoding=self.encoding, quotes=self.quotes)
+        rows = run.track(sources.read(path, columns, self.image_root, table), "reading images")
         if self.restval_in_train:
             rows = (attrs.evolve(row, split="train") if row.split == "restval" else row for row in rows)
         seen: set[str] = set()
@@ -80,14 +110,14 @@ class ImageText:
         names = None if self.class_names is None else prompts.class_names(self.class_names)
         skip = self.on_bad_image == "skip"
         try:
-            return records.from_rows(rows, run.folder / "rows", names=names, skip_bad_images=skip)
+            return records.from_rows(rows, run.folder / "rows", names=names, rules=_rules(self), skip_bad_images=skip)
         except ValueError:
             if seen and self.split not in seen:
                 have = ", ".join(sorted(filter(None, seen))) or "none, so leave it out"
                 raise PlaitError(f"split is {self.split!r}; the rows of {path} have the splits: {have}") from None
             raise
 
-    def _datasets(self, path: Path, hub: bool) -> tuple[dict[str, datasets.Dataset], int]:
+    def _datasets(self, path: Path, hub: bool, run: Any) -> tuple[dict[str, datasets.Dataset], int]:
         if hub:
             try:
                 found = datasets.load_dataset(self.source, split=self.split)
@@ -95,25 +125,34 @@ class ImageText:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise PlaitError(f"source {self.source} is no file here and cannot be downloaded ({reason})") from error
         else:
-            found = datasets.load_from_disk(str(path))
-        parts = dict(found) if isinstance(found, dict) else {self.split if hub and self.split else "": found}
+            found = read_saved(path)
+        parts = dict(found) if isinstance(found, dict) else {self.split or "": found}
         if self.split is not None and self.split in parts:
             parts = {self.split: parts[self.split]}
         checked, skipped = {}, 0
         for name, part in parts.items():
             skip = self.on_bad_image == "skip"
             checked[name], missing = records.from_dataset(
-                part, image=self.image_column, caption=self.caption_column, skip_bad_images=skip
+                part,
+                image=self.image_column,
+                caption=self.caption_column,
+                label=self.label_column,
+                folder=run.folder / "rows",
+                rules=_rules(self),
+                skip_bad_images=skip,
             )
             skipped += missing
-        return checked, skipped
+        names = None if self.class_names is None else prompts.class_names(self.class_names)
+        return records.with_label_names(checked, names), skipped
 
 
 @attrs.frozen(kw_only=True)
 class ClassFolder:
     """A folder of images for each class, captioned by templates; folders of splits may lie between."""
 
-    folder: Path = attrs.field(metadata=doc("holds <class>/<image> or <split>/<class>/<image>"))
+    folder: Path = attrs.field(
+        metadata=doc("a folder, zip or tar that holds <class>/<image> or <split>/<class>/<image>")
+    )
     templates: tuple[str, ...] | str = attrs.field(
         default="photo",
         metadata=doc(
@@ -123,27 +162,36 @@ class ClassFolder:
     class_names: dict[str, str] = attrs.field(
         factory=dict, metadata=doc("class folder: its name in captions; default: the folder's name, _ as blank")
     )
+    transparency: Transparency = attrs.field(default="refuse", metadata=_TRANSPARENCY)
+    sixteen_bit: Literal["refuse", "scale"] = attrs.field(
+        default="refuse", validator=one_of("refuse", "scale"), metadata=_SIXTEEN_BIT
+    )
     on_bad_image: Literal["raise", "skip"] = _bad_image_field()
+
+    def __attrs_post_init__(self) -> None:
+        _rules(self)
 
     @hookimpl
     def load_data(self, run: Any) -> datasets.Dataset | dict[str, datasets.Dataset]:
-        root = self.folder.expanduser()
         parts, skipped = {}, 0
-        with as_plait_errors():
-            splits = sources.class_folders(root)
+        with as_plait_errors(), Files(self.folder) as files:
+            splits = class_folders(files)
             # One list of classes for all splits, so that a label means the same in each.
             classes = sorted({child for found in splits.values() for child in found})
-            unknown = sorted(set(self.class_names) - set(classes))
+            chosen = {composed(child): name for child, name in self.class_names.items()}
+            unknown = sorted(set(chosen) - set(classes))
             if unknown:
-                raise PlaitError(f"class_names names {unknown[0]!r}, which is no class folder of {root}")
-            names = [self.class_names.get(child, child.replace("_", " ")) for child in classes]
+                raise PlaitError(f"class_names names {unknown[0]!r}, which is no class folder of {files.path}")
+            names = {child: chosen.get(child, child.replace("_", " ")) for child in classes}
             texts = prompts.templates(self.templates)
             for split, found in splits.items():
-                rows = run.track(
-                    sources.class_rows(root / split, classes, names, texts, found), f"reading {split or root.name}"
-                )
+                rows = run.track(sources.class_rows(files, found, names, texts), f"reading {split or files.path.name}")
                 part, missing = records.from_rows(
-                    rows, run.folder / "rows", names=names, skip_bad_images=self.on_bad_image == "skip"
+                    rows,
+                    run.folder / "rows",
+                    names=list(names.values()),
+                    rules=_rules(self),
+                    skip_bad_images=self.on_bad_image == "skip",
                 )
                 parts[split], skipped = part[""], skipped + missing
         if skipped:

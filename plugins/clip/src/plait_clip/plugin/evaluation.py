@@ -123,7 +123,7 @@ class LinearProbe:
             splits = _Splits(data, self.target)
 
             def features(part: Any) -> torch.Tensor:
-                batches = image_batches(part, model.image_size, batch_size=256, resize=model.image_input.resize)
+                batches = image_batches(part, model.image_input, batch_size=256)
                 return torch.cat(list(zs.image_features(model, batches, normalise=False, precision=self.precision)))
 
             layer = probe.linear_probe(
@@ -183,7 +183,7 @@ class SupervisedFineTune:
             )
 
             def predict(part: Any) -> torch.Tensor:
-                batches = image_batches(part, model.image_size, batch_size=256, resize=model.image_input.resize)
+                batches = image_batches(part, model.image_input, batch_size=256)
                 with zs.evaluating(classifier, self.precision):
                     logits = [classifier(images.to(model.device).float() / 255) for images in batches]
                 return torch.cat(logits).argmax(dim=1).cpu()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import attrs
@@ -16,14 +15,22 @@ from plait import PlaitError, Report, hookimpl
 from plait.fields import doc, in_range
 from plait.report import Image as Picture
 from plait.report import Panel, png
+from plait_vision.files import Files, class_folders
+from plait_vision.images import as_cell
+from plait_vision.writing import write_rows
 
 from plait_federated import partition
 from plait_federated.figures import partition_figure
-from plait_federated.plugin.tables import class_names, labels_of, split_of, train_of, user_errors
+from plait_federated.plugin.tables import (
+    class_names,
+    labels_of,
+    split_of,
+    train_of,
+    user_errors,
+    with_numbered_classes,
+)
 
 __plait_api__ = "0.1"
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
 @contextmanager
@@ -58,63 +65,35 @@ class Digits8x8:
 
 @attrs.frozen(kw_only=True)
 class ImageClasses:
-    """Images in class folders: a folder or zip with ``train/<class>/…`` and ``test/<class>/…``."""
+    """Images in class folders: a folder, zip or tar with ``train/<class>/…`` and ``test/<class>/…``."""
 
-    path: Path = attrs.field(converter=Path, metadata=doc("folder or zip file"))
+    path: Path = attrs.field(converter=Path, metadata=doc("folder, zip or tar"))
     max_per_class: int | None = attrs.field(
         default=None, validator=in_range(1), metadata=doc("take the first so many images of each class; null takes all")
     )
 
     @hookimpl
     def load_data(self, run) -> dict[str, Dataset]:
-        splits = self._files()
-        names = tuple(sorted({label for files in splits.values() for label in files}))  # a list would be cut in shards
-        features = Features({"image": Image(), "label": ClassLabel(names=list(names))})
-        with without_progress_bars():
+        with Files(self.path) as files:
+            found = class_folders(files)
+            if "train" not in found:
+                splits = ", ".join(filter(None, found)) or "none"
+                raise PlaitError(f"{str(self.path)!r} has no images under train/<class>/; its splits are {splits}")
+            others = sorted(set(found) - {"train", "test"})
+            if others:
+                run.warn(f"{self.path} has more than train and test; not read: {', '.join(others)}")
+            splits = {split: found[split] for split in ("train", "test") if split in found}
+            names = sorted({label for members in splits.values() for label in members})
+            features = Features({"image": Image(), "label": ClassLabel(names=names)})
             return {
-                split: Dataset.from_generator(
-                    self._rows,
-                    features=features,
-                    cache_dir=str(run.folder),
-                    gen_kwargs={"files": files, "names": names},
-                    split=split,
-                )
-                for split, files in splits.items()
+                split: write_rows(run.folder, self._rows(files, splits[split], names), features) for split in splits
             }
 
-    def _files(self) -> dict[str, dict[str, list[str]]]:
-        """Split → class → names of files inside ``path``."""
-        if zipfile.is_zipfile(self.path):
-            with zipfile.ZipFile(self.path) as archive:
-                found = archive.namelist()
-        elif self.path.is_dir():
-            found = [file.relative_to(self.path).as_posix() for file in self.path.rglob("*")]
-        else:
-            raise PlaitError(
-                f"path {str(self.path)!r} is neither a folder nor a zip file; name one with train/<class>/ in it"
-            )
-        splits: dict[str, dict[str, list[str]]] = {}
-        for name in sorted(found):
-            parts = PurePosixPath(name).parts
-            if len(parts) >= 3 and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
-                splits.setdefault(parts[-3], {}).setdefault(parts[-2], []).append(name)
-        if "train" not in splits:
-            raise PlaitError(
-                f"{str(self.path)!r} has no images under train/<class>/; its folders are {', '.join(splits) or 'none'}"
-            )
-        keep = slice(self.max_per_class)
-        return {
-            split: {label: files[keep] for label, files in splits[split].items()}
-            for split in ("train", "test")
-            if split in splits
-        }
-
-    def _rows(self, files: dict[str, list[str]], names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-        archive = zipfile.ZipFile(self.path) if self.path.is_file() else None
-        for label, members in files.items():
-            for name in members:
-                content = archive.read(name) if archive else (self.path / name).read_bytes()
-                yield {"image": {"bytes": content, "path": None}, "label": names.index(label)}
+    def _rows(self, files: Files, members: dict[str, list[str]], names: list[str]) -> Iterator[dict[str, Any]]:
+        for label, images in members.items():
+            for image in images[: self.max_per_class]:
+                cell, _ = as_cell(files.read(image), files.label(image))
+                yield {"image": cell, "label": names.index(label)}
 
 
 @attrs.frozen(kw_only=True)
@@ -150,10 +129,18 @@ class Partition:
 
     @hookimpl
     def transform(self, data, run) -> dict[str, Dataset]:
+        data = with_numbered_classes(data)
         train = train_of(data)
-        labels = labels_of(train)
+        if "client" in train.column_names:
+            raise PlaitError("data has a column client, so it is partitioned already; drop the column, or this step")
+        labels, names = labels_of(train), class_names(train)
         if run.seed >= 2**32:
             raise PlaitError(f"seed is {run.seed}; a partition needs one below 2**32")
+        absent = len(names) - 1 - labels.max()
+        if absent and self.scheme not in ("iid", "stratified"):
+            raise PlaitError(
+                f"class {len(names) - 1} ({names[-1]}) has no sample; scheme {self.scheme} draws all classes: leave it out"
+            )
         with user_errors():
             shards = self._shards(labels, run.seed)
         order = np.concatenate(shards)
@@ -161,10 +148,9 @@ class Partition:
         with without_progress_bars():
             chosen = train.select(order).flatten_indices(cache_file_name=str(run.folder / "train.arrow"))
         chosen = chosen.add_column("client", clients, feature=Value("int32"))
-        names = class_names(train)
-        picture = Picture(
-            caption=self._caption(), data=png(partition_figure(partition.label_histogram(labels, shards), names))
-        )
+        occurring = [names[label] for label in np.unique(labels)]
+        figure = partition_figure(partition.label_histogram(labels, shards), occurring)
+        picture = Picture(caption=self._caption(), data=png(figure))
         run.add(Report(panels=[Panel(title="Samples of each class by client", images=[[picture]])]))
         test = split_of(data, "test")
         return {"train": chosen} | ({} if test is None else {"test": test})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import attrs
@@ -120,8 +121,13 @@ class FederatedAccuracy:
                 raise PlaitError(f"model {name} is a {type(one).__name__}; expected is a torch module")
             was_training = one.training
             answering = MeanOverHeads(one) if hasattr(one, "task_heads") else one
-            accuracy, loss = accuracy_and_loss(answering.to(run.device).eval(), inputs, labels, self.batch_size)
+            with user_errors():
+                accuracy, loss = accuracy_and_loss(answering.to(run.device).eval(), inputs, labels, self.batch_size)
             one.train(was_training)
+            if not math.isfinite(loss):
+                raise PlaitError(
+                    f"model {name} has loss {loss}: its weights or outputs are not finite, so no answer counts"
+                )
             rows.append({"model": name, "accuracy": accuracy, "loss": loss})
         return Report(
             rows=rows,

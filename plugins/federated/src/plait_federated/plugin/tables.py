@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Image, Value, concatenate_datasets
 from plait import PlaitError
+from plait_vision.columns import with_class_labels
+from plait_vision.images import decode
 from torch import Tensor
 
 from plait_federated.evaluation import DivergenceError
@@ -29,12 +31,15 @@ def user_errors() -> Iterator[None]:
 
 
 def split_of(data: Any, name: str) -> Dataset | None:
-    """A split of a mapping of datasets; a bare dataset is its own ``train``."""
+    """A split of a mapping of datasets, never empty; a bare dataset is its own ``train``."""
     if isinstance(data, Dataset):
         return data if name == "train" else None
     if isinstance(data, Mapping) and (isinstance(data.get(name), Dataset) or name not in data):
-        return data.get(name)
-    raise PlaitError(f"data is a {type(data).__name__}; expected is a dataset, or a mapping with train and test")
+        split = data.get(name)
+        if split is not None and not len(split):
+            raise PlaitError(f"split {name} of the data has no rows; give it some, or leave it out")
+        return split
+    raise PlaitError(f"data is a {type(data).__name__}; expected a dataset, or a mapping with train and test")
 
 
 def joined(clients: Any) -> Any:
@@ -43,6 +48,14 @@ def joined(clients: Any) -> Any:
         return clients
     if not clients or not all(isinstance(client, Dataset) for client in clients):
         raise PlaitError("clients is a list without datasets; give one dataset a client, or one with a column client")
+    for number, client in enumerate(clients):
+        if not len(client):
+            raise PlaitError(f"the dataset of client {number} has no rows; give every client at least one")
+        if _kinds(client) != _kinds(clients[0]):
+            raise PlaitError(
+                f"the dataset of client {number} has other columns than that of client 0: {_kinds(client)} against "
+                f"{_kinds(clients[0])}; give all clients the same"
+            )
     parts = [
         client.remove_columns([name for name in client.column_names if name == "client"]).add_column(
             "client", np.full(len(client), number), feature=Value("int32")
@@ -61,12 +74,28 @@ def train_of(data: Any) -> Dataset:
     return train
 
 
+def with_numbered_classes(data: Any) -> Any:
+    """The splits with labels that are texts as ``ClassLabel``, the same in all; anything else as it is."""
+    splits = {"train": data} if isinstance(data, Dataset) else dict(data) if isinstance(data, Mapping) else {}
+    labelled = {name: part for name, part in splits.items() if isinstance(part, Dataset) and "label" in part.features}
+    if not any(getattr(part.features["label"], "dtype", "") == "string" for part in labelled.values()):
+        return data
+    numbered = with_class_labels(labelled)
+    return numbered["train"] if isinstance(data, Dataset) else splits | numbered
+
+
 def labels_of(data: Dataset) -> np.ndarray:
-    """``[N]`` int64."""
+    """``[N]`` int64, none negative."""
     _need(data, "label")
     labels = data.with_format("numpy").select_columns(["label"])[:]["label"]
     if not np.issubdtype(labels.dtype, np.integer):
-        raise PlaitError(f"column label holds {labels.dtype}; classes are whole numbers from 0")
+        held = "missing values" if None in data.with_format(None)["label"] else data.features["label"].dtype
+        raise PlaitError(f"column label holds {held}; classes are whole numbers from 0, one for every row")
+    if len(labels) and labels.min() < 0:
+        row = int(np.argmax(labels < 0))
+        raise PlaitError(
+            f"row {row} has label {labels[row]}; classes are whole numbers from 0, leave unlabelled rows out"
+        )
     return labels.astype(np.int64)
 
 
@@ -92,24 +121,39 @@ def inputs_of(data: Dataset, column: str | None) -> Tensor:
             f"data has the columns {', '.join(data.column_names)}; name the one to train on in the field column"
         )
     _need(data, name)
-    table = data.select_columns([name])
+    if not len(data):
+        raise PlaitError("data has no rows; give at least one")
+    table = data.select_columns([name]).with_format(None)
+    images = isinstance(table.features[name], Image)
+    if images:
+        table = table.cast_column(name, Image(decode=False))
     parts = []
     for begin in range(0, len(table), CHUNK):
         values = table[begin : begin + CHUNK][name]
+        if images:
+            values = [_pixels(value, f"{name} of row {row}") for row, value in enumerate(values, begin)]
         try:
-            parts.append(
-                np.stack([_pixels(value) if hasattr(value, "convert") else np.asarray(value) for value in values])
-            )
+            parts.append(np.stack([np.asarray(value) for value in values]))
         except ValueError as error:
             raise PlaitError(f"column {name} holds inputs of different sizes; resize or pad them to one") from error
     if len({(part.shape[1:], part.dtype.kind) for part in parts}) != 1 or parts[0].dtype.kind not in "uif":
         raise PlaitError(f"column {name} holds inputs of different sizes or no numbers; resize or pad them to one size")
     tensor = torch.from_numpy(np.concatenate(parts))
-    return tensor.float() if tensor.is_floating_point() else tensor
+    if not tensor.is_floating_point():
+        return tensor
+    finite = torch.isfinite(tensor).flatten(1).all(1)
+    if not finite.all():
+        raise PlaitError(f"column {name} holds NaN or infinite values in row {int(finite.int().argmin())}; clean it")
+    return tensor.float()
 
 
-def _pixels(image: Any) -> np.ndarray:
-    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+def _pixels(cell: Any, name: str) -> np.ndarray:
+    return np.asarray(decode(cell, name)).transpose(2, 0, 1)
+
+
+def _kinds(data: Dataset) -> str:
+    kinds = {name: getattr(kind, "dtype", type(kind).__name__) for name, kind in data.features.items()}
+    return ", ".join(f"{name} ({kinds[name]})" for name in sorted(kinds) if name != "client")
 
 
 def _need(data: Dataset, column: str) -> None:

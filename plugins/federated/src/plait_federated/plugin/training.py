@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +18,23 @@ from plait.fields import doc, in_range
 from torch import nn
 
 from plait_federated import rounds
-from plait_federated.plugin.tables import client_members, inputs_of, joined, labels_of, split_of, train_of, user_errors
-from plait_federated.rounds import Gossip, Server
+from plait_federated.layout import Layout
+from plait_federated.plugin.tables import (
+    client_members,
+    inputs_of,
+    joined,
+    labels_of,
+    split_of,
+    train_of,
+    user_errors,
+    with_numbered_classes,
+)
+from plait_federated.rounds import Gossip, Server, ServerWeights
 from plait_federated.settings import Settings
 from plait_federated.shards import Augmentation, Shards
-from plait_federated.topology import Graph, column_sums, second_eigenvalue
-from plait_federated.training import Outcome, Training
+from plait_federated.steps import check_prox
+from plait_federated.topology import Graph, column_sums
+from plait_federated.training import Outcome, follow
 
 __plait_api__ = "0.1"
 
@@ -164,10 +176,18 @@ class Centralised(Federated):
 
     active_ratio: float = _positive(0.1, "probability that a client takes part in a round", 1)
     server_learning_rate: float = _positive(1.0, "step of the server towards the average of the clients")
+    weights: ServerWeights = attrs.field(
+        default="uniform", metadata=doc("of the clients in the average: uniform, or by the size of their data")
+    )
 
 
-def train(config: Federated, method: Gossip | Server, model: nn.Module, clients: Any, run: Any) -> Any:
+def train(
+    config: Federated, method: Gossip | Server | Callable[..., Outcome], model: nn.Module, clients: Any, run: Any
+) -> Any:
     """Train with one method and return what ``config.output`` asks for.
+
+    Args:
+        method: a rule, or a function that takes what :func:`plait_federated.training.follow` takes after the rule.
 
     Raises:
         PlaitError: for every mistake in the data, the model or the configuration.
@@ -176,7 +196,7 @@ def train(config: Federated, method: Gossip | Server, model: nn.Module, clients:
         raise PlaitError(f"model is a {type(model).__name__}; expected is a torch module")
     if run.seed >= 2**31:
         raise PlaitError(f"seed is {run.seed}; federated methods need one below 2**31")
-    clients = joined(clients)
+    clients = with_numbered_classes(joined(clients))
     split, test = train_of(clients), split_of(clients, "test")
     labels = torch.from_numpy(labels_of(split))
     with user_errors():
@@ -194,10 +214,16 @@ def train(config: Federated, method: Gossip | Server, model: nn.Module, clients:
         if isinstance(config, Decentralised):
             graph = config.graph(shards.num_clients, run.seed)
             _check_stochastic(config, graph, run)
-        training = Training(
+        steps = iter(run.track(range(config.rounds), "round"))
+        next(steps, None)
+
+        def on_round(record: Mapping[str, Any]) -> None:
+            run.log(step=record["round"], **{name: record[name] for name in CURVES if name in record})
+            next(steps, None)
+
+        outcome = (partial(follow, method) if isinstance(method, (Gossip, Server)) else method)(
             model,
             shards,
-            method,
             _settings(config, run.seed),
             graph=graph,
             test=None if test is None else (inputs_of(test, config.column), torch.from_numpy(labels_of(test))),
@@ -208,16 +234,9 @@ def train(config: Federated, method: Gossip | Server, model: nn.Module, clients:
             chunk_size=config.chunk_size,
             ranks=getattr(config, "ranks", None),
             peer_timeout=getattr(config, "peer_timeout", 1800.0),
+            on_round=on_round,
         )
-        steps = iter(run.track(range(config.rounds), "round"))
-        next(steps, None)
-
-        def on_round(record: Mapping[str, Any]) -> None:
-            run.log(step=record["round"], **{name: record[name] for name in CURVES if name in record})
-            next(steps, None)
-
-        outcome = training.run(on_round)
-    return _result(config, training, outcome, model)
+        return _result(config, outcome, model)
 
 
 def _checkpoints(config: Federated, split: Any, run: Any) -> Path:
@@ -226,20 +245,20 @@ def _checkpoints(config: Federated, split: Any, run: Any) -> Path:
     return run.folder / "checkpoints" / hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
 
-def _result(config: Federated, training: Training, outcome: Outcome, model: nn.Module) -> Any:
-    averaged = _like(model, training, outcome.reported)
+def _result(config: Federated, outcome: Outcome, model: nn.Module) -> Any:
+    averaged = _like(model, outcome.reported)
     if config.output == "model":
         return averaged
     local = outcome.state["local"]
     width = len(str(len(local) - 1))
-    clients = {f"client-{row:0{width}d}": _like(model, training, vector) for row, vector in enumerate(local)}
+    clients = {f"client-{row:0{width}d}": _like(model, vector) for row, vector in enumerate(local)}
     return {"model": averaged, "clients": clients, "history": outcome.history}
 
 
-def _like(model: nn.Module, training: Training, vector: torch.Tensor) -> nn.Module:
+def _like(model: nn.Module, vector: torch.Tensor) -> nn.Module:
     """A copy of the user's model, in its own dtype, device and mode, with other values."""
     result = copy.deepcopy(model)
-    training.layout.load(result, vector)
+    Layout(result).load(result, vector)
     return result
 
 
@@ -270,15 +289,13 @@ def _check_stochastic(config: Decentralised, graph: Graph, run: Any) -> None:
         run.warn(sentence)
 
 
-def describe_graph(graph: Graph) -> str:
-    """Name, weights, and ψ where the graph stays."""
-    spectrum = "drawn each round" if graph.fresh_each_round else f"ψ {second_eigenvalue(graph.mixing(0)):.4f}"
-    return f"{graph.name} graph ({spectrum}), {graph.weights} weights"
-
-
 def _read_graph(file: Path, num_clients: int) -> tuple[tuple[tuple[int, int], ...] | None, np.ndarray | None]:
     try:
-        table = np.load(file, allow_pickle=False) if file.suffix == ".npy" else np.loadtxt(file, delimiter=",", ndmin=2)
+        table = (
+            np.load(file, allow_pickle=False)
+            if file.suffix == ".npy"
+            else np.loadtxt(file, delimiter=",", ndmin=2, encoding="utf-8-sig")
+        )
     except (OSError, ValueError) as error:
         raise PlaitError(f"graph_file {str(file)!r} cannot be read: {error}") from error
     if table.shape == (num_clients, num_clients):
@@ -305,14 +322,6 @@ def _prox(default: float = 0.05) -> Any:
         validator=in_range(0),
         metadata=doc("λ of the proximal term (λ/2)‖w − start‖²; λ · learning_rate < 1"),
     )
-
-
-def check_prox(config: Any) -> None:
-    """λ·lr < 1, or the proximal step overshoots its centre."""
-    if config.prox_lambda * config.learning_rate >= 1:
-        raise PlaitError(
-            f"prox_lambda · learning_rate is {config.prox_lambda * config.learning_rate:g}; it must be below 1, lower either"
-        )
 
 
 @attrs.frozen(kw_only=True)
@@ -372,7 +381,8 @@ class DFedProx(Decentralised):
 
     @hookimpl
     def aggregate(self, model, clients, run) -> Any:
-        check_prox(self)
+        with user_errors():
+            check_prox(self.prox_lambda, self.learning_rate)
         return train(self, rounds.dfedprox(self.prox_lambda), model, clients, run)
 
 
@@ -382,7 +392,8 @@ class FedAvg(Centralised):
 
     @hookimpl
     def aggregate(self, model, clients, run) -> Any:
-        return train(self, rounds.fedavg(self.active_ratio, self.server_learning_rate), model, clients, run)
+        method = rounds.fedavg(self.active_ratio, self.server_learning_rate, self.weights)
+        return train(self, method, model, clients, run)
 
 
 @attrs.frozen(kw_only=True)
@@ -393,8 +404,9 @@ class FedProx(Centralised):
 
     @hookimpl
     def aggregate(self, model, clients, run) -> Any:
-        check_prox(self)
-        method = rounds.fedprox(self.active_ratio, self.server_learning_rate, self.prox_lambda)
+        with user_errors():
+            check_prox(self.prox_lambda, self.learning_rate)
+        method = rounds.fedprox(self.active_ratio, self.server_learning_rate, self.prox_lambda, self.weights)
         return train(self, method, model, clients, run)
 
 
@@ -406,9 +418,8 @@ class FedSAM(Centralised):
 
     @hookimpl
     def aggregate(self, model, clients, run) -> Any:
-        return train(
-            self, rounds.fedsam(self.active_ratio, self.server_learning_rate, self.sam_rho), model, clients, run
-        )
+        method = rounds.fedsam(self.active_ratio, self.server_learning_rate, self.sam_rho, self.weights)
+        return train(self, method, model, clients, run)
 
 
 @attrs.frozen(kw_only=True)
@@ -417,4 +428,5 @@ class Scaffold(Centralised):
 
     @hookimpl
     def aggregate(self, model, clients, run) -> Any:
-        return train(self, rounds.scaffold(self.active_ratio, self.server_learning_rate), model, clients, run)
+        method = rounds.scaffold(self.active_ratio, self.server_learning_rate, self.weights)
+        return train(self, method, model, clients, run)

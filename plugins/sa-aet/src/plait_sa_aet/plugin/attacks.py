@@ -64,7 +64,8 @@ class Attack:
         default=False,
         metadata=doc(
             "the released code's choices where null is the default: position_offset 0, allow_multiword, quantize none, "
-            "rng official; with mlm, models without fusion read captions as its tokenizer respells them"
+            "rng official; with mlm, special tokens may replace words, and models without fusion read captions as its tokenizer "
+            "respells them"
         ),
     )
     quantize: Literal["round", "floor", "none"] | None = attrs.field(
@@ -438,6 +439,7 @@ class SwapsWords:
                 bpe_max=self.bpe_max,
                 bpe_pieces=self.bpe_pieces,
                 allow_multiword=allow_multiword,
+                allow_special=official,
                 device=source.device,
             )
         if self.generator == "token-embedding":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,11 +20,15 @@ from PIL import Image as PILImage
 from plait import PlaitError, Report, hookimpl
 from plait.fields import doc, in_range, one_of
 from plait.report import Image, Panel, png
+from plait_vision.files import composed
+from plait_vision.images import decode
 from torch import Tensor
 
 from plait_clip import prompts
-from plait_clip.backdoor import poison, triggers
+from plait_clip.backdoor import metrics, poison, triggers
 from plait_clip.backdoor.patch_optimization import PatchTraining, optimize_patch
+from plait_clip.loader import check_captions, undecoded
+from plait_clip.model import ImageInput, ImageTextModel
 from plait_clip.plugin.errors import as_plait_errors
 from plait_clip.plugin.models import on_device
 
@@ -79,7 +83,8 @@ class Backdoor:
         default=None,
         validator=in_range(1),
         metadata=doc(
-            "side in pixels that images are squashed to before the trigger (papers: 224); default: their own size"
+            "side in pixels that images are squashed to before the trigger (papers: 224); default: resized and cropped "
+            "as the given model does it; without a model 224, but square images of one smaller size stay as they are"
         ),
     )
     quantise: Literal["wrap", "clamp"] = attrs.field(
@@ -91,6 +96,12 @@ class Backdoor:
         default="png",
         validator=one_of("png", "jpeg75"),
         metadata=doc("file format of poisoned training images; jpeg75: quality 75, 4:2:0, as in the papers' code"),
+    )
+
+    input_config: dict[str, Any] | None = attrs.field(
+        default=None,
+        repr=False,
+        metadata=doc("how the poisoned images were brought to size before the trigger; set by manifests"),
     )
 
     def __attrs_post_init__(self) -> None:
@@ -112,15 +123,28 @@ class Backdoor:
         changed = self.apply(images.float() / 255, triggers.row_generators(seed, rows))
         return triggers.to_uint8(changed, wrap=self.quantise == "wrap")
 
+    def image_input(self, model: ImageTextModel) -> ImageInput:
+        """What brings images to size before the trigger, which belongs to what the model sees."""
+        if self.input_config is not None and self.input_config != model.image_input.config():
+            return ImageInput(**self.input_config)
+        if self.image_size is not None and self.input_config is None:
+            return poison.squashed(self.image_size)
+        return model.image_input
+
     # --- the poisoned data ---
 
     @hookimpl
-    def attack(self, data: Any, run: Any) -> datasets.Dataset:
-        return self.poisoned(data, run)
+    def attack(self, model: Any | None, data: Any, run: Any) -> datasets.Dataset:
+        """A poisoned copy of the data; ``model``, if given, is the one that is to be attacked."""
+        return self.poisoned(model, data, run)
 
-    def poisoned(self, data: Any, run: Any) -> datasets.Dataset:
+    def poisoned(self, model: ImageTextModel | None, data: Any, run: Any) -> datasets.Dataset:
         """The poisoned copy of ``data``, with its manifest."""
+        if model is not None and not isinstance(model, ImageTextModel):
+            raise PlaitError(f"model is a {type(model).__name__}; an image-text model of plait-clip is needed")
         with as_plait_errors():
+            undecoded(data)
+            check_captions(data, model, run.warn)
             names, target = self.target_class(data)
             size = self.size or len(data)
             n_poison = self.n_poison
@@ -132,6 +156,12 @@ class Backdoor:
             captions = {} if self.label_consistent else self._captions(data, rows, names, target, rng)
             noise = poison.shuffled_among(selection.kept, self.caption_noise, rng)
             seed = run.derived_seed("trigger")
+            if model is not None:
+                image_input = self.image_input(model)
+            elif self.image_size is not None:
+                image_input = poison.squashed(self.image_size)
+            else:
+                image_input = poison.papers_input(data, rows or [0])
             table = poison.poisoned_table(
                 data,
                 selection,
@@ -139,13 +169,14 @@ class Backdoor:
                 noise,
                 functools.partial(self.trigger, seed=seed),
                 run.folder,
-                image_size=self.image_size,
+                image_input=image_input,
+                model_input=None if model is None else model.image_input,
                 store=self.store,
             )
-        run.add(self._report(data, table, rows, target, seed))
+            run.add(self._report(data, table, rows, target, seed, image_input))
         manifest = {
             "attack": self.name,
-            "fields": self.portable_fields(),
+            "fields": attrs.evolve(self, input_config=image_input.config()).portable_fields(),
             "target": target,
             "seed": run.seed,
             "templates": poison.fingerprint(prompts.templates(self.templates)),
@@ -171,9 +202,10 @@ class Backdoor:
             if not 0 <= self.target < len(names):
                 raise ValueError(f"target is {self.target}; the data have labels 0 to {len(names) - 1}")
             return names, names[self.target]
-        if self.target not in names:
+        found = [name for name in names if composed(name) == composed(self.target)]
+        if not found:
             raise ValueError(f"target is {self.target!r}, which is no class of the data ({', '.join(names[:20])})")
-        return names, self.target
+        return names, found[0]
 
     def _shows_target(self, data: datasets.Dataset, names: list[str] | None, target: str) -> np.ndarray:
         if names is None:
@@ -201,16 +233,20 @@ class Backdoor:
         }
 
     def _report(
-        self, data: datasets.Dataset, table: datasets.Dataset, rows: list[int], target: str, seed: int
+        self,
+        data: datasets.Dataset,
+        table: datasets.Dataset,
+        rows: list[int],
+        target: str,
+        seed: int,
+        image_input: ImageInput,
     ) -> Report:
         note = f"{self.name}: {len(rows)} of {len(table)} pairs are poisoned towards {target!r}."
         panels = []
         if rows:
             shown = rows[:NUM_SHOWN]
-            trigger = functools.partial(self.trigger, seed=seed)
-            pictures = [data[row]["image"] for row in shown]
-            plain = [poison.pixels(picture, self.image_size) for picture in pictures]
-            changed = poison.triggered(pictures, shown, trigger, self.image_size)
+            plain = torch.stack(metrics.images_of(data, shown, image_input))
+            changed = self.trigger(plain, shown, seed=seed)
             captions = [f"row {row}" for row in shown]
             panels = [comparison(f"{self.name}: training images", plain, changed, captions, captions)]
         return Report(notes=[note], panels=panels)
@@ -218,8 +254,8 @@ class Backdoor:
 
 def comparison(
     title: str,
-    clean: Sequence[Tensor],
-    changed: Sequence[Tensor],
+    clean: Iterable[Tensor],
+    changed: Iterable[Tensor],
     clean_captions: Sequence[str],
     changed_captions: Sequence[str],
 ) -> Panel:
@@ -435,11 +471,7 @@ def _encoder(path: str) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _picture(path: Path) -> Tensor:
-    try:
-        with PILImage.open(path) as image:
-            return poison.pixels(image).float() / 255
-    except OSError as error:
-        raise PlaitError(f"picture {path} cannot be read: {error}") from error
+    return poison.pixels(decode(path, f"picture {path}")).float() / 255
 
 
 # --- optimised patches ---
@@ -471,20 +503,20 @@ class _OptimizedPatch(Backdoor):
     @hookimpl
     def attack(self, model: Any | None, data: Any, run: Any) -> datasets.Dataset:
         if self.patch is not None or self.patch_png:
-            return self.with_pixels().poisoned(data, run)
+            return self.with_pixels().poisoned(model, data, run)
         if model is None:
             raise PlaitError(f"{self.name} needs a clean model to optimise its patch on; give model, or a patch")
         with as_plait_errors():
+            undecoded(data)
+            check_captions(data)
             patch = self._optimised(on_device(model, run.device), data, run)
         run.add(
             Report(
                 panels=[Panel(title=f"{self.name}: patch", images=[[Image(caption="optimised", data=_as_png(patch))]])]
             )
         )
-        found = attrs.evolve(
-            self, patch_png=base64.b64encode(_as_png(patch)).decode(), image_size=self.image_size or model.image_size
-        )
-        return found.poisoned(data, run)
+        found = attrs.evolve(self, patch_png=base64.b64encode(_as_png(patch)).decode())
+        return found.poisoned(model, data, run)
 
     def with_pixels(self) -> _OptimizedPatch:
         """The same attack with the pixels of its patch file inside."""
@@ -603,7 +635,7 @@ class BadClip(_OptimizedPatch):
 
 
 def _natural(data: datasets.Dataset, target: str) -> list[str]:
-    return [caption for row in poison.captions_of(data) for caption in row if target.lower() in caption.lower()]
+    return [caption for row in poison.captions_of(data) for caption in row if poison.names(caption, target)]
 
 
 def _as_png(patch: Tensor) -> bytes:

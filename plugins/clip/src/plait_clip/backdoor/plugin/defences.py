@@ -15,20 +15,20 @@ from typing import Any, Literal
 
 import attrs
 import datasets
-import numpy as np
 import torch
 from plait import PlaitError, hookimpl
 from plait.configuration import plain
 from plait.fields import doc, in_range, one_of
+from plait.weights import read_checkpoint
 
 from plait_clip import beds
 from plait_clip.backdoor import baselines
-from plait_clip.backdoor.clean_clip import FineTuning, clean_clip, steps_of_epoch
+from plait_clip.backdoor.clean_clip import FineTuning, clean_clip, official_optimizer_state, steps_of_epoch
 from plait_clip.backdoor.eda import Synonyms
-from plait_clip.backdoor.poison import IS_BACKDOOR
+from plait_clip.backdoor.poison import IS_BACKDOOR, flags_of
 from plait_clip.backdoor.synonyms import mapped_synonyms, open_synonyms
 from plait_clip.fingerprint import fingerprint
-from plait_clip.loader import Pairs
+from plait_clip.loader import Pairs, check_captions
 from plait_clip.model import ImageTextModel
 from plait_clip.plugin.errors import as_plait_errors
 from plait_clip.training import check_weights
@@ -60,6 +60,22 @@ def copy_of(model: Any, run: Any) -> ImageTextModel:
     """A copy of the model to be trained, on the device of the run.
 
     Raises:
+        PlaitError: it is no image-text model, has weights that are not finite, or was trained with another loss than
+            the softmax loss of the defences.
+    """
+    copied = sound_copy(model, run)
+    if copied.logit_bias is not None:
+        raise PlaitError(
+            "the model has a logit bias, as SigLIP's, which are trained with the sigmoid loss; this defence trains with "
+            "CLIP's softmax loss and would make another model of it; give a model without a logit bias"
+        )
+    return copied
+
+
+def sound_copy(model: Any, run: Any) -> ImageTextModel:
+    """A copy of the model on the device of the run, to be looked at.
+
+    Raises:
         PlaitError: it is no image-text model, or has weights that are not finite.
     """
     if not isinstance(model, ImageTextModel):
@@ -67,6 +83,20 @@ def copy_of(model: Any, run: Any) -> ImageTextModel:
     with as_plait_errors():
         check_weights(model)
     return copy.deepcopy(model).to(run.device)
+
+
+def prepared(
+    method: Any, model: Any, data: Any, part: str, name: str, run: Any
+) -> tuple[ImageTextModel, datasets.Dataset, Path]:
+    """What every defence begins with: a copy of the model, its part of the data with checked captions, its scratch.
+
+    Raises:
+        PlaitError: as :func:`part_of` and :func:`copy_of`; a caption is missing or blank; names the row.
+    """
+    pairs, copied = part_of(data, part, name), copy_of(model, run)
+    with as_plait_errors():
+        check_captions(pairs, copied, run.warn)
+    return copied, pairs, scratch(run, method, copied, pairs)
 
 
 def synonyms_of(source: str) -> Synonyms:
@@ -164,8 +194,7 @@ class FineTune(Training):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
-        pairs, model = part_of(data, CLEAN, "fine-tune"), copy_of(model, run)
-        folder = scratch(run, self, model, pairs)
+        model, pairs, folder = prepared(self, model, data, CLEAN, "fine-tune", run)
         with as_plait_errors():
             on_step = logger(run, self.num_steps(len(pairs)), "fine-tuning")
             baselines.plain_fine_tuning(
@@ -190,8 +219,8 @@ class CleanClip(Training):
     synonyms: str = attrs.field(
         default=WORDNET,
         metadata=doc(
-            "for augmented captions: wordnet (nltk's data or WordNet's files where installed), test-beds (of the small beds), "
-            "or the path of a JSON file {word: [synonyms]} or of a folder with WordNet's files"
+            "for augmented captions: wordnet (WordNet 3.0, which comes with plait-clip), test-beds (of the small beds), or the "
+            "path of a JSON file {word: [synonyms]} or of a folder with WordNet's files"
         ),
     )
     eda_resample: Literal["once", "epoch"] = attrs.field(
@@ -205,7 +234,8 @@ class CleanClip(Training):
     optimizer_checkpoint: Path | None = attrs.field(
         default=None,
         metadata=doc(
-            "with compat cleanclip: a .pt file whose entry optimizer holds the state that training starts from"
+            "with compat cleanclip: a checkpoint of the authors' training (.pt with state_dict and optimizer), from whose "
+            "optimizer's state training starts"
         ),
     )
 
@@ -215,9 +245,8 @@ class CleanClip(Training):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
-        pairs, model = part_of(data, CLEAN, "clean-clip"), copy_of(model, run)
-        folder = scratch(run, self, model, pairs)
-        state = None if self.optimizer_checkpoint is None else _optimizer_state(self.optimizer_checkpoint)
+        model, pairs, folder = prepared(self, model, data, CLEAN, "clean-clip", run)
+        state = restored_optimizer(self.optimizer_checkpoint, model)
         with as_plait_errors():
             on_step = logger(run, self.num_steps(len(pairs)), "CleanCLIP")
             clean_clip(
@@ -236,16 +265,19 @@ class CleanClip(Training):
         return model.eval()
 
 
-def _optimizer_state(path: Path) -> Mapping[str, Any]:
+def restored_optimizer(path: Path | None, model: ImageTextModel) -> dict[str, Any] | None:
+    """The optimizer's state that a field ``optimizer_checkpoint`` names, for :class:`FineTuning`.
+
+    Raises:
+        PlaitError: the file cannot be read, or belongs to another model.
+    """
+    if path is None:
+        return None
+    content = read_checkpoint(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise PlaitError(f"optimizer_checkpoint {path} cannot be read: {error}") from error
-    if not isinstance(checkpoint, Mapping) or "optimizer" not in checkpoint:
-        raise PlaitError(
-            f"optimizer_checkpoint {path} has no entry 'optimizer'; give a checkpoint of the training itself"
-        )
-    return checkpoint["optimizer"]
+        return official_optimizer_state(content, model)
+    except ValueError as error:
+        raise PlaitError(f"optimizer_checkpoint {path} cannot be used: {error}") from error
 
 
 @attrs.frozen(kw_only=True)
@@ -270,8 +302,7 @@ class Abl(Training):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
-        table, model = part_of(data, SUSPICIOUS, "abl"), copy_of(model, run)
-        folder = scratch(run, self, model, table)
+        model, table, folder = prepared(self, model, data, SUSPICIOUS, "abl", run)
         with as_plait_errors():
             pairs = Pairs(table, model, workers=self.workers)
             similarities = baselines.pair_similarities(model, pairs, precision=self.precision)
@@ -305,8 +336,7 @@ class DropTop(Training):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
-        table, model = part_of(data, SUSPICIOUS, "drop-top"), copy_of(model, run)
-        folder = scratch(run, self, model, table)
+        model, table, folder = prepared(self, model, data, SUSPICIOUS, "drop-top", run)
         with as_plait_errors():
             removed = baselines.drop_top(
                 model,
@@ -341,14 +371,11 @@ class SquareUnlearn(Training):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
-        table, model = part_of(data, SUSPICIOUS, "square-unlearn"), copy_of(model, run)
-        folder = scratch(run, self, model, table)
-        if self.flags not in table.column_names:
-            raise PlaitError(f"flags names column {self.flags!r}; the data have {', '.join(table.column_names)}")
+        model, table, folder = prepared(self, model, data, SUSPICIOUS, "square-unlearn", run)
         if self.unlearn_target < 0:
             run.warn(f"unlearn_target is {self.unlearn_target}: below 0 flagged pairs are pulled together, not apart")
-        flags = np.asarray(table.with_format(None).select_columns(self.flags)[:][self.flags], bool)
         with as_plait_errors():
+            flags = flags_of(table, self.flags)
             baselines.square_unlearning(
                 model,
                 Pairs(table, model, workers=self.workers),
@@ -383,8 +410,7 @@ class Par(Training):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
-        pairs, model = part_of(data, CLEAN, "par"), copy_of(model, run)
-        folder = scratch(run, self, model, pairs)
+        model, pairs, folder = prepared(self, model, data, CLEAN, "par", run)
         with as_plait_errors():
             baselines.perturb_and_recover(
                 model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
@@ -13,13 +13,14 @@ import torch
 from plait import PlaitError, Report, hookimpl
 from plait.fields import doc, in_range, method_field, one_of
 from plait.report import Curve, Image, Panel, png
+from plait_vision.files import composed
 from torch import Tensor
 
 from plait_clip import prompts
 from plait_clip import zero_shot as zs
 from plait_clip.backdoor import metrics
 from plait_clip.backdoor.plugin.attacks import Backdoor, comparison, from_manifest
-from plait_clip.backdoor.poison import IS_BACKDOOR, captions_of
+from plait_clip.backdoor.poison import IS_BACKDOOR, captions_of, flags_of
 from plait_clip.plugin.errors import as_plait_errors
 from plait_clip.plugin.models import on_device
 
@@ -92,7 +93,7 @@ class ClipBackdoor:
                     rows=[row], better=dict.fromkeys(row, "higher"), formats=dict.fromkeys(row, FORMAT), notes=[note]
                 )
             target = self._target(attack, names)
-            triggered = self._classify(model, names, test, attack.prompt_prefix, attack)
+            triggered = self._classify(model, names, test, attack.prompt_prefix, attack, run)
             found = metrics.backdoor_metrics(clean, triggered, labels, target, ranks, self.asr_exclude_target)
             panels = self._panels(model, reference, test, labels, names, target, attack, run)
         row = {
@@ -123,11 +124,12 @@ class ClipBackdoor:
     def _target(self, attack: Backdoor, names: Sequence[str]) -> int:
         target = attack.target
         if isinstance(target, str):
-            if target not in names:
+            spelt = [composed(name) for name in names]
+            if composed(target) not in spelt:
                 raise PlaitError(
                     f"target {target!r} of the attack is no class of the test data ({', '.join(names[:20])})"
                 )
-            return list(names).index(target)
+            return spelt.index(composed(target))
         if not 0 <= target < len(names):
             raise PlaitError(f"target {target} of the attack is no label of the test data (0 to {len(names) - 1})")
         return target
@@ -136,23 +138,40 @@ class ClipBackdoor:
         return functools.partial(attack.trigger, seed=self.trigger_seed)
 
     def _classify(
-        self, model: Any, names: Sequence[str], data: datasets.Dataset, prefix: str, attack: Backdoor | None = None
+        self,
+        model: Any,
+        names: Sequence[str],
+        data: datasets.Dataset,
+        prefix: str,
+        attack: Backdoor | None = None,
+        run: Any | None = None,
     ) -> Tensor:
-        """The nearest classes of clean images, or of triggered ones."""
+        """The nearest classes of clean images, or of triggered ones; ``run`` is told of images that no trigger changes."""
         templates = [prefix + template for template in prompts.templates(self.templates)]
         head = zs.zero_shot_head(model, names, templates, precision=self.precision)
         top = max(*self.top, 3)
         if attack is None:
             return zs.classify(model, head, data, top=top, batch_size=self.batch_size, precision=self.precision)
         batches = metrics.triggered_batches(
-            data,
-            self._trigger(attack),
-            model.image_size,
-            model.image_input.resize,
-            image_size=attack.image_size,
-            batch_size=self.batch_size,
+            data, self._trigger(attack), attack.image_input(model), model.image_input, batch_size=self.batch_size
         )
-        return zs.top_classes(model, head, batches, top=top, precision=self.precision)
+        unchanged = 0
+
+        def images() -> Iterator[Tensor]:
+            nonlocal unchanged
+            for seen, same in batches:
+                unchanged += int(same.sum())
+                yield seen
+
+        found = zs.top_classes(model, head, images(), top=top, precision=self.precision)
+        if run is not None and unchanged == len(data):
+            raise ValueError(
+                f"the trigger of {attack.name} changes no pixel that the model sees, so there is no ASR to measure; make "
+                "it larger or stronger"
+            )
+        if run is not None and unchanged:
+            run.warn(f"the model sees nothing of the trigger in {unchanged} of {len(data)} test images")
+        return found
 
     def _panels(
         self,
@@ -178,7 +197,7 @@ class ClipBackdoor:
             )
             for when, one in models.items()
         }
-        clean = metrics.clean_images(test, rows, attack.image_size)
+        clean = metrics.images_of(test, rows, attack.image_input(model))
         changed = [
             attack.trigger(image[None], [row], seed=self.trigger_seed)[0]
             for image, row in zip(clean, rows, strict=True)
@@ -220,14 +239,10 @@ class BackdoorDetection:
     def evaluate(self, data: Any, run: Any) -> Report:
         if not isinstance(data, datasets.Dataset):
             raise PlaitError(f"data is a {type(data).__name__}; backdoor-detection needs a dataset with the scores")
-        for column in (self.score, self.flags):
-            if column not in data.column_names:
-                raise PlaitError(f"column {column!r} is missing; the data have {', '.join(data.column_names)}")
         if not len(data):
             raise PlaitError("the data have no rows; give the pairs with their scores")
-        plain = data.with_format(None)
-        scores = np.asarray(plain.select_columns(self.score)[:][self.score], float)
-        flags = np.asarray(plain.select_columns(self.flags)[:][self.flags], bool)
+        with as_plait_errors():
+            scores, flags = metrics.scores_of(data, self.score), flags_of(data, self.flags)
         ks = [k for k in self.top if k <= len(scores)]
         found = metrics.detection_metrics(scores, flags, ks)
         row = {
@@ -267,7 +282,7 @@ class BackdoorDetection:
         with as_plait_errors():
             shown = data.select(rows)
             texts = [texts[0] for texts in captions_of(shown)]
-            pictures = metrics.clean_images(shown, range(len(rows)))
+            pictures = metrics.images_of(shown, range(len(rows)))
         images = [
             Image(
                 caption=f"{'poisoned' if flags[row] else 'clean'}, row {row}: {text}", data=png(picture.float() / 255)

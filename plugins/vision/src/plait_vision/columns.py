@@ -1,0 +1,114 @@
+"""Hugging Face datasets in the project's columns: saved datasets, class labels, images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import datasets
+from plait import PlaitError
+
+
+class ColumnsError(PlaitError, ValueError):
+    """A dataset lacks a column, or holds something else in it; the message names both and what to do."""
+
+
+def is_saved_dataset(folder: Path | str) -> bool:
+    """Whether a folder was written by ``save_to_disk``."""
+    folder = Path(folder).expanduser()
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
+
+
+def read_saved(folder: Path | str) -> dict[str, datasets.Dataset]:
+    """What ``save_to_disk`` wrote: split → dataset; the split is ``""`` where one dataset was saved.
+
+    Raises:
+        ColumnsError: it cannot be read.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # of many kinds: a missing file, JSON, Arrow, a feature that this version lacks
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ColumnsError(f"{folder} cannot be read as a saved dataset: {reason}") from error
+    return dict(found) if isinstance(found, dict) else {"": found}
+
+
+def with_class_labels(
+    parts: Mapping[str, datasets.Dataset], column: str = "label", names: Sequence[str] | None = None
+) -> dict[str, datasets.Dataset]:
+    """The splits with ``column`` as ``ClassLabel`` with the same names in all; row by row the classes stay what they were.
+
+    Args:
+        parts: split → dataset, with class numbers, class names or a ``ClassLabel`` in the column.
+        names: the classes in the order of their numbers. Default: a ``ClassLabel``'s own; else the texts that occur,
+            sorted; else the numbers up to the highest.
+
+    Raises:
+        ColumnsError: no such column; a row without label (missing, blank, negative) or with one that is no class; columns
+            of several kinds; two classes of one name.
+    """
+    for split, part in parts.items():
+        if column not in part.column_names:
+            raise ColumnsError(f"{split or 'the dataset'} has no column {column!r} but {', '.join(part.column_names)}")
+    labels = {split: _labels(part, column, split) for split, part in parts.items()}
+    occurring = {label for column_labels in labels.values() for label in column_labels}
+    texts = any(isinstance(label, str) for label in occurring)
+    if texts and not all(isinstance(label, str) for label in occurring):
+        raise ColumnsError(f"column {column!r} holds names in one split and numbers in another; give the same in all")
+    names = list(names or _own_names(parts, column) or (sorted(occurring) if texts else []))
+    if not texts:
+        names = names or [str(number) for number in range(max(occurring, default=-1) + 1)]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ColumnsError(f"class name {twice[0]!r} occurs twice; names must differ")
+    place: dict[str | int, int] = (
+        {name: i for i, name in enumerate(names)} if texts else {i: i for i in range(len(names))}
+    )
+    outside = sorted(occurring - place.keys(), key=str)
+    if outside:
+        raise ColumnsError(
+            f"label {outside[0]!r} is none of the {len(names)} classes; give names that cover all labels"
+        )
+    feature = datasets.ClassLabel(names=names)
+    return {
+        split: _replaced(part, column, [place[label] for label in labels[split]], feature)
+        for split, part in parts.items()
+    }
+
+
+def _labels(part: datasets.Dataset, column: str, split: str) -> list[str | int]:
+    """The labels of a split: names where it has names (also a ``ClassLabel``'s), else numbers from 0."""
+    feature = part.features[column]
+    known = isinstance(feature, (datasets.ClassLabel, datasets.Value))
+    kind = feature.dtype if known else str(feature)
+    if not known or not (kind.startswith(("int", "uint")) or kind in ("string", "large_string", "bool")):
+        raise ColumnsError(f"column {column!r} holds {kind}; class numbers or names are needed")
+    values = part.with_format(None).select_columns(column)[:][column]
+    for row, value in enumerate(values):
+        if value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, int) and value < 0):
+            raise ColumnsError(
+                f"{split + ', ' if split else ''}row {row}: label {value!r} is no class; leave unlabelled rows out"
+            )
+    if isinstance(feature, datasets.ClassLabel):
+        return [feature.names[value] for value in values]
+    return [int(value) if isinstance(value, bool) else value for value in values]
+
+
+def _own_names(parts: Mapping[str, datasets.Dataset], column: str) -> list[str] | None:
+    """The classes of the splits that have a ``ClassLabel``, in its order, those of later splits at the end."""
+    names: dict[str, None] = {}
+    for part in parts.values():
+        if isinstance(part.features[column], datasets.ClassLabel):
+            names |= dict.fromkeys(part.features[column].names)
+    return list(names) or None
+
+
+def _replaced(
+    part: datasets.Dataset, column: str, numbers: list[int], feature: datasets.ClassLabel
+) -> datasets.Dataset:
+    if part.features[column] == feature:
+        return part
+    order = part.column_names
+    return part.remove_columns(column).add_column(column, numbers, feature=feature).select_columns(order)

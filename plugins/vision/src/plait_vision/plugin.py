@@ -1,0 +1,212 @@
+"""``load-data: labelled-images``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+from datasets import Dataset, Features, Image, Value
+from plait import PlaitError, hookimpl
+from plait.fields import doc, in_range
+
+from plait_vision.columns import is_saved_dataset, read_saved, with_class_labels
+from plait_vision.files import Files, Sample, class_folders, labels_from_table, tar_samples, tar_shards
+from plait_vision.images import Transparency, as_cell, check_rules
+from plait_vision.writing import write_rows
+
+__plait_api__ = "0.1"
+
+_TEXTS = Features({"image": Image(), "label": Value("string"), "name": Value("string")})
+
+
+@attrs.frozen(kw_only=True)
+class LabelledImages:
+    """Images with classes: class folders, a table of labels, WebDataset tars, or a saved Hugging Face dataset."""
+
+    source: Path = attrs.field(
+        converter=Path,
+        metadata=doc(
+            "a folder, zip or tar with <class>/<image> or <split>/<class>/<image>; a WebDataset .tar with cls, or a folder "
+            "of them; a folder of save_to_disk"
+        ),
+    )
+    labels: Path | None = attrs.field(
+        default=None,
+        metadata=doc(
+            "a .csv or .tsv with a file and its class in each row, for images that do not lie in class folders"
+        ),
+    )
+    file_column: str | None = attrs.field(default=None, metadata=doc("column of the files in labels; default: by name"))
+    label_column: str | None = attrs.field(
+        default=None, metadata=doc("column of the classes in labels or in a saved dataset; default: by name")
+    )
+    image_column: str = attrs.field(default="image", metadata=doc("column of the images in a saved dataset"))
+    delimiter: str | None = attrs.field(default=None, metadata=doc("of labels; default: as its header shows"))
+    encoding: str | None = attrs.field(
+        default=None, metadata=doc("of labels; default: UTF-8, or by its byte order mark")
+    )
+    class_names: tuple[str, ...] | None = attrs.field(
+        default=None, metadata=doc("the classes in the order of their numbers; default: sorted as found")
+    )
+    split: str | None = attrs.field(default=None, metadata=doc("only this split; default: all that the source has"))
+    max_per_class: int | None = attrs.field(
+        default=None, validator=in_range(1), metadata=doc("take the first so many images of each class; null takes all")
+    )
+    sixteen_bit: Literal["refuse", "scale"] = attrs.field(
+        default="refuse",
+        metadata=doc("16-bit images: refuse them, or scale 0–65535 to 0–255 (colour by the high byte)"),
+    )
+    transparency: Transparency = attrs.field(
+        default="refuse",
+        metadata=doc(
+            "images with transparent pixels: refuse, drop the alpha channel, or the colour [R, G, B] behind them"
+        ),
+    )
+
+    def __attrs_post_init__(self) -> None:
+        try:
+            check_rules(self.transparency, self.sixteen_bit)
+        except ValueError as error:
+            raise PlaitError(str(error)) from error
+        if self.labels is None and (self.file_column or self.delimiter or self.encoding):
+            raise PlaitError(
+                "file_column, delimiter and encoding are of a table of labels; give labels, or leave them out"
+            )
+
+    @hookimpl
+    def load_data(self, run: Any) -> Dataset | dict[str, Dataset]:
+        """A dataset, or split → dataset, with columns ``image``, ``label`` (``ClassLabel``) and ``name``."""
+        source = self.source.expanduser()
+        if is_saved_dataset(source):
+            parts = self._picked({split: self._renamed(part) for split, part in read_saved(source).items()})
+            parts = with_class_labels(parts, names=self.class_names)
+            # Every image is decoded: a bad one is told here and by its row, and all decoders read the same from it.
+            rows = {split: self._saved_rows(part, split) for split, part in parts.items()}
+            return _alone(
+                {split: self._written(run, rows[split], part.features, split) for split, part in parts.items()}
+            )
+        shards = _labelled_shards(source)
+        texts = self._from_shards(shards, run) if shards else self._from_files(source, run)
+        # Folders have names, tables and shards may have numbers: those of the classes.
+        texts = _numbered(texts) if shards or self.labels else texts
+        return _alone(with_class_labels(texts, names=self.class_names))
+
+    def _from_files(self, source: Path, run: Any) -> dict[str, Dataset]:
+        with Files(source) as files:
+            if self.labels is None:
+                found = class_folders(files)
+            else:
+                found = labels_from_table(
+                    files,
+                    self.labels.expanduser(),
+                    file_column=self.file_column,
+                    label_column=self.label_column,
+                    delimiter=self.delimiter,
+                    encoding=self.encoding,
+                )
+
+            def rows(classes: Mapping[str, list[str]]) -> Iterator[dict[str, Any]]:
+                for label, names in sorted(classes.items()):
+                    for name in names[: self.max_per_class]:
+                        cell = self._cell(files.read(name), files.label(name))
+                        yield {"image": cell, "label": label, "name": name}
+
+            return {split: self._written(run, rows(part), _TEXTS, split) for split, part in self._picked(found).items()}
+
+    def _from_shards(self, shards: dict[str, list[Path]], run: Any) -> dict[str, Dataset]:
+        def rows(tars: list[Path]) -> Iterator[dict[str, Any]]:
+            taken: dict[str, int] = {}
+            for sample in (sample for tar in tars for sample in tar_samples(tar)):
+                label = _class_of(sample)
+                taken[label] = taken.get(label, 0) + 1
+                if self.max_per_class is None or taken[label] <= self.max_per_class:
+                    name, content = _image_of(sample)
+                    yield {"image": self._cell(content, f"{sample.where} ({name})"), "label": label, "name": name}
+
+        return {split: self._written(run, rows(tars), _TEXTS, split) for split, tars in self._picked(shards).items()}
+
+    def _renamed(self, part: Dataset) -> Dataset:
+        for column, ours in ((self.image_column, "image"), (self.label_column or "label", "label")):
+            if column not in part.column_names:
+                have = ", ".join(part.column_names)
+                raise PlaitError(f"{self.source} has no column {column!r}; name one of {have} by {ours}_column")
+            if column != ours:
+                part = part.remove_columns([ours] if ours in part.column_names else []).rename_column(column, ours)
+        part = part.select_columns([name for name in ("image", "label", "name") if name in part.column_names])
+        if not isinstance(part.features["image"], Image):
+            raise PlaitError(
+                f"column {self.image_column!r} of {self.source} holds {part.features['image']}, not images"
+            )
+        return part
+
+    def _saved_rows(self, part: Dataset, split: str) -> Iterator[dict[str, Any]]:
+        taken: dict[int, int] = {}
+        for number, row in enumerate(part.with_format(None).cast_column("image", Image(decode=False))):
+            taken[row["label"]] = taken.get(row["label"], 0) + 1
+            if self.max_per_class is None or taken[row["label"]] <= self.max_per_class:
+                path = (row["image"] or {}).get("path")
+                where = f"{self.source}, {split + ', ' if split else ''}row {number}{f' ({path})' if path else ''}"
+                yield {**row, "image": self._cell(row["image"], where), "name": str(row.get("name") or path or number)}
+
+    def _cell(self, content: Any, where: str) -> dict[str, Any]:
+        return as_cell(content, where, transparency=self.transparency, sixteen_bit=self.sixteen_bit)[0]
+
+    def _written(self, run: Any, rows: Iterable[dict[str, Any]], features: Features, split: str) -> Dataset:
+        features = Features({"image": Image(), "label": features["label"], "name": Value("string")})
+        return write_rows(run.folder, run.track(rows, f"images {split}".strip()), features)
+
+    def _picked(self, parts: dict[str, Any]) -> dict[str, Any]:
+        if self.split is None:
+            return parts
+        if self.split not in parts:
+            have = ", ".join(filter(None, parts)) or "none, so leave it out"
+            raise PlaitError(f"split is {self.split!r}; {self.source} has {have}")
+        return {"": parts[self.split]}
+
+
+def _alone(parts: dict[str, Dataset]) -> Dataset | dict[str, Dataset]:
+    empty = [split for split, part in parts.items() if len(part) == 0]
+    if empty or not parts:
+        raise PlaitError(f"{empty[0] if empty and empty[0] else 'the source'} has no labelled images")
+    return parts[""] if list(parts) == [""] else parts
+
+
+def _labelled_shards(source: Path) -> dict[str, list[Path]]:
+    """The WebDataset tars at ``source``, if it is one or a folder of them; a tar of class folders is none."""
+    shards = tar_shards(source)
+    tars = [tar for several in shards.values() for tar in several]
+    first = next(tar_samples(tars[0]), None) if tars else None
+    return shards if first is not None and _label_text(first) is not None else {}
+
+
+def _numbered(parts: dict[str, Dataset]) -> dict[str, Dataset]:
+    """Labels that all are numbers, as numbers."""
+    if not all(label.isdigit() for part in parts.values() for label in part.unique("label")):
+        return parts
+    return {split: part.cast_column("label", Value("int64")) for split, part in parts.items()}
+
+
+def _label_text(sample: Sample) -> str | None:
+    if "cls" in sample.parts or "json" not in sample.parts:
+        return sample.text("cls")
+    try:
+        label = json.loads(sample.parts["json"]).get("label")
+    except (ValueError, AttributeError) as error:
+        raise PlaitError(f"{sample.where}.json is not a JSON object ({error})") from error
+    return None if label is None else str(label)
+
+
+def _class_of(sample: Sample) -> str:
+    label = _label_text(sample)
+    if not label:
+        raise PlaitError(f"{sample.where} has no class: {sample.where}.cls is missing or empty")
+    return label
+
+
+def _image_of(sample: Sample) -> tuple[str, bytes]:
+    if sample.image is None:
+        raise PlaitError(f"{sample.where} has no image but {', '.join(sample.parts)}")
+    return sample.image

@@ -1,0 +1,289 @@
+"""Every merge method on small random models of every kind that people merge: merged, called, stored, loaded, equal."""
+
+import copy
+import importlib.util
+
+import datasets
+import numpy as np
+import plait
+import pytest
+import torch
+import transformers
+from huggingface_hub import PyTorchModelHubMixin
+from PIL import Image
+from plait import PlaitError, codecs
+from plait_wemoe import plugin
+from plait_wemoe.heads import head_places
+from plait_wemoe.inputs import take
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+TASKS = {"a": 3, "b": 4}
+SIDE = 16
+TEXT = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+IMAGE = {"image_size": SIDE, "patch_size": 8}
+BLOCKS = {key: TEXT[key] for key in TEXT if key != "vocab_size"}
+TIMM = {"img_size": SIDE, "patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2}
+
+
+class Bottleneck(nn.Module, PyTorchModelHubMixin):
+    """A convolutional net that saves itself."""
+
+    def __init__(self, num_classes: int = 5) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.body(x)).log_softmax(dim=-1)
+
+
+def other_head(classes):
+    """A classifier whose head was replaced after it was built, so that its own configuration is wrong."""
+    model = Bottleneck(7)
+    model.fc = nn.Linear(4, classes)
+    return model
+
+
+def bert(classes):
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT, num_labels=classes))
+
+
+def roberta(classes):
+    config = transformers.RobertaConfig(**TEXT, num_labels=classes, max_position_embeddings=20, pad_token_id=1)
+    return transformers.RobertaForSequenceClassification(config)
+
+
+def t5(classes):
+    sizes = {"vocab_size": 30, "d_model": 8, "d_ff": 12, "num_layers": 1, "num_heads": 2, "d_kv": 4}
+    return transformers.T5ForSequenceClassification(
+        transformers.T5Config(**sizes, num_labels=classes, decoder_start_token_id=0)
+    )
+
+
+def vit(classes):
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**BLOCKS, **IMAGE, num_labels=classes))
+
+
+def deit(classes):
+    config = transformers.DeiTConfig(**BLOCKS, **IMAGE, num_labels=classes)
+    return transformers.DeiTForImageClassificationWithTeacher(config)
+
+
+def torchvision_resnet(classes):
+    import torchvision
+
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=classes)
+
+
+def torchvision_vit(classes):
+    import torchvision
+
+    return torchvision.models.VisionTransformer(SIDE, 8, 2, 2, 8, 12, num_classes=classes)
+
+
+IMAGE_MODELS = {
+    "transformers ViT": vit,
+    "transformers distilled DeiT": deit,
+    "timm ViT": lambda classes: VisionTransformer(num_classes=classes, **TIMM),
+    "timm distilled": lambda classes: VisionTransformerDistilled(num_classes=classes, **TIMM),
+    "timm ResNet": lambda classes: ResNet(
+        BasicBlock, (1, 1, 1, 1), channels=(4, 4, 4, 4), stem_width=4, num_classes=classes
+    ),
+    "HubMixin": Bottleneck,
+    "HubMixin, head replaced": other_head,
+    **(
+        {"torchvision ResNet": torchvision_resnet, "torchvision ViT": torchvision_vit}
+        if importlib.util.find_spec("torchvision")
+        else {}
+    ),
+}
+TEXT_MODELS = {"transformers BERT": bert, "transformers RoBERTa": roberta, "transformers T5, tied": t5}
+CONVOLUTIONAL = {"timm ResNet", "HubMixin", "HubMixin, head replaced", "torchvision ResNet"}
+
+
+def moved(base, seed, scale=0.1):
+    """A copy with other weights and other running statistics."""
+    model, draw = copy.deepcopy(base), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=draw))
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.add_(torch.rand(buffer.shape, generator=draw))
+            elif name.endswith("num_batches_tracked"):
+                buffer.add_(10 * seed)
+    return model
+
+
+def experts_of(base, build):
+    """Task → the base's body, fine-tuned, with a head for the task's own classes."""
+    experts = {}
+    for number, (task, classes) in enumerate(TASKS.items(), start=1):
+        body, expert = moved(base, number).state_dict(), build(classes)
+        own = expert.state_dict()
+        expert.load_state_dict({n: body[n] if body[n].shape == own[n].shape else own[n] for n in own})
+        experts[task] = expert.eval()
+    return experts
+
+
+def pool_of_kind(name):
+    """(base, experts, data, inputs) of one of the kinds above."""
+    torch.manual_seed(0)
+    build = {**IMAGE_MODELS, **TEXT_MODELS}[name]
+    base = build(2).eval()
+    make = tokens if name in TEXT_MODELS else pictures
+    return base, experts_of(base, build), {task: make(6, seed) for seed, task in enumerate(TASKS)}
+
+
+def pictures(number, seed=0, side=SIDE):
+    draw = np.random.default_rng(seed)
+    cells = [Image.fromarray(draw.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(number)]
+    return datasets.Dataset.from_dict({"image": cells}, features=datasets.Features({"image": datasets.Image()}))
+
+
+def tokens(number, seed=0):
+    """Sequences of other lengths, each with one end token 1 at its end (T5 reads its answer there)."""
+    draw = np.random.default_rng(seed)
+    rows = [[*draw.integers(2, 30, size=draw.integers(2, 7)).tolist(), 1] for _ in range(number)]
+    return datasets.Dataset.from_dict({"input_ids": rows})
+
+
+METHODS = {
+    "individual": plugin.Individual(),
+    "simple-average": plugin.SimpleAverage(),
+    "simple-average, recomputed": plugin.SimpleAverage(statistics="recompute"),
+    "task-arithmetic": plugin.TaskArithmetic(),
+    "ties": plugin.Ties(),
+    "dare": plugin.Dare(),
+    "fisher": plugin.Fisher(num_examples=4),
+    "regmean": plugin.RegMean(num_examples=4),
+    "adamerging": plugin.AdaMerging(max_steps=1),
+    "concrete": plugin.Concrete(max_steps=1),
+    "wemoe": plugin.WEMoE(max_steps=1),
+    "e-wemoe": plugin.EWEMoE(max_steps=1, eval_routing="fixed"),
+}
+
+
+@pytest.fixture(scope="module", params=[*IMAGE_MODELS, *TEXT_MODELS])
+def kind(request):
+    return (request.param, *pool_of_kind(request.param))
+
+
+def inputs_of(data):
+    return plugin.column_of(data, plugin.Reading()).read(range(len(data)))
+
+
+def stored(model, folder):
+    codecs.save(model, folder)
+    return codecs.load(folder)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_what_comes_out_of_the_store_answers_as_what_went_in(kind, method, tmp_path):
+    name, base, experts, data = kind
+    arguments = {"base": base, "experts": experts, "data": data}
+    if name in CONVOLUTIONAL and isinstance(method, plugin.WEMoE):
+        with pytest.raises(PlaitError, match="no module on the way of the input matches"):
+            method.merge(**arguments, run=plait.Run())
+        return
+    before = copy.deepcopy([base, *experts.values()])
+    merged = method.merge(**arguments, run=plait.Run())
+    loaded = stored(merged, tmp_path)
+    for task, classes in TASKS.items():
+        inputs = inputs_of(data[task])
+        with torch.no_grad():
+            logits = merged.logits(inputs, task)
+            assert logits.shape == (6, classes)
+            assert torch.equal(loaded.logits(inputs, task), logits)
+    assert not merged.training
+    assert any(parameter.requires_grad for parameter in merged.parameters())
+    for model, old in zip([base, *experts.values()], before, strict=True):
+        assert all(
+            torch.equal(a, b) for a, b in zip(model.state_dict().values(), old.state_dict().values(), strict=True)
+        )
+        assert all(p.requires_grad for p in model.parameters())
+
+
+def test_one_expert_merged_with_lambda_one_is_that_expert(kind):
+    """The head answers from its own place: what the model does around it stays as it is."""
+    _, base, experts, data = kind
+    inputs = inputs_of(data["b"])
+    arguments = {"base": base, "experts": {"b": experts["b"]}, "data": None, "run": plait.Run()}
+    with torch.no_grad():
+        own = plugin.feature_tensor(plugin.call(experts["b"], inputs))
+        for method in (plugin.Individual(), plugin.SimpleAverage(), plugin.TaskArithmetic(scaling=1.0)):
+            assert torch.allclose(method.merge(**arguments).logits(inputs, "b"), own, atol=1e-5)
+
+
+def test_mixed_batches_score_every_sample_with_its_own_head(kind):
+    _, base, experts, data = kind
+    merged = plugin.SimpleAverage().merge(base=base, experts=experts, data=None, run=plait.Run())
+    inputs, places = inputs_of(data["a"]), {"a": torch.tensor([4, 0]), "b": torch.tensor([1, 2, 3, 5])}
+    with torch.no_grad():
+        for task, logits in merged.logits_by_task(inputs, places).items():
+            assert torch.allclose(logits, merged.logits(take(inputs, places[task]), task), atol=1e-5)
+
+
+def test_a_merged_model_can_be_trained_and_a_mixture_outside_its_routed_layers(kind):
+    name, base, experts, data = kind
+    arguments = {"base": base, "experts": experts, "data": data}
+    methods = [plugin.SimpleAverage()] + [plugin.WEMoE(max_steps=0)] * (name not in CONVOLUTIONAL)
+    for method in methods:
+        merged = method.merge(**arguments, run=plait.Run())
+        merged.logits(inputs_of(data["a"]), "a").sum().backward()
+        moved = {name for name, p in merged.named_parameters() if p.grad is not None}
+        still = {name for name, p in merged.named_parameters() if not p.requires_grad}
+        assert moved
+        routed = [] if merged.mixture is None else merged.mixture.routed_parameters()
+        assert {id(dict(merged.named_parameters())[name]) for name in still} == {id(p) for p in routed}
+
+
+def test_parameters_that_the_base_keeps_fixed_stay_so():
+    base = vit(2)
+    base.vit.embeddings.cls_token.requires_grad_(False)
+    merged = plugin.SimpleAverage().merge(base=base, experts=experts_of(base, vit), data=None, run=plait.Run())
+    fixed = [name for name, p in merged.named_parameters() if not p.requires_grad]
+    assert fixed == ["encoder.vit.embeddings.cls_token"]
+    base.requires_grad_(False)  # a base that is frozen as a whole, for being a pre-trained one
+    merged = plugin.SimpleAverage().merge(base=base, experts=experts_of(base, vit), data=None, run=plait.Run())
+    assert all(p.requires_grad for p in merged.parameters())
+
+
+@pytest.mark.parametrize(
+    ("build", "places"),
+    [
+        (bert, ("classifier",)),
+        (deit, ("cls_classifier", "distillation_classifier")),
+        (t5, ("classification_head",)),
+        (Bottleneck, ("fc",)),
+        (IMAGE_MODELS["timm distilled"], ("head", "head_dist")),
+    ],
+)
+def test_where_heads_are(build, places):
+    assert head_places(build(3)) == places
+    assert head_places(nn.Sequential(nn.Linear(2, 2))) == ()
+
+
+def test_a_merged_transformers_model_is_one_of_transformers_on_disk(tmp_path):
+    base, experts, _ = pool_of_kind("transformers BERT")
+    merged = plugin.SimpleAverage().merge(base=base, experts=experts, data=None, run=plait.Run())
+    merged.save_pretrained(tmp_path)
+    again = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "encoder")
+    assert torch.equal(again.bert.pooler.dense.weight, merged.encoder.bert.pooler.dense.weight)
+    assert torch.equal(again.classifier.weight, base.classifier.weight)
+
+
+def test_experts_with_other_places_of_their_heads_or_another_base():
+    base, experts, _ = pool_of_kind("timm ViT")
+    run = plait.Run()
+    with pytest.raises(PlaitError, match="the head of expert 'b' is head, head_dist"):
+        plugin.SimpleAverage().merge(
+            base=base, experts={"a": experts["a"], "b": IMAGE_MODELS["timm distilled"](4)}, data=None, run=run
+        )
+    with pytest.raises(PlaitError, match="another architecture"):
+        plugin.SimpleAverage().merge(base=Bottleneck(2), experts=experts, data=None, run=run)
