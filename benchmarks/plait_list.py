@@ -16,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from plait.methods import HOOKS, offers
+from plait.catalogue import offers
+from plait.hookspecs import HOOKS
 
 
 def add_plugins(folder: Path, number: int) -> None:

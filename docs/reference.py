@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-from plait.hookspecs import MethodHooks, RunEvents
-from plait.methods import HOOKS, catalogue, hook_arguments, offers
+from plait.catalogue import catalogue, offers
+from plait.hookspecs import HOOKS, MethodHooks, RunEvents, hook_arguments
 from plait.pipeline import STEP_KEYS, TOP_KEYS
 
 DOCS = Path(__file__).parent

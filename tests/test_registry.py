@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from plait.methods import HOOKS, catalogue, find
+from plait.catalogue import catalogue
+from plait.hookspecs import HOOKS
+from plait.methods import find
 from plait.pipeline import load_pipeline
 
 ROOT = Path(__file__).parents[1]

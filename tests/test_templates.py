@@ -1,7 +1,7 @@
 """Every template makes a package that installs, keeps every promise, passes its own tests and runs."""
 
 import pytest
-from plait.methods import HOOKS
+from plait.hookspecs import HOOKS
 
 # One process for the whole life of a package: importing torch is most of the time.
 LIFE = """

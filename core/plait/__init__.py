@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from plait.errors import PipelineError, PlaitError
+from plait.errors import ConfigurationError, MissingDependency, PipelineError, PlaitError, StoreError
 from plait.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from plait.context import Run
-    from plait.methods import load
+    from plait.loading import load
     from plait.report import Report
     from plait.runner import run
 
 __version__ = "0.1.0"
 API = "0.1"
 
-__all__ = ["API", "PipelineError", "PlaitError", "Report", "Run", "__version__", "hookimpl", "load", "run"]
+__all__ = [
+    "API", "ConfigurationError", "MissingDependency", "PipelineError", "PlaitError", "Report", "Run", "StoreError", "__version__",
+    "hookimpl", "load", "run",
+]  # fmt: skip
 
-_LAZY = {"Run": "plait.context", "Report": "plait.report", "load": "plait.methods", "run": "plait.runner"}
+_LAZY = {"Run": "plait.context", "Report": "plait.report", "load": "plait.loading", "run": "plait.runner"}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ class _Group(click.Group):
         try:
             return super().resolve_command(context, arguments)
         except click.UsageError as error:
-            from plait.methods import nearest
+            from plait.errors import nearest
 
             raise click.UsageError(f"{error.message}{nearest(arguments[0], self.commands)}", context) from error
 
@@ -155,7 +155,7 @@ def _print_tables(tables: Any) -> None:
 def plan(pipeline: Path, overrides: tuple[str, ...], store: Path | None) -> None:
     """Show what a PIPELINE would do: its steps, what is in the store, and why the rest is not."""
     from plait.pipeline import load_pipeline
-    from plait.plan import flatten, is_done, make_plan, why_not_cached
+    from plait.plan import explain, flatten, is_done, make_plan
 
     made = make_plan(load_pipeline(pipeline, overrides))
     place = _store(store)
@@ -166,13 +166,15 @@ def plan(pipeline: Path, overrides: tuple[str, ...], store: Path | None) -> None
         f"{made.pipeline.name}: {len(made.tasks)} steps, {cells} matrix cell{'s' if cells > 1 else ''}{f' ({axes})' if axes else ''}"
     )
     missing = 0
+    reasons = explain(made, place)
     for task in made.tasks:
         stored = is_done(task, place)
         missing += not stored
         inputs = ", ".join(
             f"{argument}={'+'.join(i.label for i in flatten(value))}" for argument, value in task.inputs.items()
         )
-        state = "in the store" if stored else f"to run ({why_not_cached(task, made, place)})"
+        reason = f" ({reasons[task.label]})" if reasons[task.label] else ""
+        state = f"{'in the store' if stored else 'to run'}{reason}"
         click.echo(
             f"  {'=' if stored else '+'} {task.label}  {task.step.hook.replace('_', '-')}: {task.step.method.name}({inputs})  {state}"
         )
@@ -185,7 +187,9 @@ def plan(pipeline: Path, overrides: tuple[str, ...], store: Path | None) -> None
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def list_methods(hook: str | None, every: bool, as_json: bool) -> None:
     """List installed methods by hook."""
-    from plait.methods import HOOKS, catalogue, nearest, offers
+    from plait.catalogue import catalogue, offers
+    from plait.errors import nearest
+    from plait.hookspecs import HOOKS
 
     if hook is not None and hook.replace("-", "_") not in HOOKS:
         shown = [h.replace("_", "-") for h in HOOKS]
@@ -233,8 +237,11 @@ def show(method: str, hook: str | None) -> None:
     """Show a METHOD: hooks, fields with types, defaults and meaning, paper, package."""
     import inspect
 
+    from plait.catalogue import catalogue, offers, package_of
     from plait.configuration import describe, fields_of
-    from plait.methods import HOOKS, catalogue, find, implemented_hooks, nearest, offers, package_of
+    from plait.errors import nearest
+    from plait.hookspecs import HOOKS, implemented_hooks
+    from plait.methods import arguments_of, find
 
     short = method.rpartition("/")[2]
     if hook:
@@ -267,7 +274,7 @@ def show(method: str, hook: str | None) -> None:
         implemented = implemented_hooks(found.cls)
         for one in implemented:
             arguments = ", ".join(
-                a + ("" if required else " (optional)") for a, required in find_arguments(found.cls, one).items()
+                a + ("" if required else " (optional)") for a, required in arguments_of(found.cls, one).items()
             )
             click.echo(f"  hook     {one.replace('_', '-')}  from: {arguments or 'nothing'}")
         if found.package:
@@ -290,13 +297,6 @@ def show(method: str, hook: str | None) -> None:
                 click.echo(f"        {facts['doc']}")
     if not seen:
         raise PipelineError([f"{method!r} implements none of the hooks"])
-
-
-def find_arguments(cls: type[Any], hook: str) -> dict[str, bool]:
-    """Arguments of a class's hook without ``run`` → whether they are required."""
-    from plait.methods import Method
-
-    return Method(hook, "", cls, None, "").arguments
 
 
 @main.command()

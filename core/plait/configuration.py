@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 import types
 import typing
@@ -14,20 +15,12 @@ from typing import Any, Literal, Union
 import attrs
 import cattrs
 
-from plait.errors import PlaitError
-from plait.fields import DOC, HOOK, MANY
-from plait.methods import Method, find, implemented_hooks, nearest
+from plait.errors import ConfigurationError, PlaitError, Problem, nearest
+from plait.fields import CODE, DOC, HOOK, MANY, OUTPUT, PATH_OR_NAME, allowed_by
+from plait.hookspecs import implemented_hooks
+from plait.methods import Method, find
 
-Problem = tuple[tuple[str | int, ...], str]
 FRACTION = re.compile(r"\s*([+-]?[\d.]+(?:[eE][+-]?\d+)?)\s*/\s*([\d.]+(?:[eE][+-]?\d+)?)\s*")
-
-
-class ConfigurationError(PlaitError):
-    """Wrong fields. ``problems``: (path of the field, sentence) each."""
-
-    def __init__(self, problems: list[Problem]) -> None:
-        self.problems = problems
-        super().__init__("; ".join(sentence for _, sentence in problems))
 
 
 def number(value: Any) -> float:
@@ -64,16 +57,18 @@ def _exactly(kind: type, name: str) -> Callable[[Any, Any], Any]:
     return check
 
 
-def _path(value: Any, _: Any) -> Path:
-    if not isinstance(value, (str, Path)) or not str(value):
+def _path(value: Any, folder: Path | None) -> Path:
+    if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
         raise ValueError("a path")
-    return Path(value)
+    path = Path(os.path.expanduser(value))
+    # Without a folder the path stays as it was written, relative to the current one.
+    return path if folder is None else folder / path
 
 
-def _union(value: Any, kind: Any) -> Any:
+def _union(value: Any, kind: Any, strict: cattrs.Converter) -> Any:
     for member in typing.get_args(kind):
         try:
-            return converter().structure(value, member)
+            return strict.structure(value, member)
         except Exception:
             continue
     raise ValueError(type_name(kind))
@@ -86,7 +81,7 @@ def _literal(value: Any, kind: Any) -> Any:
     raise ValueError(type_name(kind))
 
 
-def _sequence(value: Any, kind: Any) -> Any:
+def _sequence(value: Any, kind: Any, strict: cattrs.Converter) -> Any:
     if not isinstance(value, (list, tuple)):
         raise ValueError(type_name(kind))
     members = typing.get_args(kind)
@@ -97,8 +92,8 @@ def _sequence(value: Any, kind: Any) -> Any:
     if origin is tuple and members[-1] is not Ellipsis:
         if len(members) != len(value):
             raise ValueError(type_name(kind))
-        return tuple(converter().structure(item, member) for item, member in zip(value, members, strict=True))
-    return make(converter().structure(item, members[0]) for item in value)
+        return tuple(strict.structure(item, member) for item, member in zip(value, members, strict=True))
+    return make(strict.structure(item, members[0]) for item in value)
 
 
 def _is_union(kind: Any) -> bool:
@@ -116,18 +111,18 @@ def _is_sequence(kind: Any) -> bool:
 
 
 @functools.cache
-def converter() -> cattrs.Converter:
-    """The strict converter: nothing is guessed, a string is never a number."""
+def converter(folder: Path | None = None) -> cattrs.Converter:
+    """The strict converter: nothing is guessed, a string is never a number; paths are relative to ``folder``."""
     strict = cattrs.Converter(detailed_validation=False)
     strict.register_structure_hook(int, _whole)
     strict.register_structure_hook(float, lambda value, _: number(value))
     strict.register_structure_hook(bool, _exactly(bool, "true or false"))
     strict.register_structure_hook(str, _exactly(str, "a text"))
     strict.register_structure_hook(type(None), _exactly(type(None), "null"))
-    strict.register_structure_hook(Path, _path)
-    strict.register_structure_hook_func(_is_union, _union)
+    strict.register_structure_hook(Path, lambda value, _: _path(value, folder))
+    strict.register_structure_hook_func(_is_union, lambda value, kind: _union(value, kind, strict))
     strict.register_structure_hook_func(_is_literal, _literal)
-    strict.register_structure_hook_func(_is_sequence, _sequence)
+    strict.register_structure_hook_func(_is_sequence, lambda value, kind: _sequence(value, kind, strict))
     return strict
 
 
@@ -187,7 +182,10 @@ def configure(method: Method, values: Mapping[str, Any], folder: Path | None = N
         try:
             arguments[name] = _structure_field(field, value, folder)
         except ConfigurationError as error:
-            problems += [((name, *path), f"{name}: {sentence}") for path, sentence in error.problems]
+            problems += [
+                ((name, *path), sentence if sentence.startswith(f"{name} is ") else f"{name}: {sentence}")
+                for path, sentence in error.problems
+            ]
         except PlaitError as error:
             problems.append(((name,), f"{name}: {error}"))
         except Exception:
@@ -202,9 +200,9 @@ def configure(method: Method, values: Mapping[str, Any], folder: Path | None = N
     try:
         return method.cls(**arguments)
     except PlaitError as error:
-        raise ConfigurationError([((), str(error))]) from error
+        raise ConfigurationError(str(error)) from error
     except (ValueError, TypeError) as error:
-        raise ConfigurationError([((), f"{method.name}: {error}")]) from error
+        raise ConfigurationError(f"{method.name}: {error}") from error
 
 
 def _range_problem(cls: type[Any], field: attrs.Attribute[Any], value: Any) -> str | None:
@@ -220,7 +218,7 @@ def _range_problem(cls: type[Any], field: attrs.Attribute[Any], value: Any) -> s
 
 
 def _allowed(field: attrs.Attribute[Any]) -> str:
-    allowed = getattr(field.validator, "allowed", None)
+    allowed = allowed_by(field.validator)
     listed = "one of " in type_name(field.type)  # the type names the choices already
     return f", {allowed}" if allowed and not listed else ""
 
@@ -228,7 +226,9 @@ def _allowed(field: attrs.Attribute[Any]) -> str:
 def _structure_field(field: attrs.Attribute[Any], value: Any, folder: Path | None) -> Any:
     hook = field.metadata.get(HOOK)
     if hook is None:
-        return value if field.type is None else converter().structure(value, field.type)
+        if field.type is None:
+            return value
+        return _local(field, converter(folder).structure(value, field.type), folder)
     if not field.metadata.get(MANY):
         return _nested(hook, value, folder)
     if not isinstance(value, (list, tuple)):
@@ -244,6 +244,36 @@ def _structure_field(field: attrs.Attribute[Any], value: Any, folder: Path | Non
     if problems:
         raise ConfigurationError(problems)
     return tuple(made)
+
+
+def _local(field: attrs.Attribute[Any], value: Any, folder: Path | None) -> Any:
+    """What a field names on this machine: inputs are there, and are found wherever the pipeline is run from.
+
+    Raises:
+        ConfigurationError: there is no such file or folder.
+    """
+    if isinstance(value, (tuple, list)):
+        return type(value)(_local(field, item, folder) for item in value)
+    if isinstance(value, Path) and OUTPUT not in field.metadata and not _exists(value):
+        raise ConfigurationError(f"{field.alias} is {str(value)!r}, and there is no such file or folder")
+    if isinstance(value, str) and PATH_OR_NAME in field.metadata:
+        path = _path(value, folder)
+        if _exists(path):
+            return str(path)
+        if value.startswith(("./", "../", "/", "~")):
+            raise ConfigurationError(f"{field.alias} is {value!r}, and there is no file or folder {path}")
+    if isinstance(value, str) and CODE in field.metadata:
+        module, colon, name = value.rpartition(":")
+        if colon and module.endswith(".py"):
+            path = _path(module, folder)
+            if not _exists(path):
+                raise ConfigurationError(f"{field.alias} is {value!r}, and there is no file {path}")
+            return f"{path}:{name}"
+    return value
+
+
+def _exists(path: Path) -> bool:
+    return os.path.exists(path)  # unlike Path's, it bears names of any length
 
 
 def _nested(hook: str, value: Any, folder: Path | None) -> Any:
@@ -292,11 +322,10 @@ def describe(field: attrs.Attribute[Any]) -> dict[str, str]:
         shown = "computed" if default.takes_self else str(plain(default.factory()))
     else:
         shown = str(plain(default))
-    allowed = getattr(field.validator, "allowed", "")
     return {
         "name": field.alias,
         "type": kind,
         "default": shown,
-        "allowed": allowed,
+        "allowed": allowed_by(field.validator),
         "doc": field.metadata.get(DOC, ""),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import attrs
 
 from plait.errors import PlaitError
+from plait.fingerprints import fingerprint
+from plait.loops import Loop
 from plait.optional import require
 
 if TYPE_CHECKING:
@@ -22,6 +25,11 @@ T = TypeVar("T")
 
 def _ignore(*_: Any) -> None:
     return None
+
+
+def _show_warning(message: str) -> None:
+    # Up to the caller of the method: this function, warn, the method, its hook.
+    warnings.warn(message, UserWarning, stacklevel=4)
 
 
 @attrs.define(kw_only=True)
@@ -42,7 +50,7 @@ class Run:
     _folder: Path | None = attrs.field(default=None, alias="folder")
     _on_progress: Callable[[str, int, int | None], None] = attrs.field(default=_ignore, alias="on_progress")
     _on_log: Callable[[dict[str, float], int | None], None] = attrs.field(default=_ignore, alias="on_log")
-    _on_warning: Callable[[str], None] = attrs.field(default=_ignore, alias="on_warning")
+    _on_warning: Callable[[str], None] = attrs.field(default=_show_warning, alias="on_warning")
 
     @property
     def folder(self) -> Path:
@@ -84,10 +92,27 @@ class Run:
         """Iterate and show progress with the time left (only on a terminal)."""
         if total is None and isinstance(iterable, Sized):
             total = len(iterable)
-        self._on_progress(description, 0, total)
+        self.progress(description, 0, total)
         for done, item in enumerate(iterable, start=1):
             yield item
-            self._on_progress(description, done, total)
+            self.progress(description, done, total)
+
+    def progress(self, description: str, done: int, total: int | None) -> None:
+        """Say how far a loop is; :meth:`track` and :meth:`loop` do it by themselves."""
+        self._on_progress(description, done, total)
+
+    def loop(self, method: Any, description: str, *, inputs: Any = (), total: int | None = None) -> Loop:
+        """A long loop that can be killed and goes on from its last checkpoint: see :class:`plait.loops.Loop`.
+
+        Args:
+            method: the method that runs it; its fields are part of what its state belongs to.
+            description: shown with the progress; tells several loops of one method apart.
+            inputs: what it computes from (models, data, …); anything that :func:`plait.fingerprints.fingerprint` takes.
+            total: rounds, where it is :meth:`plait.loops.Loop.done` that reports them.
+        """
+        owner = f"{type(method).__module__}.{type(method).__qualname__}"
+        made_of = fingerprint(owner, method, self.seed, self.step, description, inputs)
+        return Loop(self, description, self.folder / "loops" / made_of[:16], total)
 
     def log(self, *, step: int | None = None, **values: float) -> None:
         """Add one point to a curve per keyword; the report draws them over ``step``."""

@@ -13,18 +13,11 @@ import attrs
 from packaging.requirements import Requirement
 
 from plait import API, __version__
+from plait.calling import WRAPPERS_GROUP
+from plait.catalogue import Offer, catalogue, entry_points, load_entry_point, offers
 from plait.errors import PlaitError
-from plait.methods import (
-    HOOKS,
-    WRAPPERS_GROUP,
-    Offer,
-    _entry_points,
-    _import,
-    catalogue,
-    find,
-    implemented_hooks,
-    offers,
-)
+from plait.hookspecs import HOOKS, implemented_hooks
+from plait.methods import find
 from plait.store import Store
 
 
@@ -94,10 +87,10 @@ def _methods() -> Iterator[Finding]:
 
 
 def _wrappers() -> Iterator[Finding]:
-    for ep in _entry_points(WRAPPERS_GROUP):
+    for ep in entry_points(WRAPPERS_GROUP):
         owner = ep.dist.name if ep.dist else "unknown"
         try:
-            plugin: Any = _import(ep.value, f"plugin {ep.name!r} of package {owner}")
+            plugin: Any = load_entry_point(ep.value, f"plugin {ep.name!r} of package {owner}")
         except PlaitError as error:
             yield Finding(False, str(error).removesuffix("; see plait doctor"))
             continue

@@ -159,7 +159,7 @@ def _build_mapping(
             continue
         if key in result:
             first = places[(*path, key)]
-            problems.append(f"{at}: key {key!r} stands twice, first in line {first[0]}; keep one")
+            problems.append(f"{at}: duplicate key {key!r} (first on line {first[0]}); keep one")
             continue
         places[(*path, key)] = (line, column)
         result[key] = _build(loader, value_node, (*path, key), places, problems, name)

@@ -1,38 +1,85 @@
-"""Validators and metadata for the fields of a method.
+"""How the fields of a method are declared.
 
 ::
 
-    bin_width: int = attrs.field(default=32, validator=in_range(1, 256), metadata=doc("width of a bin, in levels"))
+    bin_width: int = field(32, "width of a bin, in 8-bit levels", in_range(1, 256))
+    rounding: Literal["nearest", "none"] = field("nearest", "how pixels become 8-bit levels")
+    list_file: Path = field(REQUIRED, "a CSV file with a column image")
+
+The annotation says what a user may write; of a ``Literal`` exactly its choices are allowed, in YAML and in Python.
+A field of type ``Path`` names an input: it is relative to the pipeline file, must exist, and what lies there counts
+towards the key of the step.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Collection
-from typing import Any
+import typing
+from collections.abc import Callable, Collection, Hashable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal
 
 import attrs
 
-from plait.errors import PlaitError
+from plait.errors import ConfigurationError
 
 DOC = "plait_doc"
 HOOK = "plait_hook"
 MANY = "plait_many"
 OUTPUT = "plait_output"
+PATH_OR_NAME = "plait_path_or_name"
+CODE = "plait_code"
+REQUIRED = attrs.NOTHING
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
 
+def field(
+    default: Any, text: str, validator: Validator | None = None, *, metadata: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
+    """A hyperparameter.
+
+    Args:
+        default: its value where none is given, an ``attrs.Factory``, or ``REQUIRED``.
+        text: what it means, with its unit; shown by ``plait show`` and in editors.
+        validator: e.g. :func:`in_range`.
+        metadata: more of attrs' metadata.
+    """
+    validators = [_is_a_choice, *([validator] if validator else [])]
+    return attrs.field(
+        default=default, validator=validators if validator else _is_a_choice, metadata={DOC: text, **metadata}
+    )
+
+
+def path_or_name_field(default: Any, text: str) -> Any:
+    """A text that is a local file or folder where one exists (relative to the pipeline file), else a name, as of a hub.
+
+    What lies at a local path counts towards the key of the step.
+    """
+    return field(default, text, metadata={PATH_OR_NAME: True})
+
+
+def code_field(default: Any, text: str) -> Any:
+    """A text that names the user's own code, ``./file.py:name`` (relative to the pipeline file) or ``package.module:name``.
+
+    The file and the local modules that it imports count towards the key of the step.
+    """
+    return field(default, text, metadata={CODE: True})
+
+
+def output_field(default: Any, text: str) -> Any:
+    """A file or folder that the method writes beside its result. It is no input; where it is gone, the step runs again."""
+    return field(default, text, metadata={OUTPUT: True})
+
+
 def doc(text: str) -> dict[str, str]:
-    """Metadata with the meaning of a field (with its unit), shown by ``plait show`` and in editors."""
+    """Metadata with the meaning of a field, for fields that are declared with ``attrs.field``."""
     return {DOC: text}
 
 
 def output_path(text: str) -> dict[str, Any]:
-    """Metadata of a field that names a file or folder which the method writes beside its result.
-
-    What lies there is not an input of the step; where it is gone, the step runs again.
-    """
+    """Metadata as of :func:`output_field`, for fields that are declared with ``attrs.field``."""
     return {DOC: text, OUTPUT: True}
 
 
@@ -48,11 +95,11 @@ def in_range(
         for number in value if isinstance(value, (list, tuple)) else [value]:
             if number is None:
                 continue
-            ok = isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+            ok = isinstance(number, (int, float)) and not isinstance(number, bool) and _is_finite(number)
             ok = ok and (low is None or number > low or (number == low and not low_open))
             ok = ok and (high is None or number < high or (number == high and not high_open))
             if not ok:
-                raise PlaitError(f"{attribute.name} is {value!r}; allowed is {allowed}")
+                raise ConfigurationError(f"{attribute.name} is {value!r}; allowed is {allowed}")
 
     left = "(" if low_open or low is None else "["
     right = ")" if high_open or high is None else "]"
@@ -62,17 +109,79 @@ def in_range(
     return check
 
 
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number beyond float range
+        return False
+
+
 def one_of(*choices: Any) -> Validator:
-    """Allow only the listed values (``None`` is allowed where it is listed)."""
+    """Allow only the listed values, where the annotation cannot say so: choices that are computed or that are numbers.
+
+    A field of type ``Literal`` needs no validator.
+    """
 
     def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         if value not in choices:
-            raise PlaitError(f"{attribute.name} is {value!r}; allowed is {allowed}")
+            raise ConfigurationError(f"{attribute.name} is {value!r}; allowed is {allowed}")
 
     allowed = ", ".join(map(repr, choices))
     check.allowed = f"one of {allowed}"  # type: ignore[attr-defined]
-    check.choices = list(choices)  # type: ignore[attr-defined]
     return check
+
+
+def allowed_by(validator: Any) -> str:
+    """What a field's validator allows, for people; empty where it does not say."""
+    for one in getattr(validator, "_validators", (validator,)):
+        if text := getattr(one, "allowed", ""):
+            return str(text)
+    return ""
+
+
+def bounds_of(validator: Any) -> tuple[float | None, float | None, bool, bool] | None:
+    """(low, high, low_open, high_open) of a field with :func:`in_range`."""
+    for one in getattr(validator, "_validators", (validator,)):
+        if bounds := getattr(one, "bounds", None):
+            return bounds  # type: ignore[no-any-return]
+    return None
+
+
+def _is_a_choice(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    choices, is_many = _choices_of_class(typing.cast(Hashable, type(instance))).get(attribute.name, (None, False))
+    if choices is None:
+        return
+    for one in value if is_many and isinstance(value, (list, tuple)) else [value]:
+        if not any(one == choice and type(one) is type(choice) for choice in choices):
+            raise ConfigurationError(f"{attribute.name} is {one!r}; allowed is one of {', '.join(map(str, choices))}")
+
+
+@functools.cache
+def _choices_of_class(cls: Hashable) -> dict[str, tuple[tuple[Any, ...], bool]]:
+    """Field → its choices, and whether it is a list of them; only for fields that are nothing but choices."""
+    try:
+        attrs.resolve_types(cls)  # type: ignore[type-var]
+    except NameError:  # a class inside a function, whose annotations cannot be resolved
+        return {}
+    found = {}
+    for one in attrs.fields(cls):  # type: ignore[arg-type]
+        members = typing.get_args(one.type) or ()
+        if _is_literal(one.type):
+            found[one.name] = (members, False)
+        elif members and all(_is_literal(m) or m is type(None) for m in members) and not _is_sequence(one.type):
+            choices = tuple(c for m in members for c in (typing.get_args(m) if _is_literal(m) else (None,)))
+            found[one.name] = (choices, False)
+        elif _is_sequence(one.type) and all(_is_literal(m) for m in members if m is not Ellipsis) and members:
+            found[one.name] = (typing.get_args(members[0]), True)
+    return found
+
+
+def _is_literal(kind: Any) -> bool:
+    return typing.get_origin(kind) is Literal
+
+
+def _is_sequence(kind: Any) -> bool:
+    return typing.get_origin(kind) in (tuple, list)
 
 
 def method_field(hook: str, text: str, default: Any = attrs.NOTHING) -> Any:
@@ -93,7 +202,7 @@ def _implements(hook: str) -> Validator:
         methods: Collection[Any] = value if isinstance(value, (list, tuple)) else [value]
         for method in methods:
             if method is not None and not hasattr(getattr(type(method), hook, None), "plait_impl"):
-                raise PlaitError(
+                raise ConfigurationError(
                     f"{attribute.name} is {method!r}, which has no hook {hook}; name a method of that hook"
                 )
 

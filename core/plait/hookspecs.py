@@ -10,24 +10,51 @@ wants, in any order and without defaults:
 
 ``run`` (:class:`plait.Run`: seed, device, progress, curves, scratch folder) is always available.
 
-Kinds of argument: *data* is a Hugging Face ``Dataset``, a mapping split or name → ``Dataset``, a
-PyG ``Data`` or whatever the kit of the domain documents; *model* is a ``torch.nn.Module`` (or an
-object that saves itself with ``save_pretrained``). Where a pipeline gives a list or a mapping of
-steps, the method receives a list or a dict. Inputs are never modified; a hook returns a new object.
+Kinds of argument, written as annotations below: ``Data`` is a Hugging Face ``Dataset``, a mapping split or
+name → ``Dataset``, a PyG ``Data`` or whatever the kit of the domain documents; ``Model`` is a
+``torch.nn.Module`` (or an object that saves itself with ``save_pretrained``); ``Models`` and ``DataSets``
+are several of them, by name or in order. Where a pipeline gives a list or a mapping of steps, the method
+receives a list or a dict. Inputs are never modified; a hook returns a new object.
 
 Images are ``image`` columns (8-bit RGB); methods work on float tensors ``[N, 3, H, W]`` in [0, 1].
+
+A method may also have
+
+* ``splits``: the names of the parts of its result, so that a pipeline that takes another is refused;
+* ``input_files()``: files beyond those that its fields name, such as the images of a list, so that the step
+  runs again when one of them changes;
+* ``depends_on_libraries``: names of distributions (``("torch",)``) whose version is part of what makes its
+  result. For all others the version is recorded, and ``plait plan`` tells where it differs.
 """
 
 from __future__ import annotations
 
+import functools
+import typing
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import attrs
 import pluggy
 
 if TYPE_CHECKING:
     from plait.context import Run
-    from plait.report import Report
+
+
+@attrs.frozen
+class Kind:
+    """What an argument or a result of a hook is: of one kind (``any``: a model or data), one or several of it."""
+
+    name: Literal["model", "data", "report", "any"]
+    several: bool = False
+
+
+Model = Annotated[Any, Kind("model")]
+Models = Annotated[Any, Kind("model", several=True)]
+Data = Annotated[Any, Kind("data")]
+DataSets = Annotated[Any, Kind("data", several=True)]
+ModelOrData = Annotated[Any, Kind("any")]
+Metrics = Annotated[Any, Kind("report")]
 
 hookspec = pluggy.HookspecMarker("plait")
 hookimpl = pluggy.HookimplMarker("plait")
@@ -37,58 +64,78 @@ class MethodHooks:
     """Hooks that a pipeline step calls; exactly one method answers, chosen by its name."""
 
     @hookspec(firstresult=True)
-    def load_data(self, run: Run) -> Any:
+    def load_data(self, run: Run) -> Data:
         """A source: a dataset, or a mapping split → dataset."""
 
     @hookspec(firstresult=True)
-    def transform(self, data: Any, run: Run) -> Any:
+    def transform(self, data: Data, run: Run) -> Data:
         """Derive data from data: degrade, partition, subsample, caption."""
 
     @hookspec(firstresult=True)
-    def load_model(self, data: Any, run: Run) -> Any:
+    def load_model(self, data: Data, run: Run) -> Model:
         """Build a model, or load one from a local folder or a hub; ``data`` may set its size."""
 
     @hookspec(firstresult=True)
-    def attack(self, model: Any, data: Any, run: Run) -> Any:
+    def attack(self, model: Model, data: Data, run: Run) -> Data:
         """An adversarial (test-time) or poisoned (training-time) copy of the data.
 
         Budgets are stated in [0, 1] units and hold after rounding to 8 bits.
         """
 
     @hookspec(firstresult=True)
-    def defend(self, model: Any, data: Any, reference: Any, run: Run) -> Any:
+    def defend(self, model: Model, data: Data, reference: Model, run: Run) -> Model:
         """A cleaned or hardened copy of the model; ``reference`` is a model trusted to be clean."""
 
     @hookspec(firstresult=True)
-    def ensemble(self, candidates: Mapping[str, Any], reference: Mapping[str, Any], run: Run) -> Any:
+    def ensemble(self, candidates: DataSets, reference: DataSets, run: Run) -> Data:
         """Fuse several outputs for the same inputs into one dataset.
 
         ``candidates`` maps a name to a dataset; ``reference`` has the same names plus ``target``.
         """
 
     @hookspec(firstresult=True)
-    def merge(self, base: Any, experts: Mapping[str, Any], data: Mapping[str, Any], run: Run) -> Any:
+    def merge(self, base: Model, experts: Models, data: DataSets, run: Run) -> Model:
         """Fuse several models into one; ``experts`` and ``data`` map task → model / unlabelled data."""
 
     @hookspec(firstresult=True)
-    def optimize(self, model: Any, data: Any, run: Run) -> Any:
+    def optimize(self, model: Model, data: Data, run: Run) -> Model:
         """Train: a trained copy of the model."""
 
     @hookspec(firstresult=True)
-    def extract_feature(self, model: Any, data: Any, run: Run) -> Any:
+    def extract_feature(self, model: Model, data: Data, run: Run) -> Data:
         """Dense or pooled representations: a dataset, or a dict of tensors."""
 
     @hookspec(firstresult=True)
-    def aggregate(self, model: Any, clients: Any, run: Run) -> Any:
+    def aggregate(self, model: Model, clients: DataSets, run: Run) -> Model:
         """Federated or decentralised training: one model from many clients' data."""
 
     @hookspec(firstresult=True)
-    def restore(self, model: Any, data: Any, run: Run) -> Any:
+    def restore(self, model: Model, data: Data, run: Run) -> Data:
         """Image → better image: the dataset with its ``image`` column restored."""
 
     @hookspec(firstresult=True)
-    def evaluate(self, model: Any, data: Any, reference: Any, run: Run) -> Report:  # type: ignore[empty-body]
+    def evaluate(self, model: Model, data: Data, reference: ModelOrData, run: Run) -> Metrics:
         """Metrics, tables, curves and panels as a :class:`plait.Report`."""
+
+
+HOOKS: tuple[str, ...] = tuple(name for name in vars(MethodHooks) if not name.startswith("_"))
+
+
+@functools.cache
+def kinds_of(hook: str) -> Mapping[str, Kind]:
+    """Argument of a hook (without ``run``) → its kind, and ``return`` → that of its result."""
+    hints = typing.get_type_hints(getattr(MethodHooks, hook), localns={"Run": Any}, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if name != "run"}
+
+
+def hook_arguments(hook: str) -> tuple[str, ...]:
+    """The arguments of a hook besides ``run``, in the order of its specification."""
+    return tuple(name for name in kinds_of(hook) if name != "return")
+
+
+def implemented_hooks(cls: type[Any]) -> list[str]:
+    """The hooks that a class implements; a field may have the name of a hook without being one."""
+    return [hook for hook in HOOKS if hasattr(getattr(cls, hook, None), "plait_impl")]
 
 
 class RunEvents:

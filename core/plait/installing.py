@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from plait.errors import PlaitError
-from plait.methods import HOOKS, catalogue, nearest
+from plait.catalogue import catalogue
+from plait.errors import PlaitError, nearest
+from plait.hookspecs import HOOKS
 
 
 def requirement_of(name: str) -> str:

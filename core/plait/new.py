@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from plait import API
-from plait.errors import PlaitError
-from plait.methods import HOOKS, catalogue, nearest, offers
+from plait.catalogue import catalogue, offers
+from plait.errors import PlaitError, nearest
+from plait.hookspecs import HOOKS
 
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from plait.errors import PlaitError
+from plait.errors import MissingDependency
 
 PACKAGES = {"PIL": "pillow", "torch_geometric": "torch-geometric", "skimage": "scikit-image", "sklearn": "scikit-learn"}
 
@@ -14,7 +14,7 @@ def require(module: str) -> Any:
     """Import a module by name.
 
     Raises:
-        PlaitError: it is not installed; the message says which package to install.
+        MissingDependency: it is not installed; the message says which package to install.
     """
     try:
         return importlib.import_module(module)
@@ -22,4 +22,6 @@ def require(module: str) -> Any:
         top = module.partition(".")[0]
         if (error.name or "").partition(".")[0] != top:
             raise
-        raise PlaitError(f"this needs {top}, which is not installed; pip install {PACKAGES.get(top, top)}") from error
+        raise MissingDependency(
+            f"this needs {top}, which is not installed; pip install {PACKAGES.get(top, top)}"
+        ) from error

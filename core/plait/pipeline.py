@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,19 +12,17 @@ from typing import Any
 
 import attrs
 
-from plait.configuration import ConfigurationError, configure
+from plait.configuration import configure
 from plait.document import Document, KeyPath, parse, read
-from plait.errors import PipelineError, PlaitError
-from plait.methods import HOOKS, Method, find, hook_arguments, nearest
+from plait.errors import ConfigurationError, PipelineError, PlaitError, nearest
+from plait.hookspecs import HOOKS, hook_arguments, kinds_of
+from plait.methods import Method, find
 
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 TOP_KEYS = ("plait", "name", "description", "seed", "matrix", "steps")
 STEP_KEYS = ("from", "with", "seed", "resources")
 MAX_CELLS = 10_000
-MODEL_HOOKS = ("load_model", "defend", "merge", "optimize", "aggregate")
-MODEL_ARGUMENTS = {("attack", "model"), ("defend", "model"), ("defend", "reference"), ("merge", "base"), ("merge", "experts"),
-                   ("optimize", "model"), ("extract_feature", "model"), ("aggregate", "model"), ("restore", "model"), ("evaluate", "model")}  # fmt: skip
 
 
 @attrs.frozen
@@ -39,15 +38,15 @@ class Reference:
 
 @attrs.frozen
 class Step:
-    """One checked step of one matrix cell."""
+    """One checked step of one matrix cell; ``instance`` is its method, made from the fields ``config``."""
 
     name: str
     hook: str
     method: Method
     instance: Any
+    config: Mapping[str, Any]
     inputs: Mapping[str, Any]
     seed: int
-    axes: frozenset[str]
     resources: Mapping[str, Any]
 
     def references(self) -> Iterator[Reference]:
@@ -66,10 +65,15 @@ class Cell:
 
 @attrs.frozen
 class Pipeline:
-    """A checked pipeline: every step of every cell has its method, fields and inputs."""
+    """A checked pipeline: every step of every cell has its method, fields and inputs.
+
+    Attributes:
+        axes: step → the axes of the matrix that its own text depends on.
+    """
 
     name: str
     cells: Sequence[Cell]
+    axes: Mapping[str, frozenset[str]]
     data: Mapping[str, Any]
     folder: Path
     source: str
@@ -120,14 +124,78 @@ def check(document: Document, overrides: Sequence[str], folder: Path) -> Pipelin
     if problems.found:
         raise PipelineError(problems.found)
     cells = []
+    known: dict[str, Step | None] = {}
+    texts: list[tuple[Mapping[str, Any], Mapping[str, str]]] = []
     for values in _combinations(matrix):
         resolved = _resolve({**data, "matrix": dict(values)}, problems)
         if resolved is not None:
-            cells.append(_check_cell(resolved, data["steps"], values, folder, problems))
+            cells.append(_check_cell(resolved, values, folder, known, problems))
+            texts.append((values, _texts(resolved, values)))
+    axes = _axes_of_steps(data, texts)
+    if not problems.found:
+        _check_axes_used(matrix, axes, problems)
     if problems.found:
         raise PipelineError(problems.found)
     source = "" if document.name == "<text>" else document.name
-    return Pipeline(str(data.get("name") or Path(source).stem or "pipeline"), cells, data, folder, source)
+    return Pipeline(str(data.get("name") or Path(source).stem or "pipeline"), cells, axes, data, folder, source)
+
+
+def _texts(resolved: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, str]:
+    """What every step of a cell resolves to, as text: equal for equal steps."""
+    seed = values.get("seed", resolved.get("seed", 0))
+    return {
+        name: json.dumps([body, None if isinstance(body, dict) and "seed" in body else seed], default=str)
+        for name, body in resolved["steps"].items()
+    }
+
+
+def _axes_of_steps(
+    data: Mapping[str, Any], texts: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]]
+) -> dict[str, frozenset[str]]:
+    """Step → the axes whose value changes what it resolves to, however an interpolation reaches them."""
+    found: dict[str, set[str]] = {name: set() for name in data["steps"]}
+    for axis, axis_values in (data.get("matrix") or {}).items():
+        if len(axis_values) == 1:
+            texts_here = [*texts[:1], *_probe(data, axis, texts[:1])]
+        else:
+            texts_here = list(texts)
+        for name in found:
+            by_others: dict[str, str] = {}
+            for values, cell in texts_here:
+                others = json.dumps({other: value for other, value in values.items() if other != axis}, default=str)
+                if name in cell and by_others.setdefault(others, cell[name]) != cell[name]:
+                    found[name].add(axis)
+                    break
+    return {name: frozenset(axes) for name, axes in found.items()}
+
+
+def _probe(
+    data: Mapping[str, Any], axis: str, first: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]]
+) -> list[tuple[Mapping[str, Any], Mapping[str, str]]]:
+    """The first cell with another value of an axis that has only one; empty where it cannot be resolved."""
+    if not first:
+        return []
+    values = dict(first[0][0])
+    value = values[axis]
+    values[axis] = (
+        value + 1 if isinstance(value, (int, float)) and not isinstance(value, bool) else f"{value} (another)"
+    )
+    resolved = _resolve({**data, "matrix": values}, None)
+    if resolved is not None:
+        return [(values, _texts(resolved, values))]
+    mentioned = {
+        name: f"{text} (another)" for name, text in first[0][1].items() if f"matrix.{axis}" in str(data["steps"][name])
+    }
+    return [(values, {**first[0][1], **mentioned})]
+
+
+def _check_axes_used(matrix: Mapping[str, Any], axes: Mapping[str, frozenset[str]], problems: _Problems) -> None:
+    for axis in matrix:
+        if not any(axis in used for used in axes.values()):
+            problems.add(
+                ("matrix", axis),
+                f"no step uses matrix axis {axis}; write ${{matrix.{axis}}} where it belongs, or leave it out",
+            )
 
 
 class _Problems:
@@ -155,23 +223,42 @@ def _override(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
     config: Any = OmegaConf.create(data)
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, text = override.partition("=")
+        adds = key.startswith("+")
+        key = key.removeprefix("+")
         if not equals or not key or not all(key.split(".")):
             raise PipelineError([f"override {override!r} is not of the form path.to.field=value"])
-        if (top := key.split(".")[0]) not in TOP_KEYS:
-            raise PipelineError([f"override {override!r}: there is no key {top!r}{nearest(top, TOP_KEYS)}"])
         parts = key.split(".")
-        steps = data.get("steps")
-        if parts[0] == "steps" and len(parts) > 1 and isinstance(steps, dict) and parts[1] not in steps:
-            raise PipelineError([f"override {override!r}: there is no step {parts[1]!r}{nearest(parts[1], steps)}"])
+        _check_override(override, parts, data, adds)
         try:
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
-        except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+            value = parse(text).data
+        except PipelineError as error:
+            raise PipelineError(
+                [f"override {override!r} cannot be read: {error.problems[0].removeprefix('<text>:')}"]
+            ) from error
+        try:
+            OmegaConf.update(config, key, value, merge=True, force_add=True)
+        except (OmegaConfBaseException, ValueError, TypeError, AttributeError, IndexError) as error:
             raise PipelineError([f"override {override!r} does not fit: {_first_line(error)}"]) from error
-        except Exception as error:
-            raise PipelineError([f"override {override!r} cannot be read: {_first_line(error)}"]) from error
     result: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
     return result
+
+
+def _check_override(override: str, parts: Sequence[str], data: Mapping[str, Any], adds: bool) -> None:
+    if parts[0] not in TOP_KEYS:
+        raise PipelineError([f"override {override!r}: there is no key {parts[0]!r}{nearest(parts[0], TOP_KEYS)}"])
+    known = data.get(parts[0])
+    if len(parts) == 1 or parts[0] not in ("steps", "matrix"):
+        return
+    name = parts[1].partition("[")[0]
+    if parts[0] == "steps" and isinstance(known, dict) and name not in known:
+        raise PipelineError([f"override {override!r}: there is no step {name!r}{nearest(name, known)}"])
+    if parts[0] == "matrix" and not adds and name not in (known or {}):
+        raise PipelineError(
+            [
+                f"override {override!r}: the matrix has no axis {name!r}{nearest(name, known or {})}; +matrix.{name}=… adds one"
+            ]
+        )
 
 
 def _first_line(error: Exception) -> str:
@@ -234,7 +321,7 @@ def _check_matrix(matrix: Any, problems: _Problems) -> None:
         elif axis == "seed" and not all(map(_is_seed, values)):
             problems.add(path, f"matrix axis seed is {values!r}; its values are whole numbers from 0 to 2**63 - 1")
         elif len({repr(value) for value in values}) < len(values):
-            problems.add(path, f"matrix axis {axis} has a value twice; keep one")
+            problems.add(path, f"matrix axis {axis} has a duplicate value; keep one")
     if not problems.found and math.prod(len(values) for values in matrix.values()) > MAX_CELLS:
         problems.add(("matrix",), f"the matrix has more than {MAX_CELLS} cells; run it in parts, e.g. matrix.seed=[0]")
 
@@ -244,7 +331,7 @@ def _combinations(matrix: Mapping[str, list[Any]]) -> Iterator[Mapping[str, Any]
         yield dict(zip(matrix, values, strict=True))
 
 
-def _resolve(data: dict[str, Any], problems: _Problems) -> dict[str, Any] | None:
+def _resolve(data: dict[str, Any], problems: _Problems | None) -> dict[str, Any] | None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -252,17 +339,20 @@ def _resolve(data: dict[str, Any], problems: _Problems) -> dict[str, Any] | None
         resolved: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(data), resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         path = tuple(part for part in re.split(r"[.\[\]]+", str(getattr(error, "full_key", None) or "")) if part)
-        problems.add(path, f"{'.'.join(path) or 'the file'}: {_first_line(error)}")
+        if problems is not None:
+            problems.add(path, f"{'.'.join(path) or 'the file'}: {_first_line(error)}")
         return None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        problems.add((), f"an interpolation cannot be resolved: {_first_line(error)}")
+        if problems is not None:
+            problems.add((), f"an interpolation cannot be resolved: {_first_line(error)}")
         return None
     return resolved
 
 
 def _check_cell(
-    data: Mapping[str, Any], raw: Mapping[str, Any], values: Mapping[str, Any], folder: Path, problems: _Problems
+    data: Mapping[str, Any], values: Mapping[str, Any], folder: Path, known: dict[str, Step | None], problems: _Problems
 ) -> Cell:
+    """Check one cell; ``known`` holds the steps of the cells before it, by their resolved text."""
     default_seed = values.get("seed", data.get("seed", 0))
     if not _is_seed(default_seed):
         problems.add(("seed",), f"seed is {default_seed!r}; allowed is a whole number from 0 to 2**63 - 1")
@@ -273,17 +363,18 @@ def _check_cell(
                 ("steps", name), f"step {name}: it is {body!r}; a step is a mapping {{hook: method, from: …, with: …}}"
             )
             continue
-        step = _check_step(name, body, raw[name], data["steps"], default_seed, values, folder, problems)
-        if step is not None:
+        text = json.dumps([name, body, default_seed], default=str)
+        if text not in known:
+            known[text] = _check_step(name, body, data["steps"], default_seed, folder, problems)
+        if (step := known[text]) is not None:
             steps[name] = step
     _check_kinds(steps, problems)
     order = _order(steps, problems)
-    return Cell(values, {name: _with_axes(steps[name], steps) for name in order})
+    return Cell(values, {name: steps[name] for name in order})
 
 
 def _check_step(
-    name: str, body: Mapping[str, Any], raw: Mapping[str, Any], every: Mapping[str, Any], default_seed: int,
-    values: Mapping[str, Any], folder: Path, problems: _Problems,
+    name: str, body: Mapping[str, Any], every: Mapping[str, Any], default_seed: int, folder: Path, problems: _Problems,
 ) -> Step | None:  # fmt: skip
     path: KeyPath = ("steps", name)
     hooks = [key for key in body if str(key).replace("-", "_") in HOOKS]
@@ -322,10 +413,7 @@ def _check_step(
     _check_arguments(name, method, inputs, problems)
     if instance is None:
         return None
-    axes = {axis for axis in values if f"matrix.{axis}" in str(raw) or f"matrix[{axis}]" in str(raw)}
-    if "seed" in values and "seed" not in body:
-        axes.add("seed")
-    return Step(name, hook, method, instance, inputs, seed, frozenset(axes), resources)
+    return Step(name, hook, method, instance, body.get("with") or {}, inputs, seed, resources)
 
 
 def _check_method(
@@ -409,34 +497,27 @@ def _check_kinds(steps: Mapping[str, Step], problems: _Problems) -> None:
         for argument, value in step.inputs.items():
             for reference in _references(value):
                 source = steps.get(reference.step)
-                if source is None:
+                if source is None or argument not in kinds_of(step.hook):
                     continue
                 path = ("steps", step.name, "from", argument)
-                gives_model = source.hook in MODEL_HOOKS
-                wants_model = (step.hook, argument) in MODEL_ARGUMENTS
-                if source.hook == "evaluate":
-                    problems.add(path, f"step {step.name}: {reference} is a report, which no step takes")
-                elif wants_model and not gives_model and not reference.part:
-                    problems.add(
-                        path,
-                        f"step {step.name}: {argument!r} wants a model, and {reference} is data (a {source.hook.replace('_', '-')} step)",
-                    )
-                elif (
-                    not wants_model
-                    and gives_model
-                    and not reference.part
-                    and (step.hook, argument) != ("evaluate", "reference")
-                ):
-                    problems.add(
-                        path,
-                        f"step {step.name}: {argument!r} wants data, and {reference} is a model (a {source.hook.replace('_', '-')} step)",
-                    )
+                if sentence := _misfit(step, argument, reference, source):
+                    problems.add(path, f"step {step.name}: {sentence}")
                 splits = getattr(source.instance, "splits", None)
                 if reference.part and splits is not None and reference.part[0] not in splits:
                     problems.add(
                         path,
                         f"step {step.name}: {source.name} has no split {reference.part[0]!r}{nearest(reference.part[0], splits)}; it has {', '.join(splits)}",
                     )
+
+
+def _misfit(step: Step, argument: str, reference: Reference, source: Step) -> str | None:
+    wanted, given = kinds_of(step.hook)[argument].name, kinds_of(source.hook)["return"].name
+    if given == "report":
+        return f"{reference} is a report, which no step takes"
+    if reference.part or wanted in ("any", given):  # a part of a result may be of either kind
+        return None
+    shown = {"model": "a model", "data": "data"}
+    return f"{argument!r} wants {shown[wanted]}, and {reference} is {shown[given]} (a {source.hook.replace('_', '-')} step)"
 
 
 def _order(steps: Mapping[str, Step], problems: _Problems) -> list[str]:
@@ -449,7 +530,7 @@ def _order(steps: Mapping[str, Step], problems: _Problems) -> list[str]:
         cycle = error.args[1]
         problems.add(
             ("steps", cycle[0]),
-            f"steps need each other in a circle: {' → '.join(reversed(cycle))}; take one of these from another step",
+            f"steps form a cycle: {' → '.join(reversed(cycle))}; take one of these from another step",
         )
         return []
     order: list[str] = []
@@ -465,14 +546,3 @@ def _order(steps: Mapping[str, Step], problems: _Problems) -> list[str]:
             if name not in order:
                 order.append(name)
     return order
-
-
-def _with_axes(step: Step, steps: Mapping[str, Step]) -> Step:
-    axes, todo, seen = set(step.axes), [r.step for r in step.references()], set()
-    while todo:
-        name = todo.pop()
-        if name in steps and name not in seen:
-            seen.add(name)
-            axes |= steps[name].axes
-            todo += [r.step for r in steps[name].references()]
-    return attrs.evolve(step, axes=frozenset(axes))

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.metadata
 import json
-import os
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
 
-from plait.configuration import fields_of, plain
-from plait.fields import HOOK, OUTPUT
-from plait.methods import _digest, wrappers_of
+from plait.facts import facts_of, lost_outputs
 from plait.pipeline import Cell, Pipeline, Reference, Step
-from plait.store import Store
+from plait.store import Entry, Store
+from plait.versions import library_versions
 
-KEY_FORMAT = 1
-MAX_LISTED_FILES = 200_000
+LONG = 48  # characters of an axis's value in a label
 
 
 @attrs.frozen
@@ -35,25 +28,29 @@ class Input:
 
 @attrs.frozen
 class Task:
-    """One step of the matrix cells that share it.
+    """One step of the matrix cells in which it comes to the same.
 
     Attributes:
-        label: ``step`` or ``step[axis=value,…]``, naming only the axes that the step depends on.
-        key: digest of all that makes the result.
-        axes: the axes that it depends on, with their values.
+        label: ``step`` or ``step[axis=value,…]``, naming only the axes that its key depends on.
+        key: digest of ``facts``.
+        facts: all that makes the result, as JSON-like data; stored with it.
+        axes: the axes that it depends on, with their values as they are shown.
         inputs: argument → :class:`Input`, list or mapping of them.
+        values: the matrix values of the first cell that has it.
     """
 
     step: Step
     label: str
     key: str
-    axes: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    axes: Mapping[str, str]
     inputs: Mapping[str, Any]
+    values: Mapping[str, Any]
 
     @property
     def needs(self) -> list[str]:
         """Keys of the tasks before it."""
-        return [item.key for value in self.inputs.values() for item in flatten(value)]
+        return list(dict.fromkeys(item.key for value in self.inputs.values() for item in flatten(value)))
 
 
 @attrs.frozen
@@ -74,22 +71,101 @@ def flatten(value: Any) -> list[Input]:
 
 
 def make_plan(pipeline: Pipeline) -> Plan:
-    """Compute every task's key; steps that do not depend on a matrix axis become one task for all cells."""
-    tasks: dict[str, Task] = {}
+    """Compute every task's key. A step of two cells is one task exactly when its key is the same."""
+    facts_of_steps: dict[int, Mapping[str, Any]] = {}
+    found: dict[str, dict[str, Task]] = {}
+    cells_of: dict[str, list[tuple[Mapping[str, Any], str]]] = {}
+    order: list[tuple[str, str]] = []
     for cell in pipeline.cells:
         made: dict[str, Task] = {}
         wanted = _wanted(cell, pipeline)
         for name, step in cell.steps.items():
             if name not in wanted:
                 continue
-            axes = {axis: value for axis, value in cell.values.items() if axis in step.axes}
+            if id(step) not in facts_of_steps:  # cells share the steps that resolve to the same
+                facts_of_steps[id(step)] = facts_of(step, pipeline.folder)
             inputs = {argument: _inputs(value, made) for argument, value in step.inputs.items()}
-            key = _key(step, inputs)
-            task = Task(step, _label(name, axes), key, axes, inputs)
-            made[name] = task
-            # Two values of an axis may come to the same thing; the first one stands for both.
-            tasks.setdefault(f"{task.label}", task)
-    return Plan(pipeline, list(tasks.values()))
+            plain = {argument: _plain_inputs(value) for argument, value in inputs.items()}
+            facts = {**facts_of_steps[id(step)], "inputs": plain}
+            key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+            made[name] = Task(step, "", key, facts, {}, inputs, cell.values)
+            cells_of.setdefault(name, []).append((cell.values, key))
+            if key not in found.setdefault(name, {}):
+                found[name][key] = made[name]
+                order.append((name, key))
+    shown = _shown_values(pipeline)
+    transitive = _transitive_axes(pipeline)
+    axes = {
+        name: _axes_that_matter(cells, transitive.get(name, frozenset()), pipeline) for name, cells in cells_of.items()
+    }
+    tasks = []
+    for name, key in order:
+        task = found[name][key]
+        texts = {axis: shown[axis][_text_key(task.values[axis])] for axis in axes[name]}
+        tasks.append(attrs.evolve(task, label=_label(name, texts), axes=texts))
+    return Plan(pipeline, tasks)
+
+
+def _axes_that_matter(
+    cells: Sequence[tuple[Mapping[str, Any], str]], candidates: frozenset[str], pipeline: Pipeline
+) -> list[str]:
+    """The axes, in the order of the matrix, that a step's key depends on: their values tell its keys apart."""
+    matrix = pipeline.data.get("matrix") or {}
+    chosen = [axis for axis in matrix if axis in candidates and (len(matrix[axis]) == 1 or _changes_key(cells, axis))]
+    # Where cells lack the step, no two may differ in one axis alone.
+    for axis in matrix:
+        if _tells_apart(cells, chosen):
+            break
+        if axis not in chosen:
+            chosen.append(axis)
+    return [axis for axis in matrix if axis in chosen]
+
+
+def _changes_key(cells: Sequence[tuple[Mapping[str, Any], str]], axis: str) -> bool:
+    by_others: dict[str, str] = {}
+    for values, key in cells:
+        others = _text_key({other: value for other, value in values.items() if other != axis})
+        if by_others.setdefault(others, key) != key:
+            return True
+    return False
+
+
+def _tells_apart(cells: Sequence[tuple[Mapping[str, Any], str]], axes: Iterable[str]) -> bool:
+    by_axes: dict[str, str] = {}
+    return all(by_axes.setdefault(_text_key([values[axis] for axis in axes]), key) == key for values, key in cells)
+
+
+def _transitive_axes(pipeline: Pipeline) -> dict[str, frozenset[str]]:
+    """Step → the axes of its own text and of that of all steps before it, in any cell."""
+    found = {name: set(axes) for name, axes in pipeline.axes.items()}
+    for cell in pipeline.cells:
+        for name, step in cell.steps.items():  # in an order in which they can run
+            for reference in step.references():
+                found[name] |= found[reference.step]
+    return {name: frozenset(axes) for name, axes in found.items()}
+
+
+def _shown_values(pipeline: Pipeline) -> dict[str, dict[str, str]]:
+    """Axis → value → how it is shown: short, and different for different values."""
+    return {axis: _short_texts(values) for axis, values in (pipeline.data.get("matrix") or {}).items()}
+
+
+def _short_texts(values: Sequence[Any]) -> dict[str, str]:
+    plain = {_text_key(value): value if isinstance(value, str) else _text_key(value) for value in values}
+    if len(set(plain.values())) < len(plain):  # 1 and "1"
+        plain = {key: key for key in plain}
+    for key, text in plain.items():
+        if len(text) > LONG:
+            plain[key] = f"{text[: LONG - 8]}…{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
+    return plain
+
+
+def _text_key(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, default=str)
+
+
+def _label(name: str, axes: Mapping[str, str]) -> str:
+    return name + (f"[{','.join(f'{axis}={text}' for axis, text in axes.items())}]" if axes else "")
 
 
 def _wanted(cell: Cell, pipeline: Pipeline) -> set[str]:
@@ -112,14 +188,6 @@ def _wanted(cell: Cell, pipeline: Pipeline) -> set[str]:
     return wanted
 
 
-def _label(name: str, axes: Mapping[str, Any]) -> str:
-    return name + (f"[{','.join(f'{axis}={_short(value)}' for axis, value in axes.items())}]" if axes else "")
-
-
-def _short(value: Any) -> str:
-    return str(value) if not isinstance(value, (dict, list)) else json.dumps(value, separators=(",", ":"))
-
-
 def _inputs(value: Any, made: Mapping[str, Task]) -> Any:
     if isinstance(value, Reference):
         return Input(made[value.step].key, value.part, str(value))
@@ -136,131 +204,74 @@ def _plain_inputs(value: Any) -> Any:
     return [_plain_inputs(item) for item in value]
 
 
-def facts_of(step: Step) -> dict[str, Any]:
-    """All of a step, but for its inputs, that its result depends on."""
-    method = step.method
-    return {
-        "format": KEY_FORMAT,
-        "step": step.name,
-        "hook": step.hook,
-        "method": f"{method.package or 'path'}:{method.cls.__module__ if method.package else ''}:{method.cls.__qualname__}",
-        "version": method.version,
-        "kits": _kit_versions(method.package),
-        "wrappers": wrappers_of(step.hook),
-        "config": plain(step.instance),
-        "nested": _nested_versions(step.instance),
-        "local files": _local_files(step.instance),
-        "seed": step.seed,
-    }
+def is_done(task: Task, store: Store) -> bool:
+    """Whether a task's result, and what it writes beside it, is there."""
+    return store.has(task.key) and not lost_outputs(task.step.instance)
 
 
-def _key(step: Step, inputs: Mapping[str, Any]) -> str:
-    facts = {**facts_of(step), "inputs": {argument: _plain_inputs(value) for argument, value in inputs.items()}}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def explain(plan: Plan, store: Store) -> dict[str, str]:
+    """Label → why the task has to run, or, for a stored result, what about it is worth knowing (else empty).
+
+    The cause is what differs from the stored result of the same step that is nearest to it.
+    """
+    by_step: dict[tuple[str, str], list[Entry]] = {}
+    for entry in store.entries():
+        facts = entry.meta.get("facts", {})
+        by_step.setdefault((facts.get("step"), facts.get("hook")), []).append(entry)
+    changed: set[str] = set()
+    reasons = {}
+    label_of = {task.key: task.label for task in plan.tasks}
+    for task in plan.tasks:
+        if is_done(task, store):
+            stored = store.entry(task.key)
+            reasons[task.label] = _other_libraries(stored.meta.get("libraries", {})) if stored else ""
+            continue
+        changed.add(task.key)
+        if lost := lost_outputs(task.step.instance) if store.has(task.key) else []:
+            reasons[task.label] = f"gone: {', '.join(map(str, lost))}"
+        else:
+            earlier = by_step.get((task.step.name, task.step.hook), [])
+            reasons[task.label] = _why(task, earlier, {label_of[key] for key in task.needs if key in changed})
+    return reasons
 
 
-@functools.cache
-def _kit_versions(package: str | None) -> list[str]:
-    """Versions of the plait packages that a method's package requires."""
-    if package is None:
-        return []
+def _why(task: Task, earlier: Sequence[Entry], running: set[str]) -> str:
+    facts = json.loads(json.dumps(task.facts))
+    causes = [_causes(facts, entry.meta["facts"], running) for entry in earlier]
+    if not causes:
+        return "never run"
+    best = min(causes, key=len)
+    return "changed: " + "; ".join(best) if best else "its stored result is gone or incomplete"
+
+
+def _causes(now: Mapping[str, Any], then: Mapping[str, Any], running: set[str]) -> list[str]:
+    """What of the facts differs, each as a few words."""
     found = []
-    for requirement in importlib.metadata.requires(package) or []:
-        name = re.split(r"[ ;<>=!~\[]", requirement, maxsplit=1)[0]
-        if name.startswith("plait-") and "extra ==" not in requirement:
-            found.append(f"{name} {_version_with_sources(name)}")
-    return sorted(found)
-
-
-def _version_with_sources(package: str) -> str:
-    try:
-        distribution = importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
-    direct = json.loads(distribution.read_text("direct_url.json") or "{}")
-    if not direct.get("dir_info", {}).get("editable"):
-        return distribution.version
-    source = Path(direct["url"].removeprefix("file://"))
-    return f"{distribution.version}+{_digest(sorted((source / 'src').rglob('*.py')))}"
-
-
-def _nested_versions(instance: Any) -> list[str]:
-    found = []
-    for field in fields_of(type(instance)).values():
-        if HOOK in field.metadata:
-            value = getattr(instance, field.name)
-            for method in value if isinstance(value, (list, tuple)) else [value]:
-                if method is not None:
-                    cls = type(method)
-                    found.append(f"{cls.__qualname__} {_version_of_class(cls)}")
-                    found += _nested_versions(method)
+    for name in [*now, *(name for name in then if name not in now)]:
+        new, old = now.get(name), then.get(name)
+        if new == old:
+            continue
+        if name == "inputs":
+            found.append(f"its inputs ({', '.join(sorted(running))})" if running else "its inputs")
+        elif name == "fields" and isinstance(new, dict) and isinstance(old, dict):
+            found += [f"field {field} ({old.get(field)!r} → {new.get(field)!r})" for field in _differing(new, old)]
+        elif name in ("code", "files", "libraries", "wrappers") and isinstance(new, dict) and isinstance(old, dict):
+            words = {"code": "code of", "files": "file", "libraries": "version of", "wrappers": "wrapper"}
+            found += [f"{words[name]} {item}" for item in _differing(new, old)]
+        else:
+            found.append(f"{name} ({old} → {new})")
     return found
 
 
-def _version_of_class(cls: type[Any]) -> str:
-    import inspect
-
-    file = Path(inspect.getfile(cls))
-    return _digest([file]) if file.is_file() else "0"
+def _differing(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
+    return [name for name in dict.fromkeys([*new, *old]) if new.get(name) != old.get(name)]
 
 
-def _local_files(value: Any) -> list[str]:
-    """Size and time of every file that a field names, so that changed data is another input."""
-    if attrs.has(type(value)):
-        inputs = [field.name for field in attrs.fields(type(value)) if OUTPUT not in field.metadata]
-        return [line for name in inputs for line in _local_files(getattr(value, name, None))]
-    if isinstance(value, Mapping):
-        return [line for item in value.values() for line in _local_files(item)]
-    if isinstance(value, (list, tuple)):
-        return [line for item in value for line in _local_files(item)]
-    if isinstance(value, str) and ".py:" in value:
-        value = value.rpartition(":")[0]  # a class in a file
-    elif isinstance(value, str) and os.sep not in value:
-        return []  # a name, not a path
-    if not isinstance(value, (str, Path)):
-        return []
-    path = Path(value)
-    try:
-        if path.is_file():
-            return [_stamp(path)]
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if value and path.is_dir() else []
-        return [_stamp(file) for file in files[:MAX_LISTED_FILES]]
-    except (OSError, ValueError):
-        return []
-
-
-def _stamp(path: Path) -> str:
-    facts = path.stat()
-    return f"{path} {facts.st_size} {facts.st_mtime_ns}"
-
-
-def lost_outputs(step: Step) -> list[Path]:
-    """Files and folders that the step is to write beside its result and that are not there."""
-    fields = [field for field in fields_of(type(step.instance)).values() if OUTPUT in field.metadata]
-    paths = [getattr(step.instance, field.name) for field in fields]
-    return [Path(path) for path in paths if path is not None and not Path(path).exists()]
-
-
-def is_done(task: Task, store: Store) -> bool:
-    """Whether a task's result, and what it writes beside it, is there."""
-    return store.has(task.key) and not lost_outputs(task.step)
-
-
-def why_not_cached(task: Task, plan: Plan, store: Store) -> str:
-    """Why a task has to run: what differs from the stored result of the same step that is nearest to it."""
-    facts = json.loads(
-        json.dumps({**facts_of(task.step), "inputs": {a: _plain_inputs(v) for a, v in task.inputs.items()}})
-    )
-    if store.has(task.key):
-        return f"gone: {', '.join(map(str, lost_outputs(task.step)))}"
-    best: list[str] | None = None
-    for entry in store.entries():
-        earlier = entry.meta.get("facts", {})
-        if (earlier.get("step"), earlier.get("hook")) != (facts["step"], facts["hook"]):
-            continue
-        different = [name for name in facts if facts[name] != earlier.get(name)]
-        if best is None or len(different) < len(best):
-            best = different
-    if best is None:
-        return "never run"
-    return "changed: " + ", ".join(best) if best else "its stored result is incomplete"
+def _other_libraries(then: Mapping[str, str]) -> str:
+    now = library_versions()
+    other = [
+        f"{name} {version}, now {now.get(name, 'not installed')}"
+        for name, version in then.items()
+        if now.get(name) != version
+    ]
+    return f"made with {'; '.join(other)}" if other else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -19,16 +20,18 @@ from typing import Any
 import attrs
 import pluggy
 
+from plait.calling import wrappers
 from plait.configuration import plain
 from plait.document import Document
 from plait.errors import PlaitError
 from plait.executors.local import InProcess, Processes
+from plait.facts import lost_outputs
 from plait.hookspecs import RunEvents
 from plait.listeners import JSONLog
-from plait.methods import wrappers
 from plait.pipeline import Pipeline, Step, check, load_pipeline
-from plait.plan import Input, Plan, Task, lost_outputs, make_plan
+from plait.plan import Input, Plan, Task, make_plan
 from plait.report.model import Report
+from plait.scheduling import Progress
 from plait.store import Store
 from plait.work import Outcome, load_extras, load_result, make_job
 
@@ -151,94 +154,42 @@ def _write_report(plan: Plan, store: Store, failed: Mapping[str, str], folder: P
 def _carry_out_all(
     plan: Plan, pipeline: Pipeline, store: Store, executor: InProcess | Processes, emit: Any, device: str | None
 ) -> dict[str, str]:
-    label_of = {task.key: task.label for task in plan.tasks}
-    waiting = list(plan.tasks)
-    for task in plan.tasks:
-        if lost_outputs(task.step):
-            store.remove(task.key)  # only a new run writes them again
-    needed = _needed(plan, store)
-    finished: set[str] = set()
-    failed: dict[str, str] = {}
-    failed_keys: dict[str, str] = {}
-    running: dict[str, list[Task]] = {}
-    while waiting or running:
-        for task in list(waiting):
-            broken = next((key for key in task.needs if key in failed_keys), None)
-            if broken is not None:
-                waiting.remove(task)
-                failed[task.label] = f"skipped, because step {label_of[broken]} failed"
-                failed_keys[task.key] = task.label
-                emit("step_failed", step=task.label, message=failed[task.label])
-            elif task.key in finished or (task.key not in needed and task.key not in running) or store.has(task.key):
-                waiting.remove(task)
-                finished.add(task.key)
-                store.touch(task.key)
-                emit("step_cached", step=task.label, key=task.key)
-            elif task.key in running:
-                waiting.remove(task)
-                running[task.key].append(task)
-            elif executor.has_room() and all(key in finished for key in task.needs):
-                waiting.remove(task)
-                running[task.key] = [task]
-                config = _config_of(pipeline, task)
-                executor.submit(make_job(task, config, pipeline.folder, store, device))
-        if running:
-            outcome = executor.next_done()
-            for task in running.pop(outcome.key):
-                _record(task, outcome, store, finished, failed, failed_keys, emit)
-    return failed
+    """Run every task as soon as those that it needs are done; label → why, for all that failed."""
+    lost = {task.key for task in plan.tasks if lost_outputs(task.step.instance)}
+    for key in lost:
+        store.remove(key)  # only a new run writes them again
+    progress = Progress(plan, {task.key for task in plan.tasks if store.has(task.key)}, lost)
+    for task in progress.not_needed_again():
+        store.touch(task.key)
+        emit("step_cached", step=task.label, key=task.key)
+    running = 0
+    while not progress.is_over:
+        while executor.has_room() and (ready := progress.next_ready()) is not None:
+            executor.submit(make_job(ready, pipeline.folder, store, device))
+            running += 1
+        if not running:
+            raise PlaitError(f"nothing runs and nothing can start: {', '.join(progress.waiting)} wait for one another")
+        outcome = executor.next_done()
+        running -= 1
+        _record(progress, outcome, store, emit)
+    return progress.failed
 
 
-def _record(
-    task: Task,
-    outcome: Outcome,
-    store: Store,
-    finished: set[str],
-    failed: dict[str, str],
-    failed_keys: dict[str, str],
-    emit: Any,
-) -> None:
+def _record(progress: Progress, outcome: Outcome, store: Store, emit: Any) -> None:
+    task = progress.task_of(outcome.key)
     if outcome.error is not None:
-        failed[task.label] = outcome.error
-        failed_keys[task.key] = task.label
         emit("step_failed", step=task.label, message=outcome.error)
+        for behind, message in progress.fail(task, outcome.error):
+            emit("step_failed", step=behind.label, message=message)
         if os.environ.get("PLAIT_DEBUG"):
             sys.stderr.write(outcome.details)
         return
-    finished.add(task.key)
+    progress.finish(task)
     if outcome.cached:
         emit("step_cached", step=task.label, key=task.key)
         return
     report = load_result(Input(task.key, (), task.label), store) if task.step.hook == "evaluate" else None
     emit("step_finished", step=task.label, key=task.key, seconds=outcome.seconds, report=report)
-
-
-def _needed(plan: Plan, store: Store) -> set[str]:
-    """Keys of the tasks that have to be in the store: results nobody reads any more may have been deleted."""
-    consumers: dict[str, list[Task]] = {}
-    for task in plan.tasks:
-        for key in task.needs:
-            consumers.setdefault(key, []).append(task)
-    needed: set[str] = set()
-    for task in reversed(plan.tasks):
-        is_end = task.key not in consumers or task.step.hook == "evaluate"
-        if (
-            is_end
-            or lost_outputs(task.step)
-            or any(user.key in needed and not store.has(user.key) for user in consumers.get(task.key, ()))
-        ):
-            needed.add(task.key)
-    return needed
-
-
-def _config_of(pipeline: Pipeline, task: Task) -> Mapping[str, Any]:
-    from omegaconf import OmegaConf
-
-    matrix = {axis: values[0] for axis, values in (pipeline.data.get("matrix") or {}).items()}
-    resolved: Any = OmegaConf.to_container(
-        OmegaConf.create({**pipeline.data, "matrix": {**matrix, **task.axes}}), resolve=True
-    )
-    return resolved["steps"][task.step.name].get("with") or {}
 
 
 def _reports_of(task: Task, store: Store) -> list[Report]:
@@ -275,7 +226,7 @@ def _write_provenance(folder: Path, pipeline: Pipeline, plan: Plan, store: Store
         "git commit": _git_commit(pipeline.folder),
         "store": str(store.root),
         "folder": str(pipeline.folder),
-        "distributions": dict(sorted((d.metadata["Name"], d.version) for d in metadata.distributions())),
+        "distributions": _distributions(),
         "steps": [
             {
                 "label": t.label,
@@ -290,6 +241,11 @@ def _write_provenance(folder: Path, pipeline: Pipeline, plan: Plan, store: Store
     (folder / "provenance.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     resolved = {"pipeline": pipeline.data, "steps": {task.label: _resolved(task.step) for task in plan.tasks}}
     (folder / "resolved.json").write_text(json.dumps(plain(resolved), indent=1), encoding="utf-8")
+
+
+@functools.cache
+def _distributions() -> dict[str, str]:
+    return dict(sorted((d.metadata["Name"], d.version) for d in metadata.distributions()))
 
 
 def _resolved(step: Step) -> dict[str, Any]:

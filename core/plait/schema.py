@@ -9,10 +9,12 @@ from typing import Any, Literal, Union
 
 import attrs
 
+from plait.catalogue import offers
 from plait.configuration import fields_of, plain
 from plait.errors import PlaitError
-from plait.fields import DOC, HOOK, MANY
-from plait.methods import HOOKS, find, hook_arguments, offers
+from plait.fields import DOC, HOOK, MANY, bounds_of
+from plait.hookspecs import HOOKS, hook_arguments
+from plait.methods import find
 from plait.pipeline import FORMAT, NAME
 
 REFERENCE = {
@@ -94,7 +96,7 @@ def _field(field: attrs.Attribute[Any]) -> dict[str, Any]:
         described["description"] = text
     if field.default is not attrs.NOTHING and not isinstance(field.default, attrs.Factory):  # type: ignore[arg-type]
         described["default"] = plain(field.default)
-    low, high, low_open, high_open = getattr(field.validator, "bounds", (None, None, False, False))
+    low, high, low_open, high_open = bounds_of(field.validator) or (None, None, False, False)
     for value, is_open, name in ((low, low_open, "inimum"), (high, high_open, "aximum")):
         if value is not None:
             letter = "m" if not is_open else "M"

@@ -25,7 +25,7 @@ from typing import Any
 import attrs
 from filelock import FileLock, Timeout
 
-from plait.errors import PlaitError
+from plait.errors import StoreError
 
 META = "meta.json"
 
@@ -53,7 +53,7 @@ class Store:
     """A store below ``root`` (made at first use).
 
     Raises:
-        PlaitError: from every method, where the disk is full, read-only or not accessible.
+        StoreError: from every method, where the disk is full, read-only or not accessible.
     """
 
     def __init__(self, root: Path | None = None) -> None:
@@ -119,12 +119,13 @@ class Store:
                 target = self.folder(key)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if target.exists():  # incomplete, else it would have been taken from the store
-                    shutil.rmtree(target)
+                    _remove(target)
                 os.replace(aside, target)
                 _sync_folder(target.parent)
             finally:
-                shutil.rmtree(aside, ignore_errors=True)
-            shutil.rmtree(self.root / "scratch" / key, ignore_errors=True)
+                _remove(aside)
+            _protect(target)
+            _remove(self.root / "scratch" / key)
         return Entry(key, self.folder(key), meta)
 
     def touch(self, key: str) -> None:
@@ -156,11 +157,11 @@ class Store:
                     if used is not None and used <= limit:
                         freed += _size(folder)
                         count += folder.parent.name != "scratch"
-                        shutil.rmtree(folder)
+                        _remove(folder)
             for aside in (self.root / "tmp").glob("*"):
                 if not _is_alive(int(aside.name.partition("-")[0])):
                     freed += _size(aside)
-                    shutil.rmtree(aside, ignore_errors=True)
+                    _remove(aside)
         return count, freed
 
     def verify(self) -> dict[str, str]:
@@ -179,7 +180,7 @@ class Store:
     def remove(self, key: str) -> None:
         """Delete one result."""
         with self.lock(key), self._explained():
-            shutil.rmtree(self.folder(key), ignore_errors=True)
+            _remove(self.folder(key))
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -197,7 +198,7 @@ class Store:
             ):
                 raise
             remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "name another place"
-            raise PlaitError(
+            raise StoreError(
                 f"the store {self.root} cannot be written ({error.strerror}); {remedy}, e.g. with --store or PLAIT_STORE"
             ) from error
 
@@ -226,6 +227,22 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _protect(folder: Path) -> None:
+    """Take away the right to write below a result: a library that keeps its caches beside what it reads cannot."""
+    for place, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            os.chmod(os.path.join(place, name), 0o444)
+        os.chmod(place, 0o555)
+
+
+def _remove(folder: Path) -> None:
+    for place, names, _ in os.walk(folder):
+        for name in ("", *names):
+            with contextlib.suppress(OSError):
+                os.chmod(os.path.join(place, name), 0o755)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _last_used(folder: Path) -> float | None:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from plait import codecs
+from plait.calling import hook_caller
 from plait.configuration import configure, plain_fields
 from plait.context import Run
-from plait.errors import PlaitError
-from plait.methods import find, hook_arguments, hook_caller
-from plait.plan import Input, Task, facts_of, flatten
+from plait.errors import PlaitError, located, sentence_of
+from plait.hookspecs import hook_arguments
+from plait.importing import FILE_ATTRIBUTE, local_sources
+from plait.methods import find
+from plait.plan import Input, Task
 from plait.report.model import Curve, Report
 from plait.store import Store
+from plait.versions import library_versions, plait_modules
 
 Emit = Callable[..., None]
 
@@ -53,21 +59,20 @@ class Outcome:
     details: str = ""
 
 
-def make_job(task: Task, config: Mapping[str, Any], folder: Path, store: Store, device: str | None) -> Job:
+def make_job(task: Task, folder: Path, store: Store, device: str | None) -> Job:
     """Everything that :func:`carry_out` needs to know about a task."""
     step = task.step
     name = step.method.name if step.method.package is None else f"{step.method.package}/{step.method.name}"
-    facts = {**facts_of(step), "inputs": {a: [i.key for i in flatten(v)] for a, v in task.inputs.items()}}
     return Job(
         task.label,
         task.key,
         step.name,
         step.hook,
         name,
-        config,
+        step.config,
         task.inputs,
         step.seed,
-        facts,
+        task.facts,
         folder,
         store.root,
         device,
@@ -92,15 +97,39 @@ def carry_out(job: Job, emit: Emit) -> Outcome:
                 return Outcome(job.key, True, 0.0)
             _run(job, store, emit)
     except Exception as error:
-        return Outcome(job.key, False, time.monotonic() - start, _sentence(error), traceback.format_exc())
+        return Outcome(job.key, False, time.monotonic() - start, _sentence(error, job), traceback.format_exc())
     return Outcome(job.key, False, time.monotonic() - start)
 
 
-def _sentence(error: Exception) -> str:
-    if isinstance(error, PlaitError):
-        return str(error)
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}; --debug shows all)"
+def _sentence(error: Exception, job: Job) -> str:
+    return sentence_of(error, {*plait_modules(), *_modules_of(job)}) or located(error)
+
+
+def _modules_of(job: Job) -> set[str]:
+    """Top-level modules of a method that belongs to no package: its file, and the local ones beside it."""
+    if ":" not in job.method:
+        return set()
+    try:
+        module = sys.modules[find(job.hook, job.method, job.folder).cls.__module__]
+    except PlaitError:  # it is what failed
+        return set()
+    file = getattr(module, FILE_ATTRIBUTE, None)
+    beside = {source.stem for source in local_sources(Path(file))} if file else set()
+    return {module.__name__.partition(".")[0], *beside}
+
+
+@contextlib.contextmanager
+def _no_caches_of_libraries() -> Iterator[None]:
+    """Hugging Face's ``datasets`` keeps what it derives beside what it was derived from; here that is the store."""
+    datasets = sys.modules.get("datasets")
+    if datasets is None or not datasets.is_caching_enabled():
+        yield
+        return
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        datasets.enable_caching()
 
 
 def _run(job: Job, store: Store, emit: Emit) -> None:
@@ -121,7 +150,8 @@ def _run(job: Job, store: Store, emit: Emit) -> None:
         on_log=journal.log,
         on_warning=journal.warn,
     )
-    result = hook_caller(job.hook, instance)(run=run, **arguments)
+    with _no_caches_of_libraries():
+        result = hook_caller(job.hook, instance)(run=run, **arguments)
     if result is None:
         raise PlaitError(f"method {job.method!r} returned nothing; a hook has to return its result")
     if job.hook == "evaluate" and not isinstance(result, Report):
@@ -134,9 +164,8 @@ def _run(job: Job, store: Store, emit: Emit) -> None:
         codecs.save(result, folder / "artifact")
         codecs.save(extras, folder / "extras")
 
-    store.put(
-        job.key, write, {"label": job.label, "method": job.method, "facts": job.facts, "warnings": journal.warnings}
-    )
+    facts = {"label": job.label, "method": job.method, "facts": job.facts, "libraries": library_versions()}
+    store.put(job.key, write, {**facts, "warnings": journal.warnings})
 
 
 def load_input(value: Any, store: Store) -> Any:

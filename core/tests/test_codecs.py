@@ -2,10 +2,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 from huggingface_hub import PyTorchModelHubMixin
 from hypothesis import given
 from hypothesis import strategies as st
-from plait import PlaitError, Report, codecs
+from plait import PlaitError, Report, StoreError, codecs
 from plait.report import Curve, Image, Panel, png
 
 
@@ -106,3 +107,130 @@ def test_what_cannot_be_saved(tmp_path):
         codecs.save(object(), tmp_path / "a")
     with pytest.raises(PlaitError, match="of type torch"):
         codecs.save({"m": torch.nn.Linear(1, 1)}, tmp_path / "b")
+
+
+class Wide(torch.nn.Module, PyTorchModelHubMixin):
+    """A model whose configuration says less than it may hold."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU())
+        self.head = torch.nn.Linear(width, 2)
+        self.temperature = 1.0
+
+    def forward(self, x):
+        return self.head(self.body(x)) / self.temperature
+
+
+def _pruned(net):
+    net.body[0] = torch.nn.Linear(3, 2)
+    net.head = torch.nn.Linear(2, 2)
+
+
+def _lora(net):
+    net.body[0].low_rank = torch.nn.Linear(3, 3, bias=False)
+
+
+def _other_head(net):
+    net.head = torch.nn.Linear(3, 5)
+
+
+def _identity_head(net):
+    net.head = torch.nn.Identity()
+
+
+def _parametrised(net):
+    torch.nn.utils.parametrizations.weight_norm(net.body[0])
+
+
+def _masked(net):
+    torch.nn.utils.prune.l1_unstructured(net.body[0], "weight", 0.5)
+
+
+def _other_activation(net):
+    net.body[1] = torch.nn.GELU()
+
+
+def _other_number(net):
+    net.temperature = 2.0
+
+
+def _hooked(net):
+    net.head.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def _other_dropout(net):
+    net.body[1] = torch.nn.Dropout(0.1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _pruned,
+        _lora,
+        _other_head,
+        _identity_head,
+        _parametrised,
+        _masked,
+        _other_activation,
+        _other_number,
+        _hooked,
+        _other_dropout,
+    ],
+)
+def test_a_model_that_its_class_cannot_build_again_is_refused(change, tmp_path):
+    net = Wide()
+    assert torch.equal(round_trip(net, tmp_path / "plain")(torch.ones(1, 3)), net(torch.ones(1, 3)))
+    change(net)
+    with pytest.raises(StoreError, match="Wide"):
+        codecs.save(net, tmp_path / "changed")
+
+
+def test_a_configuration_that_says_it_is_enough(tmp_path):
+    net = Wide(width=5)
+    loaded = round_trip(net, tmp_path)
+    assert torch.equal(loaded(torch.ones(2, 5)), net(torch.ones(2, 5)))
+
+
+@pytest.mark.parametrize("layout", ["coo", "csr", "csc"])
+def test_sparse_tensors(tmp_path, layout):
+    dense = torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 3.0]])
+    sparse = {"coo": dense.to_sparse(), "csr": dense.to_sparse_csr(), "csc": dense.to_sparse_csc()}[layout]
+    loaded = round_trip({"adj": sparse, "x": dense}, tmp_path)
+    assert loaded["adj"].layout == sparse.layout
+    assert torch.equal(loaded["adj"].to_dense(), dense)
+    assert torch.equal(loaded["x"], dense)
+
+
+def test_a_tensor_that_cannot_be_stored(tmp_path):
+    with pytest.raises(StoreError, match="'m' that is on the meta device"):
+        codecs.save({"m": torch.empty(2, device="meta")}, tmp_path / "a")
+
+
+def test_graphs_with_sparse_adjacency(tmp_path):
+    geometric = pytest.importorskip("torch_geometric")
+    adjacency = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).to_sparse_csr()
+    data = geometric.data.Data(x=torch.rand(2, 2), adj_t=adjacency)
+    loaded = round_trip(data, tmp_path)
+    assert torch.equal(loaded.adj_t.to_dense(), adjacency.to_dense())
+    with pytest.raises(StoreError, match=r"'odd' is a .*neither a tensor nor JSON-like"):
+        codecs.save(geometric.data.Data(odd={1, 2}), tmp_path / "b")
+    with pytest.raises(StoreError, match="'pair' is a"):  # would come back as a list
+        codecs.save(geometric.data.Data(pair=(1, 2)), tmp_path / "c")
+
+
+@pytest.mark.parametrize("how", ["selected", "made", "concatenated", "filtered"])
+def test_datasets_without_rows(tmp_path, how):
+    features = datasets.Features(label=datasets.ClassLabel(names=["cat", "dog"]), text=datasets.Value("string"))
+    full = datasets.Dataset.from_dict({"label": [0], "text": ["x"]}, features=features)
+    empty = {
+        "selected": lambda: full.select([]),
+        "made": lambda: datasets.Dataset.from_dict({"label": [], "text": []}, features=features),
+        "concatenated": lambda: datasets.concatenate_datasets([full.select([]), full.select([])]),
+        "filtered": lambda: full.filter(lambda row: False),
+    }[how]()
+    loaded = round_trip(empty, tmp_path)
+    assert len(loaded) == 0
+    assert loaded.features == features
+    with pytest.raises(StoreError, match="without columns"):
+        codecs.save(datasets.Dataset.from_dict({}), tmp_path / "b")

@@ -22,7 +22,7 @@ def test_scalars_are_yaml_1_2(text, value):
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("a: 1\na: 2", "'a' stands twice, first in line 1"),
+        ("a: 1\na: 2", "duplicate key 'a' (first on line 1)"),
         ("a:\n\t- b", "indent with spaces"),
         ("a: !!python/object:os.system x", "is not allowed"),
         ("a: !x y", "is not allowed"),

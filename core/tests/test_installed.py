@@ -112,7 +112,7 @@ def test_wrappers_and_listeners(site):
     assert (folder / "heard").read_text() == "yes"
     # The wrapper is part of what makes the result: without it, the step runs again.
     done = subprocess.run([sys.executable, "-m", "plait.cli", "plan", "p.yaml"], capture_output=True, text=True)
-    assert "changed: wrappers" in done.stdout
+    assert "changed: wrapper plait-w/wrap" in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "--all"], ["--version"]])

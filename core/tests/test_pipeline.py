@@ -31,8 +31,7 @@ def test_cells_steps_and_fields(workplace):
     assert cell.steps["more"].instance.amount == 2.5
     assert cell.steps["more"].seed == 1
     assert cell.steps["numbers"].instance.scale == pytest.approx(8 / 255)
-    assert cell.steps["numbers"].axes == {"seed"}
-    assert cell.steps["score"].axes == {"seed", "amount"}
+    assert pipeline.axes == {"numbers": {"seed"}, "more": {"seed", "amount"}, "score": {"seed"}}
 
 
 def test_order_does_not_matter(workplace):
@@ -74,7 +73,7 @@ def test_wrong_overrides(workplace, override, part):
         ("plait: 1\nseed: -1\nsteps: {a: {load-data: './toy.py:Numbers'}}", ["seed is -1"]),
         ("plait: 1\nmatrix: {seed: 3}\nsteps: {a: {load-data: './toy.py:Numbers'}}", ["axis seed is 3"]),
         ("plait: 1\nmatrix: {seed: [a]}\nsteps: {a: {load-data: './toy.py:Numbers'}}", ["whole numbers"]),
-        ("plait: 1\nmatrix: {k: [1, 1]}\nsteps: {a: {load-data: './toy.py:Numbers'}}", ["a value twice"]),
+        ("plait: 1\nmatrix: {k: [1, 1]}\nsteps: {a: {load-data: './toy.py:Numbers'}}", ["duplicate value"]),
         ("plait: 1\nsteps: {a: {load-dat: './toy.py:Numbers'}}", ["did you mean 'load-data'"]),
         ("plait: 1\nsteps: {a: {}}", ["step a has no hook"]),
         ("plait: 1\nsteps: {a: {load-data: './toy.py:Numbers', transform: './toy.py:Add'}}", ["two hooks: load-data, transform"]),
@@ -95,7 +94,7 @@ def test_wrong_overrides(workplace, override, part):
         ("plait: 1\nsteps: {a: {load-data: './toy.py:Numbers', from: {data: b}}}", ["there is no step 'b'", "takes no 'data'"]),
         ("plait: 1\nsteps: {a: {transform: './toy.py:Add'}}", ["needs 'data'"]),
         ("plait: 1\nsteps: {a: {transform: './toy.py:Add', from: numbers}}", ["from is 'numbers'"]),
-        ("plait: 1\nsteps: {a: {transform: './toy.py:Add', from: {data: a}}}", ["in a circle: a → a"]),
+        ("plait: 1\nsteps: {a: {transform: './toy.py:Add', from: {data: a}}}", ["form a cycle: a → a"]),
         ("plait: 1\nsteps: {a: {transform: './toy.py:Add', from: {data: 3}}}", ["3 names no step"]),
         ("plait: 1\nsteps: {a: {load-data: './toy.py:Numbers'}, b: {transform: './toy.py:Add', from: {data: a.tain}}}", ["no split 'tain' (did you mean 'train'?)"]),
         ("plait: 1\nsteps: {a: {load-data: './toy.py:Numbers'}, b: {evaluate: './toy.py:Mean', from: {data: a.test}}, c: {transform: './toy.py:Add', from: {data: b}}}", ["b is a report"]),

@@ -8,7 +8,7 @@ from typing import Literal
 
 import attrs
 from plait import PlaitError, Report, hookimpl
-from plait.fields import doc, in_range, method_field, method_list_field, one_of
+from plait.fields import doc, in_range, method_field, method_list_field, one_of, output_field
 
 
 @attrs.frozen(kw_only=True)
@@ -35,7 +35,7 @@ class Add:
     """Adds a number to every number, and tells a file that it ran."""
 
     amount: float = 1.0
-    witness: str = ""
+    witness: str = output_field("", "file that it writes its step's name to")
 
     @hookimpl
     def transform(self, data, run):
@@ -73,7 +73,7 @@ class Fail:
             return None
         if self.how == "type":
             return object()
-        raise ZeroDivisionError("oh")
+        return 1 / 0
 
 
 @attrs.frozen(kw_only=True)

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from plait.errors import PlaitError
-from plait.methods import _entry_points, _import, nearest
+from plait.catalogue import entry_points, load_entry_point
+from plait.errors import PlaitError, StoreError, nearest
 
 CODEC_FILE = "codec.json"
 GROUP = "plait.codecs"
@@ -52,8 +52,8 @@ def _built_in() -> dict[str, Codec]:
 @functools.cache
 def _from_plugins() -> dict[str, Codec]:
     codecs: dict[str, Codec] = {}
-    for ep in _entry_points(GROUP):
-        codec: Any = _import(ep.value, f"codec {ep.name!r}")()
+    for ep in entry_points(GROUP):
+        codec: Any = load_entry_point(ep.value, f"codec {ep.name!r}")()
         codecs[ep.name] = codec
     return codecs
 
@@ -62,7 +62,7 @@ def save(value: Any, folder: Path) -> None:
     """Save an artifact of any known type into ``folder``.
 
     Raises:
-        PlaitError: no codec handles its type.
+        StoreError: no codec handles its type, or it cannot be built again from what was saved.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, codec in _candidates():
@@ -73,7 +73,7 @@ def save(value: Any, folder: Path) -> None:
             (folder / CODEC_FILE).write_text(json.dumps({"codec": name}))
             return
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    raise PlaitError(
+    raise StoreError(
         f"a result of type {kind} cannot be saved; return a datasets.Dataset, a module with save_pretrained and from_pretrained"
         " (huggingface_hub.PyTorchModelHubMixin gives both), tensors, PyG data or JSON-like values, or add a codec (entry point plait.codecs)"
     )

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from plait.codecs.tensors import _is_tensor
-from plait.errors import PlaitError
+from plait.codecs.tensors import is_tensor, load_tensors, save_tensors
+from plait.errors import StoreError
 from plait.optional import require
 
 
 class GraphCodec:
-    """``torch_geometric.data.Data`` of tensors and JSON-like values: safetensors + JSON, no pickle."""
+    """``torch_geometric.data.Data`` of tensors, sparse ones (``adj_t``) too, and JSON-like values: safetensors + JSON, no pickle."""
 
     name = "graph"
 
@@ -22,21 +22,29 @@ class GraphCodec:
         )
 
     def save(self, value: Any, folder: Path) -> None:
-        tensors, others = {}, {}
+        tensors: dict[str, Any] = {}
+        others: dict[str, Any] = {}
         for key, item in value.to_dict().items():
-            if _is_tensor(item):
-                tensors[key] = item.detach().cpu().contiguous().clone()
-            else:
-                others[key] = item
-        try:
-            (folder / "values.json").write_text(json.dumps(others))
-        except TypeError as error:
-            raise PlaitError(
-                f"a graph attribute is neither a tensor nor JSON-like ({error}); leave it out or make it a tensor"
-            ) from error
-        require("safetensors.torch").save_file(tensors, folder / "tensors.safetensors")
+            (tensors if is_tensor(item) else others)[key] = item
+        for key, item in others.items():
+            _check_plain(key, item)
+        (folder / "values.json").write_text(json.dumps(others))
+        save_tensors(tensors, folder / "tensors.safetensors")
 
     def load(self, folder: Path) -> Any:
         values = json.loads((folder / "values.json").read_text())
-        tensors = require("safetensors.torch").load_file(folder / "tensors.safetensors")
+        tensors, _ = load_tensors(folder / "tensors.safetensors")
         return require("torch_geometric.data").Data.from_dict({**values, **tensors})
+
+
+def _check_plain(key: str, item: Any) -> None:
+    try:
+        same = json.loads(json.dumps(item)) == item
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        kind = f"{type(item).__module__}.{type(item).__qualname__}"
+        raise StoreError(
+            f"graph attribute {key!r} is a {kind}, neither a tensor nor JSON-like; leave it out or make it a tensor"
+            " (an adjacency matrix: torch_geometric.utils.to_torch_csr_tensor)"
+        )

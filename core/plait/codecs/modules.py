@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import io
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from plait.errors import PlaitError
-from plait.importing import import_code
+from plait.errors import PlaitError, StoreError
+from plait.importing import FILE_ATTRIBUTE, import_code
+from plait.optional import require
+
+SIMPLE = (bool, int, float, str, type(None))
+# Attributes that say where a model came from or how it is run, not what it computes.
+INCIDENTAL = ("training", "name_or_path", "is_compiled", "warnings_issued", "hf_device_map", "loss_type")
 
 
 class ModuleCodec:
     """``torch.nn.Module`` (open_clip, transformers, diffusers, PyTorchModelHubMixin, …): config + safetensors.
 
-    Restores the class, the dtype of the parameters as saved, ``requires_grad`` flags and train/eval mode.
+    Restores the class, the dtype of parameters and buffers, ``requires_grad`` flags and train/eval mode. A model is
+    read back when it is stored, and refused if its class builds another one from what it saved.
     """
 
     name = "module"
@@ -29,19 +35,27 @@ class ModuleCodec:
         )
 
     def save(self, value: Any, folder: Path) -> None:
-        value.save_pretrained(folder / "model")
-        module = sys.modules[type(value).__module__]
+        kind = f"{type(value).__module__}:{type(value).__qualname__}"
+        with _refused(f"the model (a {kind}) cannot be saved"):
+            value.save_pretrained(folder / "model")
         facts: dict[str, Any] = {
-            "class": f"{type(value).__module__}:{type(value).__qualname__}",
-            "file": getattr(module, "__plait_file__", None),
+            "class": kind,
+            "file": getattr(sys.modules[type(value).__module__], FILE_ATTRIBUTE, None),
         }
-        if hasattr(value, "training"):
+        is_module = hasattr(value, "state_dict") and hasattr(value, "named_modules")
+        if is_module:
             facts["training"] = [name for name, part in value.named_modules() if part.training]
             facts["frozen"] = [name for name, parameter in value.named_parameters() if not parameter.requires_grad]
-            facts["dtypes"] = {
-                name: str(tensor.dtype).removeprefix("torch.") for name, tensor in value.state_dict().items()
-            }
+            facts["dtypes"] = {name: _dtype(tensor) for name, tensor in _tensors(value).items()}
         (folder / "module.json").write_text(json.dumps(facts))
+        with _refused(f"the model (a {kind}) cannot be built again from what it saved"):
+            again = self.load(folder)
+        if is_module and (difference := next(_differences(value, again), None)):
+            raise StoreError(
+                f"the model cannot be stored: built again by {kind}.from_pretrained, {difference}. What its configuration"
+                " does not say is lost: let the configuration say it, merge adapters and remove parametrisations"
+                " before returning it, or return a class of its own with save_pretrained and from_pretrained"
+            )
 
     def load(self, folder: Path) -> Any:
         facts = json.loads((folder / "module.json").read_text())
@@ -57,20 +71,96 @@ class ModuleCodec:
         return model
 
 
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Whatever a model's own saving or loading raises, as one sentence."""
+    try:
+        yield
+    except PlaitError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise StoreError(f"{what}: {lines[0][:300]}") from error
+
+
 def _class(facts: dict[str, Any]) -> Any:
     module_name, _, qualname = facts["class"].partition(":")
     try:
         module = import_code(facts["file"] or module_name)
         return functools.reduce(getattr, qualname.split("."), module)
     except Exception as error:  # whatever the user's module raises
-        raise PlaitError(
+        raise StoreError(
             f"the model's class {facts['class']} cannot be found again ({error}); define it at the top of an importable module"
         ) from error
 
 
+def _tensors(model: Any) -> dict[str, Any]:
+    """Parameters and buffers by name, also buffers that are not saved."""
+    return {**dict(model.named_buffers()), **model.state_dict(keep_vars=True)}
+
+
+def _dtype(tensor: Any) -> str:
+    return str(getattr(tensor, "dtype", "")).removeprefix("torch.")
+
+
 def _restore_dtypes(model: Any, dtypes: dict[str, str]) -> None:
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    torch = require("torch")
+    for name, tensor in _tensors(model).items():
         wanted = dtypes.get(name)
-        if wanted is not None and str(tensor.dtype).removeprefix("torch.") != wanted:
-            import_torch = importlib.import_module("torch")
-            tensor.data = tensor.data.to(getattr(import_torch, wanted))
+        if wanted and _dtype(tensor) != wanted:
+            tensor.data = tensor.data.to(getattr(torch, wanted))
+
+
+def _differences(model: Any, again: Any) -> Iterator[str]:
+    """How a model that was read back differs from what was saved, each in a few words."""
+    here, there = _tensors(model), _tensors(again)
+    missing, extra = [n for n in here if n not in there], [n for n in there if n not in here]
+    if missing:
+        yield f"it lacks {_some(missing)}"
+    if extra:
+        yield f"it has {_some(extra)} besides"
+    for name in here:
+        if name in there and hasattr(here[name], "shape"):
+            one, other = here[name].detach().cpu(), there[name].detach().cpu()
+            if one.shape != other.shape:
+                yield f"{name} has shape {tuple(other.shape)}, and {tuple(one.shape)} was saved"
+            elif one.dtype != other.dtype:
+                yield f"{name} is {_dtype(other)}, and {_dtype(one)} was saved"
+            elif not _equal(one, other):
+                yield f"{name} has other values"
+    parts, parts_again = dict(model.named_modules()), dict(again.named_modules())
+    for name, part in parts.items():
+        other = parts_again.get(name)
+        if other is None:
+            yield f"it lacks the module {name}"
+        elif type(other).__qualname__ != type(part).__qualname__:
+            yield f"{name or 'it'} is a {type(other).__name__}, and a {type(part).__name__} was saved"
+        else:
+            yield from _different_attributes(name, part, other)
+
+
+def _different_attributes(name: str, part: Any, other: Any) -> Iterator[str]:
+    for attribute, value in vars(part).items():
+        if attribute.startswith("_") or attribute in INCIDENTAL or not _is_simple(value):
+            continue
+        again = getattr(other, attribute, "nothing")
+        if again != value and not (value != value and again != again):  # NaN
+            yield f"attribute {'.'.join(filter(None, (name, attribute)))} is {again!r}, and {value!r} was saved"
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        if len(getattr(part, hooks, ())) > len(getattr(other, hooks, ())):
+            yield f"{name or 'it'} has lost a hook that changes what it computes"
+
+
+def _is_simple(value: Any) -> bool:
+    return type(value) in SIMPLE or (type(value) in (tuple, list) and all(type(item) in SIMPLE for item in value))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if "sparse" in str(one.layout):
+        one, other = one.to_dense(), other.to_dense()
+    torch = require("torch")
+    return bool(torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8)))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

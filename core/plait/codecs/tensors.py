@@ -2,40 +2,101 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from plait.errors import StoreError
 from plait.optional import require
+
+# How the parts of a sparse tensor are asked for, by layout.
+SPARSE = {
+    "sparse_coo": ("indices", "values"),
+    "sparse_csr": ("crow_indices", "col_indices", "values"),
+    "sparse_csc": ("ccol_indices", "row_indices", "values"),
+    "sparse_bsr": ("crow_indices", "col_indices", "values"),
+    "sparse_bsc": ("ccol_indices", "row_indices", "values"),
+}
 
 
 class TensorCodec:
-    """A ``torch.Tensor``, or a dict of tensors, as safetensors; values, dtype and shape are kept, loaded on the CPU."""
+    """A ``torch.Tensor``, or a dict of tensors, as safetensors; values, dtype, shape and layout are kept, loaded on the CPU."""
 
     name = "tensors"
 
     def handles(self, value: Any) -> bool:
         if isinstance(value, Mapping):
-            return bool(value) and all(isinstance(key, str) and _is_tensor(item) for key, item in value.items())
-        return _is_tensor(value)
+            return bool(value) and all(isinstance(key, str) and is_tensor(item) for key, item in value.items())
+        return is_tensor(value)
 
     def save(self, value: Any, folder: Path) -> None:
-        tensors = value if isinstance(value, Mapping) else {"": value}
-        # Views of one storage are saved apart.
-        plain = {f"t{key}": tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-        kind = "dict" if isinstance(value, Mapping) else "tensor"
-        require("safetensors.torch").save_file(plain, folder / "tensors.safetensors", {"kind": kind})
+        is_mapping = isinstance(value, Mapping)
+        save_tensors(
+            value if is_mapping else {"": value}, folder / "tensors.safetensors", "dict" if is_mapping else "tensor"
+        )
 
     def load(self, folder: Path) -> Any:
-        file = folder / "tensors.safetensors"
-        with require("safetensors").safe_open(file, "pt") as handle:
-            kind = handle.metadata()["kind"]
-            tensors = {key[1:]: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - no mapping
+        tensors, kind = load_tensors(folder / "tensors.safetensors")
         return tensors if kind == "dict" else tensors[""]
 
 
-def _is_tensor(value: Any) -> bool:
-    return type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "untyped_storage")
+def is_tensor(value: Any) -> bool:
+    """Whether it is a ``torch.Tensor``; imports nothing."""
+    return any(cls.__module__ == "torch" and cls.__name__ == "Tensor" for cls in type(value).__mro__)
+
+
+def save_tensors(tensors: Mapping[str, Any], file: Path, kind: str = "dict") -> None:
+    """Write tensors of any strided or sparse layout.
+
+    Raises:
+        StoreError: one is of a layout or type that cannot be stored.
+    """
+    flat: dict[str, Any] = {}
+    sparse: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        layout = str(tensor.layout).removeprefix("torch.")
+        if layout in SPARSE:
+            tensor = tensor.detach().coalesce() if layout == "sparse_coo" else tensor.detach()
+            parts = {part: getattr(tensor, part)() for part in SPARSE[layout]}
+            sparse[name] = {"layout": layout, "size": list(tensor.shape)}
+            flat |= {f"s{name}/{part}": _plain(item) for part, item in parts.items()}
+        elif layout == "strided" and not tensor.is_quantized and not tensor.is_meta:
+            flat[f"t{name}"] = _plain(tensor)
+        else:
+            what = (
+                "quantized"
+                if tensor.is_quantized
+                else "on the meta device"
+                if tensor.is_meta
+                else f"of layout {layout}"
+            )
+            raise StoreError(
+                f"a tensor {name!r} that is {what} cannot be stored; make it a dense or sparse tensor of numbers"
+            )
+    require("safetensors.torch").save_file(flat, file, {"kind": kind, "sparse": json.dumps(sparse)})
+
+
+def load_tensors(file: Path) -> tuple[dict[str, Any], str]:
+    """Tensors by name, and the kind that was given when they were saved."""
+    torch = require("torch")
+    with require("safetensors").safe_open(file, "pt") as handle:
+        facts = handle.metadata()
+        flat = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - no mapping
+    tensors = {key[1:]: tensor for key, tensor in flat.items() if key.startswith("t")}
+    for name, fact in json.loads(facts.get("sparse", "{}")).items():
+        parts = [flat[f"s{name}/{part}"] for part in SPARSE[fact["layout"]]]
+        if fact["layout"] == "sparse_coo":
+            tensors[name] = torch.sparse_coo_tensor(*parts, size=fact["size"], is_coalesced=True)
+        else:
+            layout = getattr(torch, fact["layout"])
+            tensors[name] = torch.sparse_compressed_tensor(*parts, size=fact["size"], layout=layout)
+    return tensors, facts["kind"]
+
+
+def _plain(tensor: Any) -> Any:
+    # Views of one storage are saved apart.
+    return tensor.detach().cpu().contiguous().clone()
 
 
 class ArrayCodec:

@@ -13,14 +13,17 @@ from typing import Any
 import attrs
 
 from plait import codecs
+from plait.catalogue import offers
 from plait.configuration import configure, plain_fields
 from plait.context import Run
-from plait.errors import PlaitError
-from plait.methods import HOOKS, Method, find, implemented_hooks, offers
+from plait.errors import PlaitError, sentence_of
+from plait.hookspecs import HOOKS, implemented_hooks, kinds_of
+from plait.methods import Method, find
 from plait.optional import require
 from plait.report.model import Report
 from plait.testing.compare import differences
 from plait.testing.examples import Example, example_for
+from plait.versions import plait_modules
 
 
 class ConformanceError(AssertionError):
@@ -141,7 +144,9 @@ def check_documented(subject: Subject) -> None:
         )
     silent = [name for name, field in fields_of(subject.method.cls).items() if not field.metadata.get(DOC)]
     if silent:
-        raise ConformanceError(f"fields without a meaning: {', '.join(silent)}; add metadata=doc('…')")
+        raise ConformanceError(
+            f"fields without a meaning: {', '.join(silent)}; declare them with plait.fields.field(default, 'meaning')"
+        )
 
 
 def check_repeatable(subject: Subject) -> None:
@@ -195,7 +200,8 @@ def check_result(subject: Subject) -> None:
     result, hook = subject.result(), subject.method.hook
     if hook == "evaluate" and not isinstance(result, Report):
         raise ConformanceError(f"evaluate returns a {type(result).__name__}; it has to return a plait.Report")
-    if hook in ("load_model", "defend", "merge", "optimize") and not hasattr(result, "save_pretrained"):
+    is_model = kinds_of(hook)["return"].name == "model" and not isinstance(result, Mapping)
+    if is_model and not hasattr(result, "save_pretrained"):
         raise ConformanceError(
             f"{hook} returns a {type(result).__name__}; it has to return a model with save_pretrained"
         )
@@ -261,14 +267,18 @@ def check_device(subject: Subject) -> None:
 
 
 def check_saves(subject: Subject) -> None:
-    """The result is saved and comes back equal."""
+    """The result is saved and comes back equal; a model gives equal outputs on data."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             codecs.save(subject.result(), Path(folder) / "a")
         except PlaitError as error:
             raise ConformanceError(str(error)) from error
-        if different := subject.differences(subject.result(), codecs.load(Path(folder) / "a")):
+        again = codecs.load(Path(folder) / "a")
+        if different := subject.differences(subject.result(), again):
             raise ConformanceError(f"the result changes when it is saved and loaded: {different[0]}")
+        outputs = subject.example.outputs
+        if outputs is not None and (different := subject.differences(outputs(subject.result()), outputs(again))):
+            raise ConformanceError(f"the model computes something else when it is saved and loaded: {different[0]}")
 
 
 def check_progress(subject: Subject) -> None:
@@ -326,10 +336,12 @@ def _check_refused(subject: Subject, inputs: Mapping[str, Any], kind: str) -> No
                 raise ConformanceError(f"the message for {kind} {name!r} is more than one line: {error}") from error
             continue
         except Exception as error:
-            raise ConformanceError(
-                f"{kind} {name!r} ends in {type(error).__name__}: {error}; raise a PlaitError"
-            ) from error
-        raise ConformanceError(f"{kind} {name!r} is not refused; raise a PlaitError")
+            if sentence_of(error, {*plait_modules(), subject.method.cls.__module__.partition(".")[0]}) is None:
+                raise ConformanceError(
+                    f"{kind} {name!r} ends in {type(error).__name__}: {error}; raise a ValueError that says what is wrong"
+                ) from error
+            continue
+        raise ConformanceError(f"{kind} {name!r} is not refused; raise a ValueError that says what is wrong")
 
 
 CHECKS: tuple[Callable[[Subject], None], ...] = (

@@ -7,9 +7,10 @@ from typing import Any
 
 import attrs
 
+from plait.catalogue import entry_points, load_entry_point
 from plait.demo.pictures import digits, with_images
 from plait.errors import PlaitError
-from plait.methods import Method, _entry_points, _import
+from plait.methods import Method
 from plait.optional import require
 
 GROUP = "plait.examples"
@@ -30,6 +31,7 @@ class Example:
         empty: argument → the same kind of input without a single row; it has to be refused.
         wrong: argument → an input of a wrong kind or shape; it has to be refused.
         ignore: columns of a report that may differ between equal runs (times).
+        outputs: where the result is a model, a function from it to what it computes on some data.
     """
 
     arguments: Mapping[str, Any]
@@ -42,6 +44,7 @@ class Example:
     empty: Mapping[str, Any] = attrs.field(factory=dict)
     wrong: Mapping[str, Any] = attrs.field(factory=dict)
     ignore: tuple[str, ...] = ()
+    outputs: Callable[[Any], Any] | None = None
 
 
 def example_for(method: Method) -> Example:
@@ -50,10 +53,10 @@ def example_for(method: Method) -> Example:
     Raises:
         PlaitError: there is neither.
     """
-    given = {ep.name: ep for ep in _entry_points(GROUP)}
+    given = {ep.name: ep for ep in entry_points(GROUP)}
     for name in (f"{method.hook}.{method.name}", method.name):
         if name in given:
-            function: Any = _import(given[name].value, f"example {name!r}")
+            function: Any = load_entry_point(given[name].value, f"example {name!r}")
             example: Example = function()
             return example
     if method.hook not in BUILT_IN:

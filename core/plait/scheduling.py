@@ -1,0 +1,94 @@
+"""Which task may run next: each as soon as those that it needs are done, in time that grows with the tasks alone."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Set
+
+from plait.plan import Plan, Task
+
+
+class Progress:
+    """The state of a run.
+
+    Args:
+        plan: its tasks, each after those that it needs.
+        stored: keys of the tasks whose results are in the store.
+        wanted: keys of tasks that have to run though no task needs their results.
+
+    Attributes:
+        failed: label → why, for tasks that failed or that were skipped because of one.
+    """
+
+    def __init__(self, plan: Plan, stored: set[str], wanted: Set[str] = frozenset()) -> None:
+        self._tasks = {task.key: task for task in plan.tasks}
+        self._behind: dict[str, list[Task]] = {}
+        for task in plan.tasks:
+            for key in task.needs:
+                self._behind.setdefault(key, []).append(task)
+        self._needed = self._keys_needed(plan, stored) | wanted
+        self._settled = {task.key for task in plan.tasks if task.key in stored or task.key not in self._needed}
+        self._missing = {
+            task.key: sum(key not in self._settled for key in task.needs)
+            for task in plan.tasks
+            if task.key not in self._settled
+        }
+        self._ready = deque(task for task in plan.tasks if self._missing.get(task.key) == 0)
+        self._open = len(self._missing)
+        self.failed: dict[str, str] = {}
+
+    def _keys_needed(self, plan: Plan, stored: set[str]) -> set[str]:
+        # Results that only finished steps need may have been deleted; they are not made again.
+        needed: set[str] = set()
+        for task in reversed(plan.tasks):
+            users = self._behind.get(task.key, ())
+            is_end = not users or task.step.hook == "evaluate"
+            if is_end or any(user.key in needed and user.key not in stored for user in users):
+                needed.add(task.key)
+        return needed
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to run."""
+        return self._open == 0
+
+    def not_needed_again(self) -> Iterator[Task]:
+        """The tasks that were settled at the start."""
+        return (task for task in self._tasks.values() if task.key in self._settled and task.key not in self._missing)
+
+    @property
+    def waiting(self) -> list[str]:
+        """Labels of the tasks that wait for others."""
+        return [self._tasks[key].label for key, count in self._missing.items() if count > 0]
+
+    def task_of(self, key: str) -> Task:
+        """The task with a key."""
+        return self._tasks[key]
+
+    def next_ready(self) -> Task | None:
+        """Take a task that may start now; ``None`` where all that is left waits for a running one."""
+        return self._ready.popleft() if self._ready else None
+
+    def finish(self, task: Task) -> None:
+        """A task's result is in the store."""
+        self._open -= 1
+        for user in self._behind.get(task.key, ()):
+            if user.key in self._missing:
+                self._missing[user.key] -= 1
+                if self._missing[user.key] == 0 and user.label not in self.failed:
+                    self._ready.append(user)
+
+    def fail(self, task: Task, message: str) -> list[tuple[Task, str]]:
+        """A task failed; the tasks behind it, which are skipped, each with a sentence."""
+        self.failed[task.label] = message
+        self._open -= 1
+        skipped = []
+        todo = [(user, task) for user in self._behind.get(task.key, ())]
+        while todo:
+            user, cause = todo.pop(0)
+            if user.key in self._missing and user.label not in self.failed:
+                self.failed[user.label] = f"skipped, because step {cause.label} failed"
+                self._open -= 1
+                skipped.append((user, self.failed[user.label]))
+                todo += [(next_user, user) for next_user in self._behind.get(user.key, ())]
+        return skipped
