@@ -175,6 +175,10 @@ def configure(method: Method, values: Mapping[str, Any], folder: Path | None = N
         field = fields.get(name)
         if field is None:
             valid = ", ".join(fields) or "none"
+            renamed = getattr(method.cls, "renamed_fields", {}).get(name)
+            if renamed is not None:
+                problems.append(((name,), f"{method.name} has no field {name!r} any more (did you mean {renamed!r}?)"))
+                continue
             problems.append(
                 ((name,), f"{method.name} has no field {name!r}{nearest(name, fields) or f'; its fields are {valid}'}")
             )
