@@ -9,6 +9,10 @@ One block of ViT-B width (768 → 3072 → 768, router of depth 2, 8 experts), f
 * ``step``: forward and backward to the routers; ``MiB``: growth of the process's peak memory during it.
 * ``rank 32``, ``group``: low-rank task vectors; samples of four kinds sharing merged weights.
 
+Then the merges without data, ``merge`` as a pipeline calls it, on a vision transformer of 38 million weights and four
+experts: growth of peak memory over the size of one model, which is the result's own 1 and what the merge needs beside it,
+and time over that of adding up the experts' state dicts and dividing, checks of the weights included.
+
     python benchmarks/wemoe.py                                  # a few minutes on one core
     python benchmarks/wemoe.py --fusion-bench /path/to/python   # also a tower against fusion-bench's own module
     python benchmarks/wemoe.py --device cuda --json out.json
@@ -36,6 +40,7 @@ from torch import Tensor, nn
 
 SHAPES = ((16, 50), (8, 197), (16, 1))
 WIDTH, INNER, EXPERTS = 768, 3072, 8
+LARGE = {"image_size": 224, "patch_size": 16, "embed_dim": 512, "depth": 12, "num_heads": 8}
 TOWER = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
 TOWER_BATCHES = (1, 16, 128)
 
@@ -190,6 +195,45 @@ def block_figures(rounds: int, device: str) -> list[dict[str, float | str]]:
     return rows
 
 
+def static_figures(rounds: int, device: str) -> list[dict[str, float | str]]:
+    from plait import Run
+    from plait_wemoe import plugin
+    from plait_wemoe.heads import CosineHead
+    from plait_wemoe.tasks import MultiTaskModel
+    from plait_wemoe.vit import seeded_vit
+
+    def model(seed: int) -> MultiTaskModel:
+        encoder = tuned(seeded_vit(0, **LARGE), seed).to(device)
+        return MultiTaskModel(encoder, {f"t{seed}": CosineHead(torch.randn(2, LARGE["embed_dim"]), 10.0)})
+
+    base, experts = model(9), {f"t{i}": model(i) for i in range(4)}
+    states = [expert.encoder.state_dict() for expert in experts.values()]
+    size = sum(value.numel() * value.element_size() for value in states[0].values()) / 2**20
+
+    def plain() -> dict[str, Tensor]:
+        total = {name: value.clone() for name, value in states[0].items()}
+        for state in states[1:]:
+            for name, value in state.items():
+                total[name] += value
+        return {name: value / len(states) for name, value in total.items()}
+
+    methods = {"average": plugin.SimpleAverage(), "task-arithmetic": plugin.TaskArithmetic()}
+    run = Run(requested_device=device)
+    runs: dict[str, Callable[[], object]] = {
+        name: lambda method=method: method.merge(base=base, experts=experts, data=None, run=run)
+        for name, method in methods.items()
+    }
+    times = medians({"plain": plain, **runs}, rounds, device)
+    return [
+        {
+            "merge": name,
+            "peak memory / model": peak_and_seconds(one, device)[0] / size,
+            "time / adding up": times[name] / times["plain"],
+        }
+        for name, one in {"plain": plain, **runs}.items()
+    ]
+
+
 def towers() -> tuple[nn.Module, list[nn.Module]]:
     """A CLIP vision tower and fine-tuned copies; transformers is all that it needs."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -264,7 +308,10 @@ def main() -> int:
         return 0
     rows = block_figures(arguments.rounds, arguments.device)
     show(rows)
-    figures: dict[str, object] = {"block": rows}
+    merges = static_figures(arguments.rounds, arguments.device)
+    print()
+    show(merges)
+    figures: dict[str, object] = {"block": rows, "merge": merges}
     if arguments.fusion_bench:
         command = [arguments.fusion_bench, __file__, "--as-peer", "--rounds", str(arguments.rounds)]
         answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout

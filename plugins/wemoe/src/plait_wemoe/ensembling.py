@@ -24,10 +24,10 @@ from plait_wemoe.routing import Gate, samples_first
 
 COMPUTE = ("auto", "merge", "activation", "group", "reference")
 STORAGE = ("dense", "sparse", "lowrank")
-# A tile of merged weights: what stays in a core's cache but is not too thin for matrix products; on a GPU,
-# what fills its units.
+# A tile of merged weights: what stays in a core's cache but is not too thin for matrix products, neither in output
+# rows nor in samples; on a GPU, what fills its units.
 TILE_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
-TILE_ROWS = 48
+TILE_ROWS, TILE_SAMPLES = 96, 8
 
 
 class DenseDeltas(nn.Module):
@@ -232,8 +232,8 @@ class _MergedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, R)
         ctx.layer = layer
         out = x.new_empty(*x.shape[:2], layer.out_features)
-        for start, stop, W, _ in _merged_tiles(layer, R):
-            out[:, :, start:stop] = torch.bmm(x, W.to(x.dtype).mT)
+        for some, rows, W, _ in _merged_tiles(layer, R):
+            out[some, :, rows] = torch.bmm(x[some], W.to(x.dtype).mT)
         return out
 
     @staticmethod
@@ -243,33 +243,37 @@ class _MergedLinear(torch.autograd.Function):
         need_x, need_R, _ = ctx.needs_input_grad
         grad_x = torch.zeros_like(x) if need_x else None
         grad_R = R.new_zeros(R.shape, dtype=ctx.layer.merge_dtype) if need_R else None
-        for start, stop, W, D in _merged_tiles(ctx.layer, R):
-            part = grad[:, :, start:stop]
+        for some, rows, W, D in _merged_tiles(ctx.layer, R):
+            part = grad[some, :, rows]
             if grad_x is not None:
-                grad_x.baddbmm_(part, W.to(part.dtype))
+                grad_x[some].baddbmm_(part, W.to(part.dtype))
             if grad_R is not None:  # dr[n, t] = ⟨dW_n, Δ_t⟩ with dW_n = g_nᵀ x_n
-                dW = torch.bmm(part.mT, x).flatten(1).to(D.dtype)
-                grad_R.addmm_(dW, D.T)
+                dW = torch.bmm(part.mT, x[some]).flatten(1).to(D.dtype)
+                grad_R[some].addmm_(dW, D.T)
         return grad_x, None if grad_R is None else grad_R.to(R.dtype), None
 
 
-def _merged_tiles(layer: EnsembledLinear, R: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Output rows start…stop: merged weights (B, rows, in) and the task vectors (T, rows·in) they came from.
+def _merged_tiles(layer: EnsembledLinear, R: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Samples, output rows, their merged weights (samples, rows, in) and the task vectors (T, rows·in) these came from.
 
     The merged weights are in one buffer, which the next tile overwrites.
     """
-    R = R.to(layer.merge_dtype)
-    row_bytes = len(R) * layer.in_features * layer.merge_dtype.itemsize
+    R, width = R.to(layer.merge_dtype), layer.in_features
+    row_bytes = width * layer.merge_dtype.itemsize
     budget = TILE_BYTES.get(layer.weight.device.type, TILE_BYTES["cuda"])
-    height = min(max(TILE_ROWS, budget // row_bytes), layer.out_features)
-    buffer = R.new_empty(len(R), height * layer.in_features)
+    samples = min(max(TILE_SAMPLES, budget // (TILE_ROWS * row_bytes)), len(R))
+    height = min(max(TILE_ROWS, budget // (samples * row_bytes)), layer.out_features)
+    buffer = R.new_empty(samples * height * width)
+    base = layer.weight.reshape(-1)
     for start in range(0, layer.out_features, height):
-        stop = min(start + height, layer.out_features)
-        D = layer.deltas.rows(start, stop, layer.merge_dtype)
-        W = buffer[:, : D.shape[1]]
-        torch.mm(R, D, out=W)
-        W += layer.weight[start:stop].flatten()
-        yield start, stop, W.unflatten(1, (stop - start, -1)), D
+        rows = slice(start, min(start + height, layer.out_features))
+        D = layer.deltas.rows(rows.start, rows.stop, layer.merge_dtype)
+        origin = base[rows.start * width : rows.stop * width].to(layer.merge_dtype)
+        for first in range(0, len(R), samples):
+            some = slice(first, min(first + samples, len(R)))
+            W = buffer[: (some.stop - some.start) * D.shape[1]].view(-1, D.shape[1])
+            torch.addmm(origin, R[some], D, out=W)
+            yield some, rows, W.unflatten(1, (-1, width)), D
 
 
 def group_coefficients(R: Tensor, radius: float) -> tuple[Tensor, Tensor]:

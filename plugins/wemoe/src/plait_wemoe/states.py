@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def is_finite(value: Tensor) -> bool:
     if not value.is_floating_point() or value.numel() == 0:
         return True
     low, high = torch.aminmax(value)  # a NaN is in both, and no mask as large as the tensor is made
-    return bool(torch.isfinite(low) and torch.isfinite(high))
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def completed(

@@ -51,12 +51,15 @@ def scaled_sum(base: Tensor, experts: Sequence[Tensor], scaling: float, dtype: t
     """
     flat, flat_experts = base.reshape(-1), [expert.reshape(-1) for expert in experts]
     merged = torch.empty_like(flat)
+    # Written over and over, for fresh memory costs more than the arithmetic.
+    total, vector = (torch.empty(min(PIECE, len(flat)), dtype=dtype, device=base.device) for _ in range(2))
     for start in range(0, len(flat), PIECE):
         piece = slice(start, start + PIECE)
         origin = flat[piece].to(dtype)
-        total = flat_experts[0][piece].to(base.device, dtype) - origin
+        total, vector = total[: len(origin)], vector[: len(origin)]
+        torch.sub(flat_experts[0][piece].to(base.device, dtype), origin, out=total)
         for expert in flat_experts[1:]:
-            total += expert[piece].to(base.device, dtype) - origin
+            total += torch.sub(expert[piece].to(base.device, dtype), origin, out=vector)
         merged[piece] = total.mul_(scaling).add_(origin)
     return merged.view(base.shape)
 
