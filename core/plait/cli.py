@@ -40,7 +40,7 @@ class _Group(click.Group):
             click.echo(f"error: {error}", err=True)
             raise SystemExit(1) from error
         except KeyboardInterrupt:
-            click.echo("interrupted; what is finished is kept, the same command goes on from there", err=True)
+            click.echo("interrupted; what is finished is kept, the same command resumes from there", err=True)
             raise SystemExit(130) from None
 
 

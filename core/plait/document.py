@@ -72,7 +72,7 @@ def read(path: Path) -> Document:
     except IsADirectoryError as error:
         raise PipelineError([f"{path} is a folder; name a pipeline file"]) from error
     except UnicodeDecodeError as error:
-        raise PipelineError([f"{path} is no UTF-8 text (byte {error.start}); save it as UTF-8"]) from error
+        raise PipelineError([f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8"]) from error
     except OSError as error:
         raise PipelineError([f"{path} cannot be read: {error.strerror}"]) from error
     return parse(text, str(path))

@@ -69,7 +69,7 @@ def code_field(default: Any, text: str) -> Any:
 
 
 def output_field(default: Any, text: str) -> Any:
-    """A file or folder that the method writes beside its result. It is no input; where it is gone, the step runs again."""
+    """A file or folder that the method writes beside its result. It is not an input; where it is gone, the step runs again."""
     return field(default, text, metadata={OUTPUT: True})
 
 

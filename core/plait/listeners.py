@@ -63,7 +63,7 @@ def _finite(value: Any) -> Any:
 
 
 class Lines:
-    """One line a step: for logs, pipes and everything that is no terminal."""
+    """One line a step: for logs, pipes and everything that is not a terminal."""
 
     def __init__(self, console: Any) -> None:
         self._console = console

@@ -82,7 +82,7 @@ def _unknown(hook: str, name: str) -> str:
     short = name.rpartition("/")[2]
     other = [h for h in HOOKS if any(offer.name == short for offer in offers(h))]
     if other:
-        return f"{name!r} is no method of hook {hook}, but of {other[0]}; write {other[0].replace('_', '-')}: {short}"
+        return f"{name!r} is not a method of hook {hook} but of {other[0]}; write {other[0].replace('_', '-')}: {short}"
     if found := package_of(hook, short):
         package, entry = found
         if entry.get("status") == "planned":

@@ -384,7 +384,7 @@ def _check_step(
             guess = nearest(key, [*shown, *STEP_KEYS])
             problems.add(
                 (*path, key),
-                f"step {name}: {key!r} is no hook and no key of a step{guess or '; the hooks are ' + ', '.join(shown)}",
+                f"step {name}: {key!r} is neither a hook nor a key of a step{guess or '; the hooks are ' + ', '.join(shown)}",
             )
     if len(hooks) != 1:
         if hooks or not [key for key in body if key not in STEP_KEYS]:

@@ -58,7 +58,7 @@ class Result:
         for task in self.plan.tasks:
             if task.label == label and label not in self.failed:
                 return load_result(Input(task.key, (), label), self.store)
-        raise KeyError(f"{label!r} is no finished step; there are {', '.join(self.labels)}")
+        raise KeyError(f"{label!r} is not a finished step; there are {', '.join(self.labels)}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.labels)
@@ -126,14 +126,14 @@ def write_report_again(folder: Path, store: Store) -> None:
     """Write the report of an earlier run from what is in the store.
 
     Raises:
-        PlaitError: ``folder`` is no run folder.
+        PlaitError: ``folder`` is not a run folder.
     """
     try:
         data = json.loads((folder / "resolved.json").read_text(encoding="utf-8"))["pipeline"]
         provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
         origin = Path(provenance["folder"])
     except (OSError, ValueError, KeyError) as error:
-        raise PlaitError(f"{folder} is no run folder: it has no resolved.json and provenance.json") from error
+        raise PlaitError(f"{folder} is not a run folder: it lacks resolved.json and provenance.json") from error
     plan = make_plan(check(Document(data, {}, str(folder / "resolved.json")), (), origin))
     # Methods may have changed since: the results are those of the keys of then.
     keys = {step["label"]: step["key"] for step in provenance["steps"]}

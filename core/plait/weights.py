@@ -2,7 +2,7 @@
 
 :func:`read_weights` gives a model's weights by name, :func:`read_checkpoint` all that is in a file. They take what people
 have: ``.safetensors`` (one file, or shards with their index), ``.pth``, ``.pt``, ``.ckpt`` and ``.bin`` of ``torch.save``,
-TorchScript archives, and folders that hold one of them. A file is told by its content, not by its suffix. No pickle is
+TorchScript archives, and folders that hold one of them. The content of a file says what it is, not its suffix. No pickle is
 read that could run code, and no network of a TorchScript archive is called.
 """
 
@@ -61,7 +61,7 @@ _NEITHER = "is not a file of weights: it is neither safetensors nor written by t
 
 
 class WeightsError(PlaitError, ValueError):
-    """A file holds no weights, or not in a way that can be read; told in one sentence that names the file."""
+    """A file holds no weights, or not in a way that can be read; the message names the file."""
 
 
 def read_weights(path: Path | str, *, entry: str | None = None, expected: Collection[str] | None = None) -> State:
@@ -79,7 +79,7 @@ def read_weights(path: Path | str, *, entry: str | None = None, expected: Collec
             it too, and entries beside the prefixed ones (a loss with weights of its own) are left out.
 
     Raises:
-        WeightsError: there is no such file; it is no file of weights (a Git LFS pointer, a web page, an archive, an
+        WeightsError: there is no such file; it is not a file of weights (a Git LFS pointer, a web page, an archive, an
             optimizer's state), is damaged, would have to run code, or several entries compete.
     """
     path = Path(path).expanduser()

@@ -7,7 +7,7 @@ import torch
 from plait import PlaitError, hookimpl
 from plait.demo.models import images_of
 from plait.demo.pictures import with_images
-from plait.fields import doc, in_range
+from plait.fields import doc, field, in_range
 
 
 def noisy(data, run, generator=None, device=True):
@@ -23,7 +23,7 @@ def noisy(data, run, generator=None, device=True):
 class Good:
     """Adds a little noise."""
 
-    batch_size: int = attrs.field(default=4, validator=in_range(1), metadata=doc("images at a time"))
+    batch_size: int = field(4, "images at a time", in_range(1))
 
     @hookimpl
     def restore(self, data, run):
@@ -85,7 +85,7 @@ class Budget(Good):
 class BatchSizes(Good):
     """Drops the last batch where it is shorter."""
 
-    batch_size: int = attrs.field(default=7, validator=in_range(1), metadata=doc("images at a time"))
+    batch_size: int = field(7, "images at a time", in_range(1))
 
     @hookimpl
     def restore(self, data, run):

@@ -100,7 +100,7 @@ def test_wrong_overrides(workplace, override, part):
         ("plait: 1\nsteps: {a: {load-data: './toy.py:Numbers'}, b: {evaluate: './toy.py:Mean', from: {data: a.test}}, c: {transform: './toy.py:Add', from: {data: b}}}", ["b is a report"]),
         ("plait: 1\nsteps: {a: {load-data: './toy.py:Numbers', with: {size: '${matrix.k}'}}}", ["matrix.k"]),
         ("plait: 1\nsteps: {a: {load-data: './toy.py:Numbers', seed: x}}", ["seed is 'x'"]),
-        ("plait: 1\nsteps: {a: {load-data: ensir}}", ["'ensir' is no method of hook load_data"]),
+        ("plait: 1\nsteps: {a: {load-data: ensir}}", ["'ensir' is not a method of hook load_data"]),
         ("plait: 1\nsteps: {a: {load-data: no-such-method-at-all}}", ["no method 'no-such-method-at-all'"]),
     ],
 )  # fmt: skip

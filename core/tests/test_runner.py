@@ -178,7 +178,7 @@ def test_interrupt(workplace):
     Path("slow.yaml").write_text(SLOW.replace("INTERRUPT", "true"))
     done = cli("run", "slow.yaml")
     assert done.returncode == 130
-    assert "goes on from there" in done.stderr
+    assert "resumes from there" in done.stderr
     assert "Traceback" not in done.stderr
     assert plait.run("slow.yaml")["slow"]["starts"] == ["0", "3"]
 

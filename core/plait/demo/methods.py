@@ -8,7 +8,7 @@ import attrs
 
 from plait.demo.models import Classifier, accuracy, images_of, labels_of, make_classifier, train
 from plait.demo.pictures import digits
-from plait.fields import doc, in_range
+from plait.fields import field, in_range
 from plait.hookspecs import hookimpl
 from plait.report.model import Report
 
@@ -17,8 +17,8 @@ from plait.report.model import Report
 class Digits:
     """scikit-learn's 1,797 handwritten digits as 8×8 images, split into train and test."""
 
-    num_train: int = attrs.field(default=400, validator=in_range(1, 1600), metadata=doc("images of split train"))
-    num_test: int = attrs.field(default=150, validator=in_range(1, 1600), metadata=doc("images of split test"))
+    num_train: int = field(400, "images of split train", in_range(1, 1600))
+    num_test: int = field(150, "images of split test", in_range(1, 1600))
     splits = ("train", "test")
 
     @hookimpl
@@ -32,9 +32,7 @@ class Digits:
 class Noise:
     """Gaussian noise on every image."""
 
-    sigma: float = attrs.field(
-        default=0.2, validator=in_range(0, 1), metadata=doc("standard deviation, in [0, 1] units")
-    )
+    sigma: float = field(0.2, "standard deviation, in [0, 1] units", in_range(0, 1))
 
     @hookimpl
     def transform(self, data: Any, run: Any) -> Any:
@@ -50,7 +48,7 @@ class Noise:
 class SmallClassifier:
     """A two-layer classifier of the digits."""
 
-    width: int = attrs.field(default=32, validator=in_range(1, 4096), metadata=doc("hidden units"))
+    width: int = field(32, "hidden units", in_range(1, 4096))
 
     @hookimpl
     def load_model(self, run: Any) -> Classifier:
@@ -62,8 +60,8 @@ class SmallClassifier:
 class Training:
     """Full-batch Adam on the cross-entropy."""
 
-    num_steps: int = attrs.field(default=60, validator=in_range(1), metadata=doc("updates"))
-    learning_rate: float = attrs.field(default=0.02, validator=in_range(0, low_open=True), metadata=doc("of Adam"))
+    num_steps: int = field(60, "updates", in_range(1))
+    learning_rate: float = field(0.02, "of Adam", in_range(0, low_open=True))
 
     @hookimpl
     def optimize(self, model: Any, data: Any, run: Any) -> Classifier:

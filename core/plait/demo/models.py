@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-from plait.errors import PlaitError
 from plait.optional import require
 
 torch: Any = require("torch")
@@ -38,12 +37,12 @@ def images_of(data: Any, column: str = "image") -> Any:
     """The images of a small dataset as one float tensor ``[N, 3, H, W]`` in [0, 1].
 
     Raises:
-        PlaitError: the column is missing, or there are no rows.
+        ValueError: the column is missing, or there are no rows.
     """
     if column not in data.column_names:
-        raise PlaitError(f"the data has no column {column!r}; it has {', '.join(data.column_names)}")
+        raise ValueError(f"the data has no column {column!r}; it has {', '.join(data.column_names)}")
     if not len(data):
-        raise PlaitError("the data has no rows; give at least one")
+        raise ValueError("the data has no rows; give at least one")
     numpy = require("numpy")
     levels = numpy.stack([numpy.asarray(image.convert("RGB")) for image in data[column]])
     return torch.from_numpy(levels).permute(0, 3, 1, 2).float() / 255
@@ -52,7 +51,7 @@ def images_of(data: Any, column: str = "image") -> Any:
 def labels_of(data: Any) -> Any:
     """The classes, int64 ``[N]``."""
     if "label" not in data.column_names:
-        raise PlaitError(f"the data has no column 'label'; it has {', '.join(data.column_names)}")
+        raise ValueError(f"the data has no column 'label'; it has {', '.join(data.column_names)}")
     return torch.tensor(data["label"])
 
 
