@@ -39,9 +39,13 @@ class _Group(click.Group):
                 raise
             click.echo(f"error: {error}", err=True)
             raise SystemExit(1) from error
-        except KeyboardInterrupt:
-            click.echo("interrupted; what is finished is kept, the same command resumes from there", err=True)
-            raise SystemExit(130) from None
+        except KeyboardInterrupt as error:
+            from plait.interrupts import Terminated
+
+            what, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+            report = f"; report: {error.__notes__[-1]}" if getattr(error, "__notes__", None) else ""
+            click.echo(f"{what}; what is finished is kept, the same command resumes from there{report}", err=True)
+            raise SystemExit(code) from None
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -109,18 +113,12 @@ def run(
     if not quiet:
         _print_tables(table for table in result.tables.values() if table.main)
     click.echo(f"report: {result.folder / 'report.html'}")
+    for step, message in result.failed.items():
+        click.echo(f"error: step {step}: {message}", err=True)
+    if result.not_run:
+        click.echo(f"{len(result.not_run)} steps behind these were not run: {', '.join(result.not_run)}", err=True)
     if result.failed:
-        _tell_failures(result.failed)
         raise SystemExit(1)
-
-
-def _tell_failures(failed: Any) -> None:
-    skipped = [step for step, message in failed.items() if message.startswith("skipped")]
-    for step, message in failed.items():
-        if step not in skipped:
-            click.echo(f"error: step {step}: {message}", err=True)
-    if skipped:
-        click.echo(f"{len(skipped)} steps behind these were skipped: {', '.join(skipped)}", err=True)
 
 
 def _print_tables(tables: Any) -> None:

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-import platform
-import shutil
-import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +20,23 @@ from plait.errors import PlaitError
 from plait.executors.local import InProcess, Processes
 from plait.facts import lost_outputs
 from plait.hookspecs import RunEvents
+from plait.interrupts import Interrupts, interrupts
 from plait.listeners import JSONLog
-from plait.pipeline import Pipeline, Step, check, load_pipeline
+from plait.pipeline import Pipeline, check, load_pipeline
 from plait.plan import Input, Plan, Task, make_plan
 from plait.report.model import Report
+from plait.report.render import RunReport, collect, write
+from plait.run_folder import make_folder, write_provenance
 from plait.scheduling import Progress
 from plait.store import Store
-from plait.work import Outcome, load_extras, load_result, make_job
+from plait.work import Emit, Outcome, load_extras, load_result, make_job
 
 
 @attrs.frozen
 class Result:
     """What a run left: tasks by label, their results on demand, and the folder with the report.
 
+    ``failed`` and ``not_run`` say of a label why it has no result.
     ``result["fused[seed=0]"]`` loads a step's result; ``result.tables`` holds the tables of the report.
     """
 
@@ -47,16 +44,17 @@ class Result:
     plan: Plan
     store: Store
     failed: Mapping[str, str]
+    not_run: Mapping[str, str]
     tables: Mapping[str, Any]
 
     @property
     def labels(self) -> list[str]:
         """The labels of all finished steps."""
-        return [task.label for task in self.plan.tasks if task.label not in self.failed]
+        return [t.label for t in self.plan.tasks if t.label not in self.failed and t.label not in self.not_run]
 
     def __getitem__(self, label: str) -> Any:
         for task in self.plan.tasks:
-            if task.label == label and label not in self.failed:
+            if task.label == label and label in self.labels:
                 return load_result(Input(task.key, (), label), self.store)
         raise KeyError(f"{label!r} is not a finished step; there are {', '.join(self.labels)}")
 
@@ -88,6 +86,7 @@ def run(
     Raises:
         PipelineError: the pipeline is wrong; nothing has been run.
         PlaitError: the store or the run folder cannot be written.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; what is finished is kept, and in the report.
     """
     pipeline = load_pipeline(path, overrides)
     return run_pipeline(pipeline, Store(Path(store).absolute() if store else None), Path(out), jobs, device, listeners)
@@ -98,7 +97,7 @@ def run_pipeline(
 ) -> Result:
     """As :func:`run`, for a checked pipeline."""
     plan = make_plan(pipeline)
-    folder = _make_folder(out, pipeline)
+    folder = make_folder(out, pipeline)
     events = pluggy.PluginManager("plait")
     events.add_hookspecs(RunEvents)
     for name, _, plugin in wrappers():
@@ -110,16 +109,32 @@ def run_pipeline(
         getattr(events.hook, name)(run_id=folder.name, **facts)
 
     started = time.monotonic()
-    _write_provenance(folder, pipeline, plan, store)
-    emit("run_started", folder=folder, pipeline=plain(pipeline.data), steps=[task.label for task in plan.tasks])
-    executor = Processes(jobs, emit) if jobs > 1 else InProcess(emit)
-    try:
-        failed = _carry_out_all(plan, pipeline, store, executor, emit, device)
-    finally:
-        executor.close()
-    document = _write_report(plan, store, failed, folder)
-    emit("run_finished", folder=folder, failed=list(failed), seconds=time.monotonic() - started)
-    return Result(folder, plan, store, failed, {table.title: table for table in document.tables})
+    write_provenance(folder, pipeline, plan, store)
+    progress = _progress(plan, store)
+    with interrupts() as asked:
+
+        def emit_and_heed(name: str, **facts: Any) -> None:
+            asked.check()
+            emit(name, **facts)
+
+        executor = Processes(jobs, emit_and_heed) if jobs > 1 else InProcess(emit_and_heed)
+        emit("run_started", folder=folder, pipeline=plain(pipeline.data), steps=[task.label for task in plan.tasks])
+        ended_by: KeyboardInterrupt | None = None
+        try:
+            _carry_out_all(progress, pipeline, store, executor, emit_and_heed, asked, device)
+        except KeyboardInterrupt as error:
+            ended_by = error
+            asked.heeded()
+        finally:
+            executor.close()
+        document = _write_report(plan, store, progress.failed, progress.not_run, folder)
+        emit("run_finished", folder=folder, failed=list(progress.failed), seconds=time.monotonic() - started)
+    if ended_by is not None:
+        ended_by.add_note(str(folder / "report.html"))
+        raise ended_by
+    return Result(
+        folder, plan, store, progress.failed, progress.not_run, {table.title: table for table in document.tables}
+    )
 
 
 def write_report_again(folder: Path, store: Store) -> None:
@@ -138,32 +153,38 @@ def write_report_again(folder: Path, store: Store) -> None:
     # Methods may have changed since: the results are those of the keys of then.
     keys = {step["label"]: step["key"] for step in provenance["steps"]}
     plan = attrs.evolve(plan, tasks=[attrs.evolve(task, key=keys.get(task.label, task.key)) for task in plan.tasks])
-    failed = {task.label: "not in the store" for task in plan.tasks if not store.has(task.key)}
-    _write_report(plan, store, failed, folder)
+    missing = {task.label: "it is not in the store" for task in plan.tasks if not store.has(task.key)}
+    _write_report(plan, store, {}, missing, folder)
 
 
-def _write_report(plan: Plan, store: Store, failed: Mapping[str, str], folder: Path) -> Any:
-    from plait.report.render import collect, write
-
-    reports = [(task, _reports_of(task, store)) for task in plan.tasks if task.label not in failed]
-    document = collect(plan, reports, failed, {task.label: _warnings_of(task, store) for task, _ in reports})
+def _write_report(
+    plan: Plan, store: Store, failed: Mapping[str, str], not_run: Mapping[str, str], folder: Path
+) -> RunReport:
+    done = [task for task in plan.tasks if task.label not in failed and task.label not in not_run]
+    reports = [(task, _reports_of(task, store)) for task in done]
+    document = collect(plan, reports, failed, not_run, {task.label: _warnings_of(task, store) for task in done})
     write(document, folder)
     return document
 
 
-def _carry_out_all(
-    plan: Plan, pipeline: Pipeline, store: Store, executor: InProcess | Processes, emit: Any, device: str | None
-) -> dict[str, str]:
-    """Run every task as soon as those that it needs are done; label → why, for all that failed."""
+def _progress(plan: Plan, store: Store) -> Progress:
     lost = {task.key for task in plan.tasks if lost_outputs(task.step.instance)}
     for key in lost:
         store.remove(key)  # only a new run writes them again
-    progress = Progress(plan, {task.key for task in plan.tasks if store.has(task.key)}, lost)
-    for task in progress.not_needed_again():
+    return Progress(plan, {task.key for task in plan.tasks if store.has(task.key)}, lost)
+
+
+def _carry_out_all(
+    progress: Progress, pipeline: Pipeline, store: Store, executor: InProcess | Processes, emit: Emit, asked: Interrupts,
+    device: str | None,
+) -> None:  # fmt: skip
+    """Run every task as soon as those that it needs are done."""
+    for task in progress.settled:
         store.touch(task.key)
         emit("step_cached", step=task.label, key=task.key)
     running = 0
     while not progress.is_over:
+        asked.check()
         while executor.has_room() and (ready := progress.next_ready()) is not None:
             executor.submit(make_job(ready, pipeline.folder, store, device))
             running += 1
@@ -172,10 +193,9 @@ def _carry_out_all(
         outcome = executor.next_done()
         running -= 1
         _record(progress, outcome, store, emit)
-    return progress.failed
 
 
-def _record(progress: Progress, outcome: Outcome, store: Store, emit: Any) -> None:
+def _record(progress: Progress, outcome: Outcome, store: Store, emit: Emit) -> None:
     task = progress.task_of(outcome.key)
     if outcome.error is not None:
         emit("step_failed", step=task.label, message=outcome.error)
@@ -202,78 +222,3 @@ def _reports_of(task: Task, store: Store) -> list[Report]:
 def _warnings_of(task: Task, store: Store) -> list[str]:
     entry = store.entry(task.key)
     return list(entry.meta.get("warnings", [])) if entry else []
-
-
-def _make_folder(out: Path, pipeline: Pipeline) -> Path:
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = out / pipeline.name / f"{stamp}-{uuid.uuid4().hex[:4]}"
-    try:
-        folder.mkdir(parents=True)
-        if pipeline.source:
-            shutil.copyfile(pipeline.source, folder / "pipeline.yaml")
-    except OSError as error:
-        raise PlaitError(
-            f"the run folder {folder} cannot be written ({error.strerror}); name another place with --out"
-        ) from error
-    return folder
-
-
-def _write_provenance(folder: Path, pipeline: Pipeline, plan: Plan, store: Store) -> None:
-    facts = {
-        "command": sys.argv,
-        "platform": platform.platform(),
-        "python": sys.version,
-        "git commit": _git_commit(pipeline.folder),
-        "store": str(store.root),
-        "folder": str(pipeline.folder),
-        "distributions": _distributions(),
-        "steps": [
-            {
-                "label": t.label,
-                "key": t.key,
-                "method": t.step.method.name,
-                "version": t.step.method.version,
-                "seed": t.step.seed,
-            }
-            for t in plan.tasks
-        ],
-    }
-    (folder / "provenance.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    resolved = {"pipeline": pipeline.data, "steps": {task.label: _resolved(task.step) for task in plan.tasks}}
-    (folder / "resolved.json").write_text(json.dumps(plain(resolved), indent=1), encoding="utf-8")
-
-
-@functools.cache
-def _distributions() -> dict[str, str]:
-    return dict(sorted((d.metadata["Name"], d.version) for d in metadata.distributions()))
-
-
-def _resolved(step: Step) -> dict[str, Any]:
-    inputs = {argument: plain_references(value) for argument, value in step.inputs.items()}
-    return {
-        "hook": step.hook,
-        "method": step.method.name,
-        "with": plain(step.instance),
-        "from": inputs,
-        "seed": step.seed,
-    }
-
-
-def plain_references(value: Any) -> Any:
-    """Inputs of a step as texts, lists and mappings of texts."""
-    if isinstance(value, Mapping):
-        return {name: plain_references(item) for name, item in value.items()}
-    return [plain_references(item) for item in value] if isinstance(value, list) else str(value)
-
-
-def _git_commit(folder: Path) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

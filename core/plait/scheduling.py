@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Set
+from collections.abc import Set
 
 from plait.plan import Plan, Task
 
@@ -17,7 +17,7 @@ class Progress:
         wanted: keys of tasks that have to run though no task needs their results.
 
     Attributes:
-        failed: label → why, for tasks that failed or that were skipped because of one.
+        failed: label → why, of the tasks that failed.
     """
 
     def __init__(self, plan: Plan, stored: set[str], wanted: Set[str] = frozenset()) -> None:
@@ -35,6 +35,8 @@ class Progress:
         }
         self._ready = deque(task for task in plan.tasks if self._missing.get(task.key) == 0)
         self._open = len(self._missing)
+        self._finished: set[str] = set()
+        self._skipped: dict[str, str] = {}
         self.failed: dict[str, str] = {}
 
     def _keys_needed(self, plan: Plan, stored: set[str]) -> set[str]:
@@ -52,9 +54,17 @@ class Progress:
         """Whether nothing is left to run."""
         return self._open == 0
 
-    def not_needed_again(self) -> Iterator[Task]:
-        """The tasks that were settled at the start."""
-        return (task for task in self._tasks.values() if task.key in self._settled and task.key not in self._missing)
+    @property
+    def settled(self) -> list[Task]:
+        """The tasks that had not to be run from the start."""
+        return [task for task in self._tasks.values() if task.key in self._settled]
+
+    @property
+    def not_run(self) -> dict[str, str]:
+        """Label → why, of the tasks that were not run (yet)."""
+        open_tasks = [task for key, task in self._tasks.items() if key in self._missing and key not in self._finished]
+        never = {task.label: "the run ended before it" for task in open_tasks if task.label not in self.failed}
+        return {**never, **self._skipped}
 
     @property
     def waiting(self) -> list[str]:
@@ -72,10 +82,11 @@ class Progress:
     def finish(self, task: Task) -> None:
         """A task's result is in the store."""
         self._open -= 1
+        self._finished.add(task.key)
         for user in self._behind.get(task.key, ()):
             if user.key in self._missing:
                 self._missing[user.key] -= 1
-                if self._missing[user.key] == 0 and user.label not in self.failed:
+                if self._missing[user.key] == 0 and user.label not in self._skipped:
                     self._ready.append(user)
 
     def fail(self, task: Task, message: str) -> list[tuple[Task, str]]:
@@ -86,9 +97,9 @@ class Progress:
         todo = [(user, task) for user in self._behind.get(task.key, ())]
         while todo:
             user, cause = todo.pop(0)
-            if user.key in self._missing and user.label not in self.failed:
-                self.failed[user.label] = f"skipped, because step {cause.label} failed"
+            if user.key in self._missing and user.label not in self._skipped:
+                self._skipped[user.label] = f"step {cause.label} {'failed' if cause is task else 'was not run'}"
                 self._open -= 1
-                skipped.append((user, self.failed[user.label]))
+                skipped.append((user, f"not run, because {self._skipped[user.label]}"))
                 todo += [(next_user, user) for next_user in self._behind.get(user.key, ())]
         return skipped

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plait import PlaitError, Report
 from plait.report import Curve, Image, Panel, png
-from plait.report.render import Document, Table, markdown, to_csv, to_html
+from plait.report.render import RunReport, Table, markdown, to_csv, to_html
 
 NASTY = "<script>alert(1)</script>|`*_[x](javascript:1)\n# head"
 
@@ -22,9 +22,9 @@ def document(**changes):
         "panels": (),
         "notes": (),
         "steps": (),
-        "failed": {},
+        "failed": {}, "not_run": {},
     }
-    return Document(**{**parts, **changes})
+    return RunReport(**{**parts, **changes})
 
 
 def test_everything_from_data_is_escaped():

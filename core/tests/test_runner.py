@@ -113,9 +113,10 @@ steps:
   fine: {{evaluate: "./toy.py:Mean", from: {{data: n.train}}}}
 """)
     result = plait.run("p.yaml", jobs=jobs)
-    assert set(result.failed) == {"bad", "after"}
+    assert set(result.failed) == {"bad"}
     assert part in result.failed["bad"]
-    assert "step bad failed" in result.failed["after"]
+    assert result.not_run == {"after": "step bad failed"}
+    assert "Steps that were not run" in (result.folder / "report.html").read_text()
     assert result["fine"].rows
     assert part.split(":")[0] in (result.folder / "report.md").read_text()
 
@@ -422,3 +423,103 @@ class Map:
         assert files == {*entry.meta["files"], "meta.json"}
         assert not any(path.stat().st_mode & 0o222 for path in entry.folder.rglob("*"))
     assert Store().verify() == {}
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_signals_end_a_run_with_a_report(workplace, number, code, word, jobs):
+    Path("slow.yaml").write_text(SLOW.replace("kill_at: 3, interrupt: INTERRUPT", "steps: 1000, pause: 0.05"))
+    command = [sys.executable, "-m", "plait.cli", "run", "slow.yaml", "--jobs", jobs]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
+    log = None
+    while log is None or '"step_started", "step": "slow"' not in log.read_text():
+        log = next(Path().glob("runs/slow/*/log.jsonl"), None)
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"{word}; what is finished is kept" in err
+    assert "Traceback" not in err
+    report = next(Path().glob("runs/slow/*/report.md")).read_text()
+    assert "- slow: the run ended before it" in report
+    assert "Failed steps" not in report
+    again = plait.run("slow.yaml", ["steps.slow.with.pause=0"])
+    assert not again.failed
+
+
+def test_an_interrupt_in_a_destructor_is_not_lost(workplace):
+    Path("m.py").write_text("""
+import os, signal, time
+import attrs
+from plait import hookimpl
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+@attrs.frozen
+class Swallow:
+    @hookimpl
+    def load_data(self, run):
+        Last()
+        for _ in run.track(range(3), "after"):
+            pass
+        return 1
+""")
+    Path("p.yaml").write_text("plait: 1\nsteps: {a: {load-data: './m.py:Swallow'}}\n")
+    assert cli("run", "p.yaml").returncode == 130
+
+
+def test_a_worker_that_is_killed_fails_its_own_step(workplace):
+    Path("p.yaml").write_text("""\
+plait: 1
+steps:
+  n: {load-data: "./toy.py:Numbers"}
+  dies: {transform: "./toy.py:Slow", from: {data: n.train}, with: {kill_at: 1}}
+  after: {transform: "./toy.py:Add", from: {data: dies}}
+  fine: {transform: "./toy.py:Slow", from: {data: n.train}, with: {pause: 0.1}}
+  then: {evaluate: "./toy.py:Mean", from: {data: n.train}}
+""")
+    result = plait.run("p.yaml", jobs=2)
+    assert set(result.failed) == {"dies"}
+    assert "SIGKILL" in result.failed["dies"]
+    assert set(result.not_run) == {"after"}
+    assert set(result.labels) == {"n", "fine", "then"}
+    assert plait.run("p.yaml", jobs=2)["dies"]["starts"] == ["0", "1"]
+
+
+def test_no_process_outlives_the_main_one(workplace):
+    Path("p.yaml").write_text("""\
+plait: 1
+matrix: {seed: [0, 1]}
+steps:
+  n: {load-data: "./toy.py:Numbers"}
+  slow: {transform: "./toy.py:Slow", from: {data: n.train}, with: {steps: 1000, pause: 0.1}}
+""")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "plait.cli", "run", "p.yaml", "--jobs", "2"], stderr=subprocess.DEVNULL
+    )
+    while len(list(Path("store/scratch").glob("*/log.jsonl"))) < 2:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+
+    def alive():
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                if (place / "cwd").resolve() == workplace and int(place.name) != os.getpid():
+                    found.append((place / "cmdline").read_bytes())
+            except OSError:
+                continue
+        return found
+
+    for _ in range(100):
+        if not alive():
+            return
+        time.sleep(0.1)
+    raise AssertionError(alive())

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+import os
+import signal
+import threading
+from multiprocessing import connection, get_context, parent_process
 from typing import Any
 
-from plait.errors import PlaitError
+import attrs
+
 from plait.work import Emit, Job, Outcome, carry_out
+
+PATIENCE = 5.0  # seconds that a worker gets to end by itself
 
 
 class InProcess:
@@ -38,65 +40,118 @@ class InProcess:
         """Nothing to close."""
 
 
-_events: Any = None
+def _serve(pipe: Any) -> None:
+    """Carry out jobs until the pipe or the main process ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the main process decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        while True:
+            job = pipe.recv()
+            outcome = carry_out(job, lambda name, **facts: pipe.send((name, facts)))
+            pipe.send(outcome)
+    except (EOFError, OSError):  # the main process is gone or has closed the pipe
+        return
 
 
-def _start_worker(events: Any) -> None:
-    global _events
-    _events = events
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
-def _carry_out(job: Job) -> Outcome:
-    return carry_out(job, lambda name, **facts: _events.put((name, facts)))
+@attrs.define(eq=False)
+class _Worker:
+    process: Any
+    pipe: Any
+    job: Job | None = None
 
 
 class Processes:
-    """Up to ``jobs`` independent jobs at a time, each in a process of its own."""
+    """Up to ``jobs`` independent jobs at a time, each in a process of its own.
+
+    A process that dies fails its own job, and another takes its place. None outlives the main process.
+    """
 
     def __init__(self, jobs: int, emit: Emit) -> None:
-        context = get_context("spawn")
+        self._context = get_context("spawn")
         self._jobs = jobs
         self._emit = emit
-        self._manager = context.Manager()
-        self._events = self._manager.Queue()
-        self._pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(self._events,))
-        self._running: dict[Future[Outcome], Job] = {}
+        self._workers: list[_Worker] = []
+        self._done: list[Outcome] = []
 
     def has_room(self) -> bool:
         """Whether another job may be submitted now."""
-        return len(self._running) < self._jobs
+        return sum(worker.job is not None for worker in self._workers) < self._jobs
 
     def submit(self, job: Job) -> None:
         """Start a job in a free process."""
-        self._running[self._pool.submit(_carry_out, job)] = job
+        worker = next((worker for worker in self._workers if worker.job is None), None) or self._new_worker()
+        worker.job = job
+        try:
+            worker.pipe.send(job)
+        except OSError:  # it died between two jobs
+            self._forget(worker)
+            self.submit(job)
 
     def next_done(self) -> Outcome:
         """Wait for a job's end and pass on events meanwhile."""
-        while True:
-            done, _ = wait(self._running, timeout=0.1, return_when=FIRST_COMPLETED)
-            self._relay()
-            for future in done:
-                job = self._running.pop(future)
-                try:
-                    return future.result()
-                except Exception as error:
-                    raise PlaitError(
-                        f"step {job.label}: its process died ({error}); it may have run out of memory, try --jobs 1"
-                    ) from error
+        while not self._done:
+            # In slices, so that an interrupt is heeded on every system.
+            connection.wait([worker.pipe for worker in self._workers if worker.job is not None], timeout=0.5)
+            for worker in [worker for worker in self._workers if worker.job is not None]:
+                self._hear(worker)
+        return self._done.pop(0)
 
-    def _relay(self) -> None:
-        for name, facts in _drain(self._events):
-            self._emit(name, **facts)
+    def _hear(self, worker: _Worker) -> None:
+        try:
+            while worker.job is not None and worker.pipe.poll():
+                message = worker.pipe.recv()
+                if isinstance(message, Outcome):
+                    worker.job = None
+                    self._done.append(message)
+                else:
+                    name, facts = message
+                    self._emit(name, **facts)
+        except (EOFError, OSError):
+            job = worker.job
+            self._forget(worker)
+            assert job is not None
+            self._done.append(Outcome(job.key, False, 0.0, f"its process {_end_of(worker.process)}"))
+
+    def _new_worker(self) -> _Worker:
+        here, there = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(there,), daemon=False)
+        process.start()
+        there.close()
+        worker = _Worker(process, here)
+        self._workers.append(worker)
+        return worker
+
+    def _forget(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        worker.pipe.close()
+        worker.process.join(PATIENCE)
 
     def close(self) -> None:
         """Stop the processes."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for process in (self._pool._processes or {}).values():
-            process.terminate()
-        self._manager.shutdown()
+        for worker in self._workers:
+            worker.pipe.close()
+            if worker.job is not None:
+                worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(PATIENCE)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+        self._workers.clear()
 
 
-def _drain(events: Any) -> Iterator[Any]:
-    with contextlib.suppress(queue.Empty):
-        while True:
-            yield events.get_nowait()
+def _end_of(process: Any) -> str:
+    code = process.exitcode
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        memory = "; it may have run out of memory, try fewer --jobs" if -code == signal.SIGKILL else ""
+        return f"was ended by {name}{memory}"
+    return f"ended with exit code {code}"

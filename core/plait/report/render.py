@@ -64,7 +64,7 @@ class Table:
 
 
 @attrs.frozen
-class Document:
+class RunReport:
     """Everything that the report shows."""
 
     name: str
@@ -75,14 +75,16 @@ class Document:
     notes: Sequence[str]
     steps: Sequence[tuple[str, str, str, str]]
     failed: Mapping[str, str]
+    not_run: Mapping[str, str]
 
 
 def collect(
     plan: Plan,
     reports: Sequence[tuple[Task, Sequence[Report]]],
     failed: Mapping[str, str],
+    not_run: Mapping[str, str],
     warnings: Mapping[str, Sequence[str]],
-) -> Document:
+) -> RunReport:
     """Gather all steps' reports into one document."""
     groups: dict[tuple[str, str, bool], list[tuple[Task, Report]]] = {}
     notes: list[str] = []
@@ -107,8 +109,16 @@ def collect(
     tables = [_table(": ".join(filter(None, (step, title))), group, main) for (step, title, main), group in ordered]
     steps = [(t.label, t.step.hook.replace("_", "-"), t.step.method.name, _fields(t)) for t in plan.tasks]
     description = str(plan.pipeline.data.get("description") or "").strip()
-    return Document(
-        plan.pipeline.name, description, tables, list(curves.items()), panels, list(dict.fromkeys(notes)), steps, failed
+    return RunReport(
+        plan.pipeline.name,
+        description,
+        tables,
+        list(curves.items()),
+        panels,
+        list(dict.fromkeys(notes)),
+        steps,
+        failed,
+        not_run,
     )
 
 
@@ -195,7 +205,7 @@ def _mark_best(table: Table) -> Table:
     return attrs.evolve(table, rows=rows)
 
 
-def write(document: Document, folder: Path) -> None:
+def write(document: RunReport, folder: Path) -> None:
     """Write ``report.md``, ``report.html`` and one CSV a table into the run's folder."""
     (folder / "report.md").write_text(markdown(document), encoding="utf-8")
     (folder / "report.html").write_text(to_html(document), encoding="utf-8")
@@ -235,7 +245,7 @@ def column_title(table: Table, metric: str) -> str:
     return metric + (f" (± {kind})" if several and kind != "std" else "") + direction
 
 
-def markdown(document: Document) -> str:
+def markdown(document: RunReport) -> str:
     """The report without pictures."""
     lines = [f"# {_md(document.name)}", ""]
     if document.description:
@@ -256,12 +266,18 @@ def markdown(document: Document) -> str:
         lines += [
             "## Failed steps",
             "",
-            *(f"- {_md(step)}: {_md(message)}" for step, message in document.failed.items()),
+            *_md_reasons(document.failed),
             "",
         ]
+    if document.not_run:
+        lines += ["## Steps that were not run", "", *_md_reasons(document.not_run), ""]
     if document.notes:
         lines += ["## Notes", "", *(f"- {_md(note)}" for note in document.notes), ""]
     return "\n".join(lines)
+
+
+def _md_reasons(reasons: Mapping[str, str]) -> list[str]:
+    return [f"- {_md(step)}: {_md(message)}" for step, message in reasons.items()]
 
 
 def _md(text: str) -> str:
@@ -290,7 +306,7 @@ COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#bf3989", "#0
 MAX_LINES = 24
 
 
-def to_html(document: Document) -> str:
+def to_html(document: RunReport) -> str:
     """One HTML file with everything in it; all text from data is escaped, and there are no scripts."""
     from jinja2 import Environment
 
@@ -328,6 +344,10 @@ TEMPLATE = """<!doctype html>
 {% if document.failed %}
 <h2>Failed steps</h2>
 <div class="failed">{% for step, message in document.failed.items() %}<div><b>{{ step }}</b>: {{ message }}</div>{% endfor %}</div>
+{% endif %}
+{% if document.not_run %}
+<h2>Steps that were not run</h2>
+<div class="failed">{% for step, message in document.not_run.items() %}<div><b>{{ step }}</b>: {{ message }}</div>{% endfor %}</div>
 {% endif %}
 {% macro show(table) %}
 <div class="scroll"><table><thead><tr>
