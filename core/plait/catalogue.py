@@ -81,5 +81,5 @@ def load_entry_point(target: str, what: str) -> Any:
     module_name, _, attribute = target.partition(":")
     try:
         return functools.reduce(getattr, attribute.split("."), importlib.import_module(module_name))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PlaitError(f"{what} cannot be imported: {type(error).__name__}: {error}; see plait doctor") from error

@@ -118,7 +118,10 @@ def _build(
     if isinstance(node, yaml.ScalarNode) and node.tag.startswith("tag:yaml.org,2002:"):
         try:
             return _scalar(loader, node)
-        except (ValueError, yaml.YAMLError):
+        except UnicodeError:
+            problems.append(f"{at}: the text holds half of a character (a lone surrogate); write the character itself")
+            return None
+        except (ValueError, KeyError, yaml.YAMLError):
             pass
     problems.append(f"{at}: tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not allowed; write plain values")
     return None
@@ -137,9 +140,20 @@ def _scalar(loader: _Loader, node: yaml.ScalarNode) -> Any:
             .replace(".INF", "inf")
             .replace(".NAN", "nan")
         )
-    if kind in ("str", "bool", "null"):
+    if kind == "str":
+        return _joined(str(loader.construct_object(node)))
+    if kind in ("bool", "null"):
         return loader.construct_object(node)
     raise ValueError(kind)
+
+
+def _joined(text: str) -> str:
+    """A text whose characters beyond the first 65,536 may be written as two escapes, as in JSON.
+
+    Raises:
+        UnicodeError: one of the two is missing.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16")
 
 
 def _build_mapping(
@@ -153,7 +167,11 @@ def _build_mapping(
         if not isinstance(key_node, yaml.ScalarNode):
             problems.append(f"{at}: a key has to be a text")
             continue
-        key = key_node.value
+        try:
+            key = _joined(key_node.value)
+        except UnicodeError:
+            problems.append(f"{at}: the key holds half of a character (a lone surrogate)")
+            continue
         if key == "<<" and key_node.style is None:
             merged = {**_merged(loader, value_node, path, places, problems, name), **merged}
             continue

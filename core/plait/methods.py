@@ -109,8 +109,9 @@ def _by_path(hook: str, name: str, folder: Path | None) -> Method:
         raise PlaitError(f"method {name!r}: there is no file {file}")
     try:
         module = import_code(module_name, folder)
-    except Exception as error:
-        raise PlaitError(f"method {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise PlaitError(f"method {name!r} cannot be imported: {type(error).__name__}: {lines[0]}") from error
     cls = getattr(module, class_name, None)
     if not inspect.isclass(cls):
         classes = [

@@ -16,7 +16,7 @@ import pluggy
 from plait.calling import wrappers
 from plait.configuration import plain
 from plait.document import Document
-from plait.errors import PlaitError
+from plait.errors import PlaitError, located, sentence_of
 from plait.executors.local import InProcess, Processes
 from plait.facts import lost_outputs
 from plait.hookspecs import RunEvents
@@ -127,14 +127,12 @@ def run_pipeline(
             asked.heeded()
         finally:
             executor.close()
-        document = _write_report(plan, store, progress.failed, progress.not_run, folder)
+        tables = _tables_of_report(plan, store, progress, folder)
         emit("run_finished", folder=folder, failed=list(progress.failed), seconds=time.monotonic() - started)
     if ended_by is not None:
         ended_by.add_note(str(folder / "report.html"))
         raise ended_by
-    return Result(
-        folder, plan, store, progress.failed, progress.not_run, {table.title: table for table in document.tables}
-    )
+    return Result(folder, plan, store, progress.failed, progress.not_run, tables)
 
 
 def write_report_again(folder: Path, store: Store) -> None:
@@ -155,6 +153,17 @@ def write_report_again(folder: Path, store: Store) -> None:
     plan = attrs.evolve(plan, tasks=[attrs.evolve(task, key=keys.get(task.label, task.key)) for task in plan.tasks])
     missing = {task.label: "it is not in the store" for task in plan.tasks if not store.has(task.key)}
     _write_report(plan, store, {}, missing, folder)
+
+
+def _tables_of_report(plan: Plan, store: Store, progress: Progress, folder: Path) -> Mapping[str, Any]:
+    """Write the report. Where that fails the results are still there, and the user is told how to try again."""
+    try:
+        document = _write_report(plan, store, progress.failed, progress.not_run, folder)
+    except Exception as error:
+        reason = sentence_of(error, {"plait"}) or located(error)
+        sys.stderr.write(f"warning: the report cannot be written: {reason}; plait report {folder} writes it again\n")
+        return {}
+    return {table.title: table for table in document.tables}
 
 
 def _write_report(

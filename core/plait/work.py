@@ -96,12 +96,18 @@ def carry_out(job: Job, emit: Emit) -> Outcome:
             if store.has(job.key):
                 return Outcome(job.key, True, 0.0)
             _run(job, store, emit)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Outcome(job.key, False, time.monotonic() - start, _sentence(error, job), traceback.format_exc())
     return Outcome(job.key, False, time.monotonic() - start)
 
 
-def _sentence(error: Exception, job: Job) -> str:
+def _sentence(error: BaseException, job: Job) -> str:
+    if isinstance(error, SystemExit):  # research code ends the program where a library would raise
+        return (
+            f"the method called sys.exit({'' if error.code is None else repr(error.code)}); it has to return or raise"
+        )
+    if isinstance(error, MemoryError):
+        return f"out of memory ({located(error)}); smaller batches or fewer --jobs may help"
     return sentence_of(error, {*plait_modules(), *_modules_of(job)}) or located(error)
 
 

@@ -22,7 +22,8 @@ def document(**changes):
         "panels": (),
         "notes": (),
         "steps": (),
-        "failed": {}, "not_run": {},
+        "failed": {},
+        "not_run": {},
     }
     return RunReport(**{**parts, **changes})
 

@@ -523,3 +523,41 @@ steps:
             return
         time.sleep(0.1)
     raise AssertionError(alive())
+
+
+@pytest.mark.parametrize("where", ["method", "import"])
+def test_sys_exit_is_a_failure_of_the_step(workplace, where):
+    Path("m.py").write_text(f"""
+import sys
+import attrs
+from plait import hookimpl
+{"sys.exit(0)" if where == "import" else ""}
+@attrs.frozen
+class Leave:
+    @hookimpl
+    def load_data(self, run):
+        sys.exit(0)
+""")
+    Path("p.yaml").write_text("plait: 1\nsteps: {a: {load-data: './m.py:Leave'}}\n")
+    done = cli("run", "p.yaml")
+    assert done.returncode == (2 if where == "import" else 1)
+    assert ("SystemExit" if where == "import" else "called sys.exit(0)") in done.stderr
+
+
+def test_a_report_that_cannot_be_written_loses_nothing(workplace, capfd):
+    Path("m.py").write_text("""
+import attrs
+from plait import Report, hookimpl
+@attrs.frozen
+class Wide:
+    @hookimpl
+    def evaluate(self, run):
+        return Report(rows=[{"x": 10**400}], title="x" * 500 + "ä" * 500)
+""")
+    Path("p.yaml").write_text("plait: 1\nsteps: {a: {evaluate: './m.py:Wide'}}\n")
+    result = plait.run("p.yaml")
+    assert result.labels == ["a"]
+    assert f"plait report {result.folder} writes it again" in capfd.readouterr().err
+    Path("m.py").write_text(Path("m.py").read_text().replace("10**400", "1.0"))
+    result = plait.run("p.yaml")
+    assert len(list(result.folder.glob("*.csv"))) == 1

@@ -207,16 +207,25 @@ def _mark_best(table: Table) -> Table:
 
 def write(document: RunReport, folder: Path) -> None:
     """Write ``report.md``, ``report.html`` and one CSV a table into the run's folder."""
-    (folder / "report.md").write_text(markdown(document), encoding="utf-8")
-    (folder / "report.html").write_text(to_html(document), encoding="utf-8")
+    _write_text(folder / "report.md", markdown(document))
+    _write_text(folder / "report.html", to_html(document))
     used: set[str] = set()
     for table in document.tables:
-        stem = base = "".join(c if c.isalnum() or c in "-_" else "-" for c in table.title)[:80] or "table"
+        stem = base = _file_name(table.title)
         number = 2
         while stem in used:
             stem, number = f"{base}-{number}", number + 1
         used.add(stem)
-        (folder / f"{stem}.csv").write_text(to_csv(table), encoding="utf-8")
+        _write_text(folder / f"{stem}.csv", to_csv(table))
+
+
+def _file_name(title: str) -> str:
+    plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in title)
+    return plain.encode("utf-8", "ignore")[:150].decode("utf-8", "ignore") or "table"  # file systems count bytes
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", errors="replace")
 
 
 def to_csv(table: Table) -> str:
