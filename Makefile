@@ -35,13 +35,18 @@ wheels: $(VENV)/.ready
 	rm -rf dist
 	for package in . $(PLUGINS); do $(BIN)/python -m build --wheel --no-isolation --outdir dist $$package > /dev/null || exit 1; done
 
-# Everything in one resolution, at the versions that were tested.
+# Everything in one resolution, at the versions that were tested. What pip says goes to the log; a failure is one sentence.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 $(VENV)/.ready: pyproject.toml constraints.txt $(PLUGINS:%=%/pyproject.toml)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip hatchling editables
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation \
-		--editable ".[dev]" $(foreach package,$(PLUGINS),--editable $(package))
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
+		echo "set-up failed: $(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=python3.12" >&2; exit 1; }
+	@mkdir -p $(VENV); echo "setting up $(VENV), which takes a few minutes"
+	@{ $(BIN)/python -m pip --version || $(PYTHON) -m venv $(VENV); } > $(VENV)/set-up.log 2>&1 || { \
+		echo "set-up failed: $(PYTHON) cannot make a virtual environment; see $(VENV)/set-up.log" >&2; exit 1; }
+	@{ $(PIP) pip hatchling editables && $(PIP) --no-build-isolation \
+		--editable ".[dev]" $(foreach package,$(PLUGINS),--editable $(package)); } >> $(VENV)/set-up.log 2>&1 || { \
+		echo "set-up failed: $$(grep -im 1 '^error: ' $(VENV)/set-up.log || echo pip ended with an error); see $(VENV)/set-up.log" >&2; exit 1; }
+	@touch $@
 
 clean:
 	rm -rf $(VENV) dist site .plait runs

@@ -240,8 +240,9 @@ def test_a_killed_attack_goes_on_where_it_was(rng, model, tmp_path, monkeypatch)
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
-def test_results_do_not_depend_on_batches_where_every_image_chooses(model):
-    data = digit_pairs(12)
+def test_results_do_not_depend_on_batches_where_every_image_chooses():
+    # In float64 the sums of other batches, threads or processors flip no signs of gradients.
+    model, data = tiny_model().double(), digit_pairs(12)
     one, four = (
         SaAet(num_steps=4, text=False, selection="image", batch_size=size).attack(model, data, Run()) for size in (1, 4)
     )

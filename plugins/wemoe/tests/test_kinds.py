@@ -287,3 +287,71 @@ def test_experts_with_other_places_of_their_heads_or_another_base():
         )
     with pytest.raises(PlaitError, match="another architecture"):
         plugin.SimpleAverage().merge(base=Bottleneck(2), experts=experts, data=None, run=run)
+
+
+def clip_config():
+    text = {"vocab_size": 30, "max_position_embeddings": 8, "projection_dim": 6, **BLOCKS}
+    return transformers.CLIPConfig(
+        text_config=text, vision_config={**BLOCKS, **IMAGE, "projection_dim": 6}, projection_dim=6
+    )
+
+
+def open_clip_model():
+    import open_clip
+
+    return open_clip.model.CLIP(
+        embed_dim=6,
+        vision_cfg={"image_size": SIDE, "layers": 2, "width": 8, "patch_size": 8, "head_width": 4},
+        text_cfg={"context_length": 8, "vocab_size": 30, "width": 8, "heads": 2, "layers": 2},
+    )
+
+
+WHOLE = {
+    "transformers CLIP": (
+        lambda: transformers.CLIPModel(clip_config()),
+        lambda model, images, ids: model(input_ids=ids, pixel_values=images).logits_per_image,
+    ),
+    "transformers CLIP's image tower": (
+        lambda: transformers.CLIPVisionModelWithProjection(clip_config().vision_config),
+        lambda model, images, ids: model(images).image_embeds,
+    ),
+    "open_clip": (open_clip_model, lambda model, images, ids: torch.cat(model(images, ids)[:2])),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("method", ["simple-average", "task-arithmetic", "ties", "dare"])
+def test_models_without_a_head_come_out_of_the_store_whole(name, method, tmp_path):
+    torch.manual_seed(0)
+    build, answer = WHOLE[name]
+    base = build().eval()
+    experts = {task: moved(base, seed) for seed, task in enumerate(TASKS)}
+    merged = METHODS[method].merge(base=base, experts=experts, data=None, run=plait.Run())
+    loaded = stored(merged, tmp_path)
+    images, ids = torch.rand(3, 3, SIDE, SIDE), torch.tensor([[2, 3, 4, 29, 0, 0, 0, 0]] * 3)
+    with torch.no_grad():
+        assert torch.equal(answer(loaded, images, ids), answer(merged, images, ids))
+        assert not torch.allclose(answer(merged, images, ids), answer(base, images, ids))
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_image_text_models_come_out_of_the_store_with_both_towers(method, tmp_path):
+    pytest.importorskip("plait_clip")
+    from plait_clip.model import architectures
+
+    torch.manual_seed(0)
+    base = architectures.tiny("tiny", ["one", "two", "a", "photo", "of"]).eval()
+    experts = {task: moved(base, seed) for seed, task in enumerate(TASKS)}
+    names = datasets.ClassLabel(names=["one", "two"])
+    data = {
+        task: pictures(6, seed, 8).add_column("label", [0] * 6).cast_column("label", names)
+        for seed, task in enumerate(TASKS)
+    }
+    merged = method.merge(base=base, experts=experts, data=data, run=plait.Run(on_warning=lambda sentence: None))
+    loaded = stored(merged, tmp_path)
+    images = torch.rand(3, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded.logits(images, "a"), merged.logits(images, "a"))
+        if not isinstance(method, plugin.Individual):
+            assert torch.equal(loaded.encode_image(images), merged.encode_image(images))
+            assert torch.equal(loaded.encode_text(["a photo of one"]), merged.encode_text(["a photo of one"]))
