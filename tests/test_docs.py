@@ -68,6 +68,8 @@ def test_generated_pages_are_up_to_date():
     made = runpy.run_path(str(DOCS / "reference.py"))
     assert (DOCS / "hooks.md").read_text(encoding="utf-8") == made["hooks_page"]()
     assert (DOCS / "pipelines.md").read_text(encoding="utf-8") == made["pipelines_page"]()
+    assert (DOCS.parent / "registry.yaml").read_text(encoding="utf-8") == made["registry"]()
+    assert (DOCS.parent / "README.md").read_text(encoding="utf-8") == made["readme"]()
 
 
 @pytest.mark.slow
