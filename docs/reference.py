@@ -35,6 +35,7 @@ MEANING = {
     "seed": "a whole number; default 0",
     "matrix": "axis → list of values; every combination is a cell. Axis `seed` sets the seed and is averaged in the report",
     "steps": "name → step",
+    "each": "name → list of values (or label → value): the step once for every value; see below",
     "from": "argument → step, `step.split`, a list or a mapping of them",
     "with": "field → value; a field that is a method is written `name` or `{name: {field: value}}`",
     "resources": "what an executor should know, such as `{gpu: 1}`; the local executor ignores it",
@@ -96,7 +97,9 @@ def methods_table() -> str:
 
 def readme() -> str:
     """The README with its table as it has to be."""
-    return TABLE.sub(lambda match: match[1] + methods_table() + match[2], (ROOT / "README.md").read_text(encoding="utf-8"))
+    return TABLE.sub(
+        lambda match: match[1] + methods_table() + match[2], (ROOT / "README.md").read_text(encoding="utf-8")
+    )
 
 
 def hooks_page() -> str:

@@ -59,7 +59,8 @@ def test_the_stopwatch_is_a_wrapper(workplace):
 
 
 def test_the_example_pipeline_is_valid():
-    (text,) = [content for language, _, content in blocks("pipelines.in.md") if language == "yaml"]
+    text, each = [content for language, _, content in blocks("pipelines.in.md") if language == "yaml"]
+    assert {"noisy.0.4", "error.0.4"} <= set(parse_pipeline(each).cells[0].steps)
     assert len(parse_pipeline(text).cells) == 6
     assert set(yaml.safe_load(text)["steps"]) == {"digits", "model", "trained", "noisy", "score"}
 

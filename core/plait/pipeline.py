@@ -14,6 +14,8 @@ import attrs
 
 from plait.configuration import configure
 from plait.document import Document, KeyPath, parse, read
+from plait.each import KEY as EACH
+from plait.each import EachError, Family, expanded, member_of
 from plait.errors import ConfigurationError, PipelineError, PlaitError, nearest
 from plait.hookspecs import HOOKS, hook_arguments, kinds_of
 from plait.methods import Method, find
@@ -21,7 +23,7 @@ from plait.methods import Method, find
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 TOP_KEYS = ("plait", "name", "description", "seed", "matrix", "steps")
-STEP_KEYS = ("from", "with", "seed", "resources")
+STEP_KEYS = ("each", "from", "with", "seed", "resources")
 MAX_CELLS = 10_000
 
 
@@ -38,9 +40,14 @@ class Reference:
 
 @attrs.frozen
 class Step:
-    """One checked step of one matrix cell; ``instance`` is its method, made from the fields ``config``."""
+    """One checked step of one matrix cell; ``instance`` is its method, made from the fields ``config``.
+
+    A member of a step with ``each`` is named ``NAME.LABEL``, its ``family`` is NAME, and ``each`` holds the labels.
+    """
 
     name: str
+    family: str
+    each: Mapping[str, str]
     hook: str
     method: Method
     instance: Any
@@ -127,7 +134,7 @@ def check(document: Document, overrides: Sequence[str], folder: Path) -> Pipelin
     known: dict[str, Step | None] = {}
     texts: list[tuple[Mapping[str, Any], Mapping[str, str]]] = []
     for values in _combinations(matrix):
-        resolved = _resolve({**data, "matrix": dict(values)}, problems)
+        resolved = _resolve(data, values, problems)
         if resolved is not None:
             cells.append(_check_cell(resolved, values, folder, known, problems))
             texts.append((values, _texts(resolved, values)))
@@ -140,12 +147,27 @@ def check(document: Document, overrides: Sequence[str], folder: Path) -> Pipelin
     return Pipeline(str(data.get("name") or Path(source).stem or "pipeline"), cells, axes, data, folder, source)
 
 
-def _texts(resolved: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, str]:
+@attrs.frozen
+class _Resolved:
+    """A cell without interpolations, with the members of steps with ``each`` in their places."""
+
+    seed: Any
+    steps: Mapping[str, Any]
+    families: Mapping[str, Family]
+    family_of: Mapping[str, str]
+
+    def origin(self, name: str) -> str:
+        """The step of the file that a step was made from."""
+        return self.family_of.get(name, name)
+
+
+def _texts(resolved: _Resolved, values: Mapping[str, Any]) -> dict[str, str]:
     """What every step of a cell resolves to, as text: equal for equal steps."""
-    seed = values.get("seed", resolved.get("seed", 0))
+    seed = values.get("seed", resolved.seed)
+    families = {name: list(family.members) for name, family in resolved.families.items()}
     return {
-        name: json.dumps([body, None if isinstance(body, dict) and "seed" in body else seed], default=str)
-        for name, body in resolved["steps"].items()
+        name: json.dumps([body, None if isinstance(body, dict) and "seed" in body else seed, families], default=str)
+        for name, body in resolved.steps.items()
     }
 
 
@@ -153,7 +175,7 @@ def _axes_of_steps(
     data: Mapping[str, Any], texts: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]]
 ) -> dict[str, frozenset[str]]:
     """Step → the axes whose value changes what it resolves to, however an interpolation reaches them."""
-    found: dict[str, set[str]] = {name: set() for name in data["steps"]}
+    found: dict[str, set[str]] = {name: set() for _, cell in texts for name in cell}
     for axis, axis_values in (data.get("matrix") or {}).items():
         if len(axis_values) == 1:
             texts_here = [*texts[:1], *_probe(data, axis, texts[:1])]
@@ -180,11 +202,14 @@ def _probe(
     values[axis] = (
         value + 1 if isinstance(value, (int, float)) and not isinstance(value, bool) else f"{value} (another)"
     )
-    resolved = _resolve({**data, "matrix": values}, None)
+    resolved = _resolve(data, values, None)
     if resolved is not None:
         return [(values, _texts(resolved, values))]
+    mentioning = {name for name, body in data["steps"].items() if f"matrix.{axis}" in str(body)}
     mentioned = {
-        name: f"{text} (another)" for name, text in first[0][1].items() if f"matrix.{axis}" in str(data["steps"][name])
+        name: f"{text} (another)"
+        for name, text in first[0][1].items()
+        if name in mentioning or name.partition(".")[0] in mentioning
     }
     return [(values, {**first[0][1], **mentioned})]
 
@@ -203,9 +228,12 @@ class _Problems:
 
     def __init__(self, document: Document) -> None:
         self.document = document
+        self.origins: dict[str, str] = {}
         self._sentences: dict[str, tuple[int, int]] = {}
 
     def add(self, path: KeyPath, sentence: str) -> None:
+        if len(path) > 1 and path[0] == "steps":
+            path = ("steps", self.origins.get(str(path[1]), path[1]), *path[2:])
         # Cells of a matrix share most of their text: the same sentence stands once.
         self._sentences.setdefault(f"{self.document.where(path)}: {sentence}", self.document.place(path))
 
@@ -331,12 +359,21 @@ def _combinations(matrix: Mapping[str, list[Any]]) -> Iterator[Mapping[str, Any]
         yield dict(zip(matrix, values, strict=True))
 
 
-def _resolve(data: dict[str, Any], problems: _Problems | None) -> dict[str, Any] | None:
+def _resolve(data: Mapping[str, Any], values: Mapping[str, Any], problems: _Problems | None) -> _Resolved | None:
+    """One cell of the matrix without interpolations; ``None`` where it has problems."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        resolved: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(data), resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+        whole: Any = OmegaConf.create({**data, "matrix": dict(values)})
+        families, steps = _expand(data["steps"], whole)
+        if families:
+            whole = OmegaConf.create({**data, "matrix": dict(values), "steps": steps})
+        resolved: Any = OmegaConf.to_container(whole, resolve=True, throw_on_missing=True)
+    except EachError as error:
+        if problems is not None:
+            problems.add(("steps", *error.path), f"step {error.path[0]}: {error}")
+        return None
     except OmegaConfBaseException as error:
         path = tuple(part for part in re.split(r"[.\[\]]+", str(getattr(error, "full_key", None) or "")) if part)
         if problems is not None:
@@ -346,26 +383,54 @@ def _resolve(data: dict[str, Any], problems: _Problems | None) -> dict[str, Any]
         if problems is not None:
             problems.add((), f"an interpolation cannot be resolved: {_first_line(error)}")
         return None
-    return resolved
+    family_of = {f"{name}.{label}": name for name, family in families.items() for label in family.members}
+    if problems is not None:
+        problems.origins.update(family_of)
+    steps = {name: body for name, body in resolved["steps"].items() if name not in families}
+    return _Resolved(resolved.get("seed", 0), steps, families, family_of)
+
+
+def _expand(written: Mapping[str, Any], whole: Any) -> tuple[dict[str, Family], dict[str, Any]]:
+    """Steps with ``each`` replaced by their members; what ``${steps.NAME.…}`` finds is the first of them."""
+    from omegaconf import OmegaConf
+
+    families: dict[str, Family] = {}
+    steps: dict[str, Any] = {}
+    for name, body in written.items():
+        if not isinstance(body, dict) or EACH not in body:
+            steps[name] = body
+            continue
+        node = whole.steps[name][EACH]
+        each = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        try:
+            family, bodies = expanded(name, body, each)
+        except EachError as error:
+            raise EachError((name, *error.path), str(error)) from error
+        families[name] = family
+        steps |= {f"{name}.{label}": member for label, member in bodies.items()}
+        steps[name] = next(iter(bodies.values()))
+    return families, steps
 
 
 def _check_cell(
-    data: Mapping[str, Any], values: Mapping[str, Any], folder: Path, known: dict[str, Step | None], problems: _Problems
+    cell: _Resolved, values: Mapping[str, Any], folder: Path, known: dict[str, Step | None], problems: _Problems
 ) -> Cell:
     """Check one cell; ``known`` holds the steps of the cells before it, by their resolved text."""
-    default_seed = values.get("seed", data.get("seed", 0))
+    default_seed = values.get("seed", cell.seed)
     if not _is_seed(default_seed):
         problems.add(("seed",), f"seed is {default_seed!r}; allowed is a whole number from 0 to 2**63 - 1")
     steps: dict[str, Step] = {}
-    for name, body in data["steps"].items():
+    families = {name: list(family.members) for name, family in cell.families.items()}
+    for name, body in cell.steps.items():
         if not isinstance(body, dict):
             problems.add(
-                ("steps", name), f"step {name}: it is {body!r}; a step is a mapping {{hook: method, from: …, with: …}}"
+                ("steps", cell.origin(name)),
+                f"step {name}: it is {body!r}; a step is a mapping {{hook: method, from: …, with: …}}",
             )
             continue
-        text = json.dumps([name, body, default_seed], default=str)
+        text = json.dumps([name, body, default_seed, families], default=str)
         if text not in known:
-            known[text] = _check_step(name, body, data["steps"], default_seed, folder, problems)
+            known[text] = _check_step(name, body, cell, default_seed, folder, problems)
         if (step := known[text]) is not None:
             steps[name] = step
     _check_kinds(steps, problems)
@@ -374,7 +439,7 @@ def _check_cell(
 
 
 def _check_step(
-    name: str, body: Mapping[str, Any], every: Mapping[str, Any], default_seed: int, folder: Path, problems: _Problems,
+    name: str, body: Mapping[str, Any], cell: _Resolved, default_seed: int, folder: Path, problems: _Problems,
 ) -> Step | None:  # fmt: skip
     path: KeyPath = ("steps", name)
     hooks = [key for key in body if str(key).replace("-", "_") in HOOKS]
@@ -400,7 +465,7 @@ def _check_step(
     if not _is_seed(seed):
         problems.add((*path, "seed"), f"step {name}: seed is {seed!r}; allowed is a whole number from 0 to 2**63 - 1")
         return None
-    inputs = _check_inputs(name, hook, body.get("from"), every, problems)
+    inputs = _check_inputs(name, hook, body.get("from"), cell, problems)
     resources = body.get("resources") or {}
     if not isinstance(resources, dict):
         problems.add(
@@ -413,7 +478,11 @@ def _check_step(
     _check_arguments(name, method, inputs, problems)
     if instance is None:
         return None
-    return Step(name, hook, method, instance, body.get("with") or {}, inputs, seed, resources)
+    family = cell.families.get(cell.origin(name))
+    labels = family.members[name.removeprefix(f"{family.name}.")] if family else {}
+    return Step(
+        name, cell.origin(name), labels, hook, method, instance, body.get("with") or {}, inputs, seed, resources
+    )
 
 
 def _check_method(
@@ -444,9 +513,7 @@ def _check_method(
         return method, None
 
 
-def _check_inputs(
-    name: str, hook: str, given: Any, every: Mapping[str, Any], problems: _Problems
-) -> dict[str, Any] | None:
+def _check_inputs(name: str, hook: str, given: Any, cell: _Resolved, problems: _Problems) -> dict[str, Any] | None:
     path: KeyPath = ("steps", name, "from")
     if given is None:
         return {}
@@ -458,22 +525,39 @@ def _check_inputs(
         )
         return None
     return {
-        argument: _parse_reference(name, value, every, (*path, argument), problems) for argument, value in given.items()
+        argument: _parse_reference(name, value, cell, (*path, argument), problems) for argument, value in given.items()
     }
 
 
-def _parse_reference(name: str, value: Any, every: Mapping[str, Any], path: KeyPath, problems: _Problems) -> Any:
+def _parse_reference(name: str, value: Any, cell: _Resolved, path: KeyPath, problems: _Problems) -> Any:
     if isinstance(value, list) and value:
-        return [_parse_reference(name, item, every, (*path, i), problems) for i, item in enumerate(value)]
+        return [_parse_reference(name, item, cell, (*path, i), problems) for i, item in enumerate(value)]
     if isinstance(value, dict) and value:
-        return {str(key): _parse_reference(name, item, every, (*path, key), problems) for key, item in value.items()}
+        return {str(key): _parse_reference(name, item, cell, (*path, key), problems) for key, item in value.items()}
     if not isinstance(value, str) or not all(value.split(".")):
         problems.add(path, f"step {name}: {value!r} names no step; write step or step.split")
         return Reference("")
     step, *part = value.split(".")
-    if step not in every:
-        problems.add(path, f"step {name}: there is no step {step!r}{nearest(step, every)}")
+    if step in cell.families:
+        return _parse_member(name, cell.families[step], part, path, problems)
+    if step not in cell.steps:
+        known = [*(n for n in cell.steps if n not in cell.family_of), *cell.families]
+        problems.add(path, f"step {name}: there is no step {step!r}{nearest(step, known)}")
     return Reference(step, tuple(part))
+
+
+def _parse_member(name: str, family: Family, part: Sequence[str], path: KeyPath, problems: _Problems) -> Any:
+    """``expert``: all members by label; ``expert.digits`` one of them; ``expert.*.test`` a part of each."""
+    if not part or part[0] == "*":
+        return {label: Reference(f"{family.name}.{label}", tuple(part[1:])) for label in family.members}
+    found = member_of(family, part)
+    if found is None:
+        has = ", ".join(family.members)
+        guess = nearest(".".join(part), family.members)
+        problems.add(path, f"step {name}: {family.name} has no {'.'.join(part)!r}{guess}; it has {has}")
+        return Reference("")
+    label, rest = found
+    return Reference(f"{family.name}.{label}", rest)
 
 
 def _check_arguments(name: str, method: Method, inputs: Mapping[str, Any], problems: _Problems) -> None:

@@ -176,7 +176,8 @@ def _wanted(cell: Cell, pipeline: Pipeline) -> set[str]:
     """
     every = set(cell.steps)
     ends = [name for name, step in cell.steps.items() if step.hook == "evaluate"]
-    chosen = any("${" in str(body.get("from")) for body in pipeline.data["steps"].values() if isinstance(body, dict))
+    bodies = [body for body in pipeline.data["steps"].values() if isinstance(body, dict)]
+    chosen = any("${" in str(body.get("from")).replace("${each.", "") for body in bodies)
     if not ends or not chosen:
         return every
     wanted, todo = set(ends), list(ends)

@@ -64,6 +64,7 @@ def _step(hook: str) -> dict[str, Any]:
         "additionalProperties": False,
         "properties": {
             key: {"anyOf": [{"enum": names}, {"type": "string", "pattern": "[:/]"}, INTERPOLATION]},
+            "each": {"anyOf": [{"type": "object", "minProperties": 1}, INTERPOLATION]},
             "from": {"type": "object", "properties": arguments, "additionalProperties": False},
             "with": {"type": "object"},
             "seed": {"anyOf": [{"type": "integer", "minimum": 0}, INTERPOLATION]},

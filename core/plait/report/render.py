@@ -96,7 +96,7 @@ def collect(
         for number, part in enumerate(parts):
             if part.rows:
                 main = number == 0 and task.step.hook == "evaluate"
-                groups.setdefault((task.step.name, part.title, main), []).append((task, part))
+                groups.setdefault((task.step.family, part.title, main), []).append((task, part))
             for curve in part.curves:
                 curves.setdefault(f"{task.step.name}: {curve.y_label}", []).append(
                     attrs.evolve(curve, name=_curve_name(task, curve))
@@ -133,7 +133,8 @@ def _curve_name(task: Task, curve: Curve) -> str:
 
 
 def _table(title: str, group: Sequence[tuple[Task, Report]], main: bool) -> Table:
-    axes = list(dict.fromkeys(axis for task, _ in group for axis in task.axes if axis != "seed"))
+    about = [{**task.axes, **task.step.each} for task, _ in group]
+    axes = list(dict.fromkeys(axis for one in about for axis in one if axis != "seed"))
     columns = list(dict.fromkeys(column for _, report in group for row in report.rows for column in row))
     metrics = [c for c in columns if any(_is_number(row.get(c)) for _, report in group for row in report.rows)]
     index = [*axes, *(c for c in columns if c not in metrics and c not in axes)]
@@ -141,9 +142,9 @@ def _table(title: str, group: Sequence[tuple[Task, Report]], main: bool) -> Tabl
     formats = {c: form for _, report in group for c, form in report.formats.items()}
     spread: dict[str, Spread] = {c: kind for _, report in group for c, kind in report.spread.items()}
     values: dict[tuple[str, ...], dict[str, list[float]]] = {}
-    for task, report in group:
+    for one, (_, report) in zip(about, group, strict=True):
         for row in report.rows:
-            texts = tuple(_text({**task.axes, **row}.get(column)) for column in index)
+            texts = tuple(_text({**one, **row}.get(column)) for column in index)
             cells = values.setdefault(texts, {})
             for metric in metrics:
                 number = row.get(metric)
