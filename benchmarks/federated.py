@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from plait_federated.engines import Engine, LoopEngine, StackedEngine, fastest_engine
 from plait_federated.layout import Layout
-from plait_federated.models import Classifier
+from plait_federated.models import ImageClassifier
 from plait_federated.rounds import dfedavg
-from plait_federated.settings import Settings
-from plait_federated.shards import Shards
+from plait_federated.settings import FederatedSettings
+from plait_federated.shards import ClientShards
 from plait_federated.steps import Local, sgd_step
 from plait_federated.topology import Graph
-from plait_federated.training import Training
+from plait_federated.training import FederatedTraining
 
 MODELS = {"mlp": (8, 16), "cnn-small": (8, 16), "cnn": (28, 32)}  # architecture → image side, batch size
 PARTS = ("engines", "mixing", "peers")
@@ -39,15 +39,15 @@ SAMPLES = 64
 BAR = 1.5
 
 
-def problem(architecture: str, num_clients: int, epochs: int = 2) -> tuple[Classifier, Shards]:
+def problem(architecture: str, num_clients: int, epochs: int = 2) -> tuple[ImageClassifier, ClientShards]:
     size, batch_size = MODELS[architecture]
     generator = torch.Generator().manual_seed(0)
     inputs = torch.rand(num_clients * SAMPLES, 1, size, size, generator=generator)
     labels = torch.randint(10, (len(inputs),), generator=generator)
     members = tuple(torch.arange(len(inputs)).split(SAMPLES))
     torch.manual_seed(0)
-    model = Classifier(architecture, 1, size, 10)
-    return model, Shards(inputs, labels, members, seed=0, batch_size=batch_size, local_epochs=epochs)
+    model = ImageClassifier(architecture, 1, size, 10)
+    return model, ClientShards(inputs, labels, members, seed=0, batch_size=batch_size, local_epochs=epochs)
 
 
 def seconds(action: Callable[[], object], device: torch.device) -> float:
@@ -124,8 +124,15 @@ def peers_row(topology: str, num_clients: int, ranks: int) -> dict[str, object]:
     model, shards = problem("mlp", num_clients, epochs=1)
     graph = Graph(name=topology, num_clients=num_clients)
     with tempfile.TemporaryDirectory() as folder:
-        outcome = Training(
-            model, shards, dfedavg(), Settings(rounds=3), graph=graph, engine="peers", ranks=ranks, folder=Path(folder)
+        outcome = FederatedTraining(
+            model,
+            shards,
+            dfedavg(),
+            FederatedSettings(rounds=3),
+            graph=graph,
+            engine="peers",
+            ranks=ranks,
+            folder=Path(folder),
         ).run()
     edges = int(graph.adjacency(0).sum())
     size = 4 * Layout(model).num_parameters

@@ -25,12 +25,11 @@ import numpy as np
 import torch
 from plait_fgsam.baselines import SAM
 from plait_fgsam.fgsam import FGSAM, FGSAMPlus
-from plait_fgsam.plugin import TwoLossUpdate
+from plait_fgsam.updates import TwoLossUpdate
+from plait_graph import NodeObjective, PlainUpdate
 from plait_graph.datasets import csbm_graph
 from plait_graph.models import GNN, seeded
 from plait_graph.splits import split_per_class
-from plait_graph.tasks import NodeObjective
-from plait_graph.training import PlainUpdate
 from torch import nn
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], object]] = {

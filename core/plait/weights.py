@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from plait.errors import PlaitError
+from plait.errors import MissingDependency
 from plait.optional import require
 
 State = dict[str, Any]  # of torch.Tensor; the core names torch nowhere
@@ -60,10 +60,6 @@ _OTHER_KINDS = {
 _NEITHER = "is not a file of weights: it is neither safetensors nor written by torch.save"
 
 
-class WeightsError(PlaitError, ValueError):
-    """A file holds no weights, or not in a way that can be read; the message names the file."""
-
-
 def read_weights(path: Path | str, *, entry: str | None = None, expected: Collection[str] | None = None) -> State:
     """The weights in a file or folder, by name, on the CPU.
 
@@ -79,14 +75,14 @@ def read_weights(path: Path | str, *, entry: str | None = None, expected: Collec
             it too, and entries beside the prefixed ones (a loss with weights of its own) are left out.
 
     Raises:
-        WeightsError: there is no such file; it is not a file of weights (a Git LFS pointer, a web page, an archive, an
+        ValueError: there is no such file; it is not a file of weights (a Git LFS pointer, a web page, an archive, an
             optimizer's state), is damaged, would have to run code, or several entries compete.
     """
     path = Path(path).expanduser()
     if path.is_dir():
         path = _in_folder(path)
     if not path.is_file():
-        raise WeightsError(f"{path} is not a file; give the path of a .safetensors, .pth, .pt, .ckpt or .bin file")
+        raise ValueError(f"{path} is not a file; give the path of a .safetensors, .pth, .pt, .ckpt or .bin file")
     state = _state(_read(path), path, entry)
     if expected is not None:  # older files lack these counters, and modules do without
         expected = [name for name in expected if not name.endswith("num_batches_tracked")]
@@ -97,11 +93,11 @@ def read_checkpoint(path: Path | str) -> Any:
     """Everything that ``torch.save`` put into a file, on the CPU: for what is not a model's weights, such as an optimizer.
 
     Raises:
-        WeightsError: as :func:`read_weights`, for the file itself.
+        ValueError: as :func:`read_weights`, for the file itself.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise WeightsError(f"{path} is not a file; give the path of a file of torch.save")
+        raise ValueError(f"{path} is not a file; give the path of a file of torch.save")
     return _read_one(path)
 
 
@@ -124,8 +120,8 @@ def _in_folder(folder: Path) -> Path:
     if len(others) == 1:
         return others[0]
     if others:
-        raise WeightsError(f"{folder} holds {', '.join(file.name for file in others)}; give one of these files")
-    raise WeightsError(f"{folder} holds no weights: none of {', '.join((*_INDEXES, *_IN_FOLDERS))}")
+        raise ValueError(f"{folder} holds {', '.join(file.name for file in others)}; give one of these files")
+    raise ValueError(f"{folder} holds no weights: none of {', '.join((*_INDEXES, *_IN_FOLDERS))}")
 
 
 def _read(path: Path) -> Any:
@@ -135,7 +131,7 @@ def _read(path: Path) -> Any:
         index = path.with_name(f"{shard['stem']}{shard['suffix']}.index.json")
         if not index.is_file():
             number, total = int(shard["number"]), int(shard["total"])
-            raise WeightsError(f"{path} is part {number} of {total} and {index.name} is not beside it; add all of them")
+            raise ValueError(f"{path} is part {number} of {total} and {index.name} is not beside it; add all of them")
         return _read_shards(index)
     if path.name.endswith(".index.json"):
         return _read_shards(path)
@@ -148,12 +144,12 @@ def _read_shards(index: Path) -> State:
         files = sorted(set(places.values()))
         strange = [name for name in files if Path(name).name != name]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{index} is not an index of shards: it has no weight_map") from error
+        raise ValueError(f"{index} is not an index of shards: it has no weight_map") from error
     if strange:
-        raise WeightsError(f"{index} names {strange[0]!r}, which is not a file beside it")
+        raise ValueError(f"{index} names {strange[0]!r}, which is not a file beside it")
     missing = [name for name in files if not (index.parent / name).is_file()]
     if missing:
-        raise WeightsError(
+        raise ValueError(
             f"{index} names {len(missing)} files that are not beside it: {', '.join(missing[:3])}; add them"
         )
     state: State = {}
@@ -161,7 +157,7 @@ def _read_shards(index: Path) -> State:
         part = _read_one(index.parent / name)
         lacking = [key for key, place in places.items() if place == name and key not in part]
         if lacking:
-            raise WeightsError(f"{index.parent / name} lacks {lacking[0]}, which {index.name} says is in it")
+            raise ValueError(f"{index.parent / name} lacks {lacking[0]}, which {index.name} says is in it")
         state |= {key: part[key] for key, place in places.items() if place == name}
     return state
 
@@ -170,14 +166,14 @@ def _read_one(path: Path) -> Any:
     with path.open("rb") as file:
         head = file.read(1024)
     if not head:
-        raise WeightsError(f"{path} is empty; copy it again")
+        raise ValueError(f"{path} is empty; copy it again")
     if head.startswith(b"version https://git-lfs"):
-        raise WeightsError(f"{path} is a Git LFS pointer, not the weights; fetch them with 'git lfs pull'")
+        raise ValueError(f"{path} is a Git LFS pointer, not the weights; fetch them with 'git lfs pull'")
     if re.match(rb"\s*(<!doctype|<html|<\?xml|<head)", head, re.IGNORECASE):
-        raise WeightsError(f"{path} is a web page, not weights; download it again from the file's own link")
+        raise ValueError(f"{path} is a web page, not weights; download it again from the file's own link")
     for start, sentence in _OTHER_KINDS.items():
         if head.startswith(start):
-            raise WeightsError(f"{path} {sentence}")
+            raise ValueError(f"{path} {sentence}")
     if head[8:9] == b"{" or path.suffix == ".safetensors":
         return _read_safetensors(path)
     return _read_torch(path, head)
@@ -188,7 +184,7 @@ def _read_safetensors(path: Path) -> State:
     try:
         state: State = require("safetensors.torch").load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
-        raise WeightsError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
     return state
 
 
@@ -202,19 +198,19 @@ def _read_torch(path: Path, head: bytes) -> Any:
             kind = (
                 "a NumPy archive; convert it" if all(n.endswith(".npy") for n in names) else "a zip archive; unpack it"
             )
-            raise WeightsError(f"{path} is not a file of torch.save but {kind} first")
+            raise ValueError(f"{path} is not a file of torch.save but {kind} first")
     if not archive and not head.startswith(b"\x80"):
-        raise WeightsError(f"{path} {_NEITHER}")
+        raise ValueError(f"{path} {_NEITHER}")
     try:
         if archive and is_torchscript(path):
             return torch.jit.load(path, map_location="cpu").state_dict()
         with torch.serialization.safe_globals(list(_harmless())):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise WeightsError(_unpickling_problem(path, str(error))) from error
+        raise ValueError(_unpickling_problem(path, str(error))) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WeightsError(
+        raise ValueError(
             f"{path} cannot be read as weights ({reason}); it is damaged or cut off, copy it again"
         ) from error
 
@@ -222,7 +218,7 @@ def _read_torch(path: Path, head: bytes) -> Any:
 def _harmless() -> Iterator[Any]:
     """Types in many checkpoints that hold values only: the options of the training, NumPy's numbers."""
     yield argparse.Namespace
-    with contextlib.suppress(PlaitError):
+    with contextlib.suppress(MissingDependency):
         numpy = require("numpy")
         yield numpy.dtype
         for code in "?" + numpy.typecodes["AllInteger"] + numpy.typecodes["AllFloat"]:
@@ -246,13 +242,13 @@ def _unpickling_problem(path: Path, text: str) -> str:
 def _state(content: Any, path: Path, entry: str | None) -> State:
     """The one mapping name → tensor in what a file holds."""
     if not isinstance(content, Mapping):
-        raise WeightsError(f"{path} holds a {type(content).__name__}, not weights by name; save a model's state_dict()")
+        raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name; save a model's state_dict()")
     if entry is not None:
         if not isinstance(content.get(entry), Mapping):
-            raise WeightsError(f"{path} has no entry {entry!r} with weights; it has {_listed(content)}")
+            raise ValueError(f"{path} has no entry {entry!r} with weights; it has {_listed(content)}")
         return _state(content[entry], path, None)
     if _is_optimizer(content):
-        raise WeightsError(f"{path} holds the state of an optimizer, not weights; give the model's file")
+        raise ValueError(f"{path} holds the state of an optimizer, not weights; give the model's file")
     candidates = {str(name): found for name, value in content.items() if (found := _nested(value)) is not None}
     known = [name for name in ENTRIES if name in candidates]
     plain = list(dict.fromkeys(name.removesuffix("_ema") for name in known or candidates))
@@ -260,11 +256,11 @@ def _state(content: Any, path: Path, entry: str | None) -> State:
         averaged = f"{plain[0]}_ema"
         return candidates[averaged if averaged in candidates else plain[0]]
     if plain:
-        raise WeightsError(f"{path} holds several models: {', '.join(known or candidates)}; say which entry to take")
+        raise ValueError(f"{path} holds several models: {', '.join(known or candidates)}; say which entry to take")
     tensors = _tensors(content)
     if not tensors:
         what = "the state of an optimizer" if any(_is_optimizer(value) for value in content.values()) else "no weights"
-        raise WeightsError(f"{path} holds {what}; its entries are {_listed(content)}")
+        raise ValueError(f"{path} holds {what}; its entries are {_listed(content)}")
     return tensors
 
 
@@ -313,5 +309,5 @@ def _renamed(state: State, names: Mapping[str, str], path: Path) -> State:
     """The tensors that ``names`` has, under their new names."""
     if len(set(names.values())) < len(names):
         twice = next(new for new in names.values() if list(names.values()).count(new) > 1)
-        raise WeightsError(f"{path} holds {twice} twice, with a prefix and without; save the model once")
+        raise ValueError(f"{path} holds {twice} twice, with a prefix and without; save the model once")
     return {new: state[old] for old, new in names.items()}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from plait_dfedcata.baselines import oledfl_rule
 from plait_dfedcata.dfedcata import dfedcata, rule, split_prox_step
-from plait_dfedcata.stability import StabilityError, growth, largest_beta, stability, sweep_matrix
-from plait_federated.rounds import Columns, Gossip, dfedavg, sequential_round, synchronous_round
+from plait_dfedcata.stability import growth, largest_beta, stability, sweep_matrix
+from plait_federated.rounds import Gossip, ModelColumns, dfedavg, sequential_round, synchronous_round
 from plait_federated.steps import Local, prox_step
 from plait_federated.topology import Graph
 
@@ -44,7 +44,7 @@ def test_two_clients_by_hand(round_of, anchor, expected, clip_scope):
     state = {"local": torch.tensor([[1.0], [3.0]])}
     if method.keeps_mixed:
         state["mixed"] = torch.tensor([[1.2], [2.8]])
-    after = round_of(method, state, HALF, Columns(1), two_steps(method))
+    after = round_of(method, state, HALF, ModelColumns(1), two_steps(method))
     assert after["local"].flatten().tolist() == pytest.approx(expected, abs=1e-6)
 
 
@@ -112,7 +112,7 @@ class Fixed:
 
 def gossip(method, state, mixing, train=lambda clients, start: start):
     """A synchronous round in which ``train`` is all of local training."""
-    return synchronous_round(method, state, mixing, Columns(state["local"].shape[1]), train)
+    return synchronous_round(method, state, mixing, ModelColumns(state["local"].shape[1]), train)
 
 
 def test_doubly_stochastic_mixing_keeps_the_average_of_own_previous_starts():
@@ -202,7 +202,7 @@ def test_growth_is_what_gossip_on_drawn_graphs_does(anchor):
     state = {"local": z} | ({"mixed": z} if method.keeps_mixed else {})
     for index in range(50):
         mixing = torch.tensor(graph.mixing(index))
-        state = synchronous_round(method, state, mixing, Columns(4), lambda clients, start: start)
+        state = synchronous_round(method, state, mixing, ModelColumns(4), lambda clients, start: start)
     shrunk = (state["local"] - state["local"].mean(0)).norm() / (z - z.mean(0)).norm()
     assert growth(graph.mixing, 0.9, anchor, "synchronous") == pytest.approx(shrunk.item() ** (1 / 50), abs=0.03)
 
@@ -217,7 +217,7 @@ def test_the_verdict_on_a_ring_is_what_gossip_does(beta, stable):
     state = {"local": z - z.mean(0)}
     sizes = []
     for _ in range(400):
-        state = synchronous_round(method, state, mixing, Columns(3), lambda clients, start: start)
+        state = synchronous_round(method, state, mixing, ModelColumns(3), lambda clients, start: start)
         sizes.append(state["local"].norm().item())
     assert (sizes[-1] < sizes[-100]) == stable
 
@@ -232,7 +232,7 @@ def test_the_matrix_of_a_round_is_the_round(order, anchor, name):
     method = rule(0.7, 0.0, anchor, "split")
     play = sequential_round if order == "sequential" else synchronous_round
     state = {"local": z} | ({"mixed": previous} if method.keeps_mixed else {})
-    after = play(method, state, torch.tensor(mixing), Columns(2), lambda clients, start: start)
+    after = play(method, state, torch.tensor(mixing), ModelColumns(2), lambda clients, start: start)
     matrix = torch.tensor(sweep_matrix(mixing, 0.7, anchor, order))
     before = torch.cat([z, previous]) if method.keeps_mixed else z
     torch.testing.assert_close(torch.cat(list(after.values())), matrix @ before)
@@ -271,7 +271,7 @@ def test_one_call_runs_the_method_and_needs_no_plait(make_training, tmp_path):
     assert torch.equal(outcome.reported, outcome.state["local"].mean(0))
     assert [record["round"] for record in rounds] == [1, 2, 3, 4]
     assert str(seen[0]).startswith("own_previous, synchronous order, beta 0.4, ring graph")
-    with pytest.raises(StabilityError, match=r"beta 0\.9, ring graph .* has stability radius 1\.\d+; .*; take beta: "):
+    with pytest.raises(ValueError, match=r"beta 0\.9, ring graph .* has stability radius 1\.\d+; .*; take beta: "):
         dfedcata(parts.model, parts.shards, parts.settings, folder=tmp_path / "no", **options | {"beta": 0.9})
     assert not seen[1].is_stable
     for wrong, message in (({"beta": 1.0}, "beta is 1.0"), ({"prox_lambda": 11.0}, "must be below 1")):

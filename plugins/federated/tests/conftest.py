@@ -3,10 +3,10 @@
 import pytest
 import torch
 from plait_federated.rounds import Gossip, dfedavg
-from plait_federated.settings import Settings
-from plait_federated.shards import Shards
+from plait_federated.settings import FederatedSettings
+from plait_federated.shards import ClientShards
 from plait_federated.topology import Graph
-from plait_federated.training import Training
+from plait_federated.training import FederatedTraining
 from torch import nn
 
 
@@ -24,7 +24,7 @@ def make_shards():
         inputs = torch.randn(total, 8, generator=generator)
         labels = torch.randint(3, (total,), generator=generator)
         members = tuple(torch.arange(total).split(list(sizes)))
-        return Shards(inputs, labels, members, **{"seed": 4, "batch_size": 4, "local_epochs": 2} | changes)
+        return ClientShards(inputs, labels, members, **{"seed": 4, "batch_size": 4, "local_epochs": 2} | changes)
 
     return make
 
@@ -33,13 +33,13 @@ def make_shards():
 def make_training(model, make_shards, tmp_path):
     def make(method: Gossip | None = None, *, shards=None, network=None, graph=None, folder="run", rounds=3, **options):
         shards = shards or make_shards()
-        names = Settings.__dataclass_fields__
-        settings = Settings(
+        names = FederatedSettings.__dataclass_fields__
+        settings = FederatedSettings(
             rounds=rounds, seed=4, **{name: options.pop(name) for name in list(options) if name in names}
         )
         graph = graph or Graph(name="ring", num_clients=shards.num_clients)
         options = {"engine": "loop"} | options
-        return Training(
+        return FederatedTraining(
             network or model, shards, method or dfedavg(), settings, graph=graph, folder=tmp_path / folder, **options
         )
 

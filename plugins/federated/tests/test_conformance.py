@@ -3,7 +3,6 @@
 from plait.testing import conformance
 
 test_load_data_digits_8x8 = conformance("plait-federated/digits-8x8", hook="load_data")
-test_load_data_image_classes = conformance("plait-federated/image-classes", hook="load_data")
 test_transform_federated_partition = conformance("plait-federated/federated-partition", hook="transform")
 test_load_model_federated_model = conformance("plait-federated/federated-model", hook="load_model")
 test_aggregate_d_psgd = conformance("plait-federated/d-psgd", hook="aggregate")

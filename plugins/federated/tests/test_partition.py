@@ -21,14 +21,14 @@ def test_sampled_shards_are_equal_and_seeded(seed):
     assert any((a != b).any() for a, b in zip(first[1:], other[1:], strict=True))
 
 
-@given(num_clients=st.integers(2, 20), classes=st.integers(1, 10), seed=st.integers(0, 1000), exact_rng=st.booleans())
+@given(num_clients=st.integers(2, 20), classes=st.integers(1, 10), seed=st.integers(0, 1000), as_released=st.booleans())
 @settings(max_examples=20, deadline=None)
-def test_a_pathological_client_sees_its_classes_only(num_clients, classes, seed, exact_rng):
+def test_a_pathological_client_sees_its_classes_only(num_clients, classes, seed, as_released):
     shards = partition.sampled_pathological(
-        LABELS[:300], num_clients, classes, seed, drop_remainder=True, exact_rng=exact_rng
+        LABELS[:300], num_clients, classes, seed, drop_remainder=True, as_released=as_released
     )
     # The released rounding may send a draw to class 0.
-    assert all(len(set(LABELS[shard]) - ({0} if exact_rng else set())) <= classes for shard in shards)
+    assert all(len(set(LABELS[shard]) - ({0} if as_released else set())) <= classes for shard in shards)
     assert {len(shard) for shard in shards} == {300 // num_clients}
 
 
@@ -41,10 +41,10 @@ def test_dirichlet_with_a_huge_alpha_is_near_uniform_and_with_a_small_one_is_not
 
 
 @pytest.mark.parametrize("alpha", [1e-320, 1e-9, 1e-4, 1e-3, 0.01])
-@pytest.mark.parametrize("exact_rng", [False, True])
-def test_with_a_tiny_alpha_a_client_has_one_class_and_any(alpha, exact_rng):
+@pytest.mark.parametrize("as_released", [False, True])
+def test_with_a_tiny_alpha_a_client_has_one_class_and_any(alpha, as_released):
     labels = np.arange(4000) % 5
-    shards = partition.sampled_dirichlet(labels, 80, alpha, 0, exact_rng=exact_rng)
+    shards = partition.sampled_dirichlet(labels, 80, alpha, 0, as_released=as_released)
     histogram = partition.label_histogram(labels, shards)
     largest = histogram.max(1) / histogram.sum(1)
     assert np.median(largest) == 1

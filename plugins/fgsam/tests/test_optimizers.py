@@ -42,7 +42,7 @@ def trajectory(make, updates):
             [(2.15, 4.40), (0.785, 1.56), (2.0425, 3.96), (0.58075, 1.164)],
         ),
         (
-            lambda p: FGSAM(p, SGD, rho=0.5, eps=0, variant="paper", lam=1.0, lr=0.1),
+            lambda p: FGSAM(p, SGD, rho=0.5, eps=0, as_released=False, lam=1.0, lr=0.1),
             [(4.3, 8.8), (0.57, 1.12), (3.87, 7.04), (0.183, 0.416)],
         ),
         (lambda p: SAM(p, SGD, rho=0.5, eps=0, lr=0.1), [(3, 4), (0.7, 1.6)]),
@@ -57,7 +57,7 @@ def trajectory(make, updates):
             ],
         ),
         (
-            lambda p: FGSAMPlus(p, SGD, rho=0.5, eps=0, lr=0.1, variant="paper", lam=1.0),
+            lambda p: FGSAMPlus(p, SGD, rho=0.5, eps=0, lr=0.1, as_released=False, lam=1.0),
             [
                 (4.3, 8.8),
                 (0.57, 1.12),
@@ -152,13 +152,13 @@ def test_equal_losses_and_lam_one_give_sam():
     alpha=st.floats(0, 2),
     topology=st.booleans(),
     projection=st.sampled_from(["tensor", "global"]),
-    variant=st.sampled_from(["code", "paper"]),
+    as_released=st.booleans(),
 )
-def test_interval_one_gives_fgsam(lam, alpha, topology, projection, variant):
-    a = trained(FGSAM, 3, base_optimizer=SGD, rho=0.1, lam=lam, variant=variant, lr=0.1)
+def test_interval_one_gives_fgsam(lam, alpha, topology, projection, as_released):
+    a = trained(FGSAM, 3, base_optimizer=SGD, rho=0.1, lam=lam, as_released=as_released, lr=0.1)
     b = trained(
         FGSAMPlus, 3, base_optimizer=SGD, rho=0.1, lam=lam, alpha=alpha, interval=1, lr=0.1, eps=1e-12,
-        topology=topology, projection=projection, variant=variant,
+        topology=topology, projection=projection, as_released=as_released,
     )  # fmt: skip
     assert_same(a, b, 1e-12)
 
@@ -205,14 +205,14 @@ def test_projection_and_stretching(seed):
 
 
 @pytest.mark.parametrize("projection", ["tensor", "global"])
-@pytest.mark.parametrize("variant", ["code", "paper"])
-def test_kept_parts_are_orthogonal_to_the_mlp_gradient(variant, projection):
+@pytest.mark.parametrize("as_released", [True, False])
+def test_kept_parts_are_orthogonal_to_the_mlp_gradient(as_released, projection):
     net = Net()
     reference = torch.autograd.grad(net.mlp(), [net.first, net.second])
-    optimizer = FGSAMPlus(net.parameters(), SGD, variant=variant, projection=projection, lr=0.0)
+    optimizer = FGSAMPlus(net.parameters(), SGD, as_released=as_released, projection=projection, lr=0.0)
     optimizer.step(net.gnn, net.mlp)
     kept = [optimizer.state[p] for p in (net.first, net.second)]
-    for part in ("v", "u") if variant == "paper" else ("v",):
+    for part in ("v",) if as_released else ("v", "u"):
         dots = [float((state[part] * g).sum()) for state, g in zip(kept, reference, strict=True)]
         assert (dots if projection == "tensor" else [sum(dots)]) == pytest.approx(
             [0] * (2 if projection == "tensor" else 1), abs=1e-12
@@ -316,12 +316,12 @@ def test_scaling_both_losses_scales_the_gradient_only():
 MAKERS = {
     "fgsam": lambda p: FGSAM(p, lr=0.05),
     "fgsam+": lambda p: FGSAMPlus(p, lr=0.05, interval=3),
-    "fgsam+ paper": lambda p: FGSAMPlus(p, lr=0.05, interval=3, variant="paper"),
+    "fgsam+ paper": lambda p: FGSAMPlus(p, lr=0.05, interval=3, as_released=False),
     "sam": lambda p: SAM(p, lr=0.05),
     "asam": lambda p: SAM(p, lr=0.05, adaptive=True),
     "looksam": lambda p: LookSAM(p, lr=0.05, interval=3),
     "esam": lambda p: ESAM(p, lr=0.05),
-    "ae-sam": lambda p: AESAM(p, num_updates=9, lr=0.05),
+    "ae-sam": lambda p: AESAM(p, num_steps=9, lr=0.05),
 }
 
 
@@ -450,7 +450,7 @@ def test_half_precision_at_its_ends(make, dtype, slope):
 
 def test_global_projection_of_tensors_of_two_types():
     a, b = torch.nn.Parameter(torch.ones(3).double()), torch.nn.Parameter(torch.ones(3))
-    optimizer = FGSAMPlus([a, b], SGD, projection="global", variant="paper", lr=0.01)
+    optimizer = FGSAMPlus([a, b], SGD, projection="global", as_released=False, lr=0.01)
     for _ in range(3):
         optimizer.step(lambda: (a**3).sum() + (b**2).sum(), lambda: (a**2).sum() + (b**3).sum())
     assert (a.dtype, b.dtype, optimizer.state[b]["v"].dtype) == (torch.float64, torch.float32, torch.float32)
@@ -471,7 +471,7 @@ def test_a_grad_scaler_is_refused_in_words(make):
 
 def test_a_nan_leaves_ae_sam_as_it_was():
     net = Net()
-    optimizer = AESAM(net.parameters(), num_updates=10, lr=0.05)
+    optimizer = AESAM(net.parameters(), num_steps=10, lr=0.05)
     optimizer.step(net.gnn)
     mean, variance = optimizer.mean, optimizer.variance
     with pytest.raises(FloatingPointError):
@@ -533,7 +533,7 @@ def test_esam_perturbs_a_share_of_the_tensors_by_more():
 
 def test_ae_sam_switches_between_the_two_updates():
     net = Net()
-    optimizer = AESAM(net.parameters(), num_updates=40, lr=0.05)
+    optimizer = AESAM(net.parameters(), num_steps=40, lr=0.05)
     exact = [optimizer.step(net.gnn)["exact"] for _ in range(40)]
     assert 0 < sum(exact) < 40
     assert sum(exact[20:]) > sum(exact[:20])  # the threshold falls from mu + s to mu - s
@@ -631,13 +631,13 @@ def added(optimizer, **group):
         (lambda p: FGSAM(p, rho=math.nan), "rho is nan"),
         (lambda p: FGSAM(p, lam=1.5), "lam is 1.5"),
         (lambda p: FGSAM(p, lam=-1.0, combine="additive"), "lam is -1.0"),
-        (lambda p: FGSAM(p, variant="book"), "variant is 'book'"),
+        (lambda p: FGSAM(p, as_released="book"), "as_released is 'book'"),
         (lambda p: FGSAMPlus(p, interval=0), "interval is 0"),
         (lambda p: FGSAMPlus(p, alpha=-0.1), "alpha is -0.1"),
         (lambda p: FGSAMPlus(p, lam=0.0, topology=True), "lam is 0"),
         (lambda p: FGSAMPlus(p, projection="rows"), "projection is 'rows'"),
         (lambda p: ESAM(p, gamma=0), "gamma is 0"),
-        (lambda p: AESAM(p, num_updates=5, delta=1.0), "delta is 1.0"),
+        (lambda p: AESAM(p, num_steps=5, delta=1.0), "delta is 1.0"),
         (lambda p: SAM([]), "params is empty"),
         (lambda p: FGSAMPlus(p, interval=2.5), "interval is 2.5"),
         (lambda p: LookSAM(p, interval=True), "interval is True"),
@@ -652,7 +652,7 @@ def added(optimizer, **group):
         (lambda p: FGSAMPlus(p, flatness_from=""), "flatness_from is ''"),
         (lambda p: LookSAM(p, alpha="0.7"), "alpha is '0.7'"),
         (lambda p: ESAM(p, beta="half"), "beta is 'half'"),
-        (lambda p: AESAM(p, num_updates=5, delta="0.9"), "delta is '0.9'"),
+        (lambda p: AESAM(p, num_steps=5, delta="0.9"), "delta is '0.9'"),
         (lambda p: added(SAM(p), perturb=1), "perturb of a group is 1"),
     ],
 )

@@ -205,7 +205,7 @@ def test_baselines(method, base):
         "sam": lambda p: SAM(p, cls, rho=rho, **rates),
         "asam": lambda p: SAM(p, cls, rho=rho, adaptive=True, **rates),
         "looksam": lambda p: LookSAM(p, cls, rho=rho, interval=3, alpha=0.6, **rates),
-        "ae-sam": lambda p: AESAM(p, cls, rho=rho, num_updates=updates, delta=0.8, **rates),
+        "ae-sam": lambda p: AESAM(p, cls, rho=rho, num_steps=updates, delta=0.8, **rates),
     }[method]([getattr(net, n) for n in used])
     groups = [{"params": [getattr(other, n) for n in used]}]
     state = {"mean": 0.0, "variance": 0.0}

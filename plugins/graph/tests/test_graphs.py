@@ -7,10 +7,11 @@ import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plait import PlaitError, Run
+from plait import Run
 from plait_graph import datasets, splits
+from plait_graph.accuracy import interval95
 from plait_graph.episodes import EpisodeSampler
-from plait_graph.plugin import ClassSplit, CsbmGraph, DigitsGraph, GraphFile, NodeSplit, PygGraph, interval95
+from plait_graph.plugin import ClassSplit, CsbmGraph, DigitsGraph, GraphFile, NodeSplit, PygGraph
 from torch_geometric.data import Data
 
 
@@ -101,7 +102,7 @@ def test_values_of_edges_without_a_mean_are_refused(tmp_path):
     data = small()
     data.edge_type = torch.arange(data.edge_index.shape[1])
     torch.save(data, tmp_path / "graph.pt")
-    with pytest.raises(PlaitError, match="edge_type has a value for each edge"):
+    with pytest.raises(ValueError, match="edge_type has a value for each edge"):
         GraphFile(path=tmp_path / "graph.pt").load_data(Run())
     assert "edge_type" in GraphFile(path=tmp_path / "graph.pt", undirected=False).load_data(Run())
 
@@ -128,7 +129,7 @@ def test_classes_can_be_listed():
 
 
 def test_classes_listed_twice_are_refused_before_there_is_a_graph():
-    with pytest.raises(PlaitError, match="class 1 is listed twice; the parts must be disjoint"):
+    with pytest.raises(ValueError, match="class 1 is listed twice; the parts must be disjoint"):
         ClassSplit(train=(0, 1), test=(1, 2))
 
 
@@ -144,7 +145,7 @@ def test_classes_listed_twice_are_refused_before_there_is_a_graph():
     ],
 )
 def test_impossible_class_splits_are_refused(fields, message):
-    with pytest.raises(PlaitError, match=message):
+    with pytest.raises(ValueError, match=message):
         ClassSplit(**({"train": 2, "val": 2, "test": 2} | fields)).transform(small(70, 7), Run())
 
 
@@ -222,6 +223,12 @@ def test_edge_list_with_mat_files(tmp_path):
     assert sorted(map(tuple, data.edge_index.T.tolist())) == [(0, 1), (0, 7), (1, 0), (7, 0)]
 
 
+def test_files_beside_an_edge_list_are_inputs_too(tmp_path):
+    network = GraphFile(path=tmp_path / "web_network")
+    assert [file.name for file in network.input_files()] == ["web_train.mat", "web_test.mat"]
+    assert not list(GraphFile(path=tmp_path / "graph.pt").input_files())
+
+
 def test_graphs_survive_the_store(tmp_path):
     from plait import codecs
 
@@ -258,9 +265,9 @@ def sparse(**changes):
         (broken(x=torch.ones(30, 0)), "no columns"),
         (broken(num_nodes=31), "num_nodes is 31, but x has 30 rows"),
         (sparse(x_crow=None), "no features x"),
-        (sparse(x_columns=3), "are no CSR matrix"),
-        (sparse(x_crow=torch.zeros(31)), "are no CSR matrix"),
-        (sparse(x_col=[0]), "are no CSR matrix"),
+        (sparse(x_columns=3), "are not a CSR matrix"),
+        (sparse(x_crow=torch.zeros(31)), "are not a CSR matrix"),
+        (sparse(x_col=[0]), "are not a CSR matrix"),
         (sparse(x_value=torch.ones(150, dtype=torch.long)), "x is torch.int64"),
         (broken(x=torch.full((30, 5), torch.nan)), "NaN or infinite"),
         (broken(edge_index=torch.tensor([[0], [30]])), "outside 0 ... 29"),
@@ -294,7 +301,7 @@ def sparse(**changes):
     ],
 )
 def test_graphs_that_cannot_be_used_are_refused(data, message):
-    with pytest.raises(PlaitError, match=message):
+    with pytest.raises(ValueError, match=message):
         NodeSplit(per_class=2, num_val=3).transform(data, Run())
 
 
@@ -329,7 +336,7 @@ def unequal_masks():
     ],
 )
 def test_impossible_requests_are_refused(call, message):
-    with pytest.raises((PlaitError, ValueError), match=message):
+    with pytest.raises((ValueError, ValueError), match=message):
         call()
 
 
@@ -349,7 +356,7 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
             table = {"Index": index, "Label": [half == "train"], "Attributes": [[1.0]]}
             scipy.io.savemat(tmp_path / f"{stem}_{half}.mat", table)
     for name, message in [
-        ("none.npz", "no file"),
+        ("none.npz", "is not a file"),
         ("graph.txt", "allowed is"),
         ("other.pt", "holds a dict"),
         ("other.npz", "lacks attr_data"),
@@ -362,7 +369,7 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
         ("twice_network", r"Index in the \.mat files beside it must be numbers >= 0, each node's own"),
         ("far_network", "names node 3, but the .mat files beside it end at 1"),
     ]:
-        with pytest.raises(PlaitError, match=message):
+        with pytest.raises(FileNotFoundError if name == "none.npz" else ValueError, match=message):
             GraphFile(path=tmp_path / name).load_data(Run())
 
 
@@ -389,5 +396,5 @@ def test_inconsistent_arrays_are_refused(changes, message, tmp_path):
         "edge_index": np.array([[0, 1], [1, 2]]),
     } | changes
     np.savez(tmp_path / "graph.npz", **{name: value for name, value in arrays.items() if value is not None})
-    with pytest.raises(PlaitError, match=rf"graph\.npz cannot be read \(.*{message}"):
+    with pytest.raises(ValueError, match=rf"graph\.npz cannot be read \(.*{message}"):
         GraphFile(path=tmp_path / "graph.npz").load_data(Run())

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plait import Run
+from plait_graph.conformance_examples import graph as small_graph
 from plait_graph.episodes import Episode
-from plait_graph.examples import graph as small_graph
 from plait_graph.fewshot import EpisodeGraph, FixedSparse
 from plait_graph.plugin import AdamTraining, EpisodeAccuracy, Tent
 from plait_graph.tasks import EpisodeObjective
@@ -145,7 +145,7 @@ def test_training_accuracy_and_saving(sparse, tmp_path):
         data.x_columns, data.num_nodes = plain.x.shape[1], len(plain.y)
     shape = {"n_way": 2, "k_shot": 3, "n_query": 5}
     model = Tent(hidden_channels=8).load_model(data, Run())
-    trained = AdamTraining(num_updates=40, num_val_tasks=2, select="last", **shape).optimize(model, data, Run())
+    trained = AdamTraining(num_steps=40, num_val_tasks=2, select="last", **shape).optimize(model, data, Run())
     report = EpisodeAccuracy(num_tasks=20, **shape).evaluate(trained, data, model, Run())
     assert report.value("accuracy") > 60
     assert loss_on_episodes(trained, data) < 0.6 * loss_on_episodes(model, data)

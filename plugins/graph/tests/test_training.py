@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plait import PlaitError, Run
+from plait import Run
 from plait_graph import datasets, tasks
 from plait_graph.episodes import Episode
 from plait_graph.fewshot import GPN, EpisodeGraph, FixedSparse, MetaGCN
@@ -28,7 +28,7 @@ from plait_graph.plugin import (
 )
 from plait_graph.sampling import NeighbourSampler
 from plait_graph.tent import TENT
-from plait_graph.training import seconds_per_update
+from plait_graph.training_loop import seconds_per_update
 from torch_geometric.data import Data
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_weights_follow_the_seed_and_leave_the_global_generator_alone(graph):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("method", [AdamTraining(num_updates=30), SGDTraining(num_updates=30)])
+@pytest.mark.parametrize("method", [AdamTraining(num_steps=30), SGDTraining(num_steps=30)])
 def test_training_learns_and_leaves_its_inputs_alone(method, graph):
     model = Gnn().load_model(graph, Run())
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -111,7 +111,7 @@ def test_killed_training_goes_on_bit_for_bit(model_of, graph):
     model = model_of.load_model(graph, Run())
     batch = {"batch_size": 20, "num_hops": 2, "num_neighbors": 3} if isinstance(model_of, Gnn) else {}
     episodes = {"n_way": 2, "k_shot": 2, "n_query": 3, "num_val_tasks": 3}
-    method = AdamTraining(num_updates=17, checkpoint_every=5, eval_every=4, **batch, **episodes)
+    method = AdamTraining(num_steps=17, checkpoint_every=5, eval_every=4, **batch, **episodes)
     whole = method.optimize(model, graph, Run(seed=5))
     run = Run(seed=5)
     logged = []
@@ -134,29 +134,31 @@ def test_killed_training_goes_on_bit_for_bit(model_of, graph):
 
 def test_a_finished_training_leaves_nothing_for_the_next_one_in_its_folder(graph):
     model, run = Gnn().load_model(graph, Run()), Run()
-    method = AdamTraining(num_updates=6, checkpoint_every=2, select="last")
+    method = AdamTraining(num_steps=6, checkpoint_every=2, select="last")
     first = method.optimize(model, graph, run)
     other = Gnn().load_model(graph, Run(seed=9))
     assert not same(method.optimize(other, graph, run), first)
-    assert list(run.folder.iterdir()) == []
+    assert not list(run.folder.rglob("*.pt"))
 
 
-@pytest.mark.parametrize("change", ["method", "model", "data", "seed"])
+@pytest.mark.parametrize("change", ["method", "model", "dropout", "data", "seed"])
 def test_a_killed_training_is_resumed_by_the_same_training_only(change, graph):
     def stop(values, step):
         if step == 5:
             raise KilledError
 
     model, folder = Gnn().load_model(graph, Run()), Run().folder
-    method = AdamTraining(num_updates=8, checkpoint_every=2, select="last")
+    method = AdamTraining(num_steps=8, checkpoint_every=2, select="last")
     with pytest.raises(KilledError):
         method.optimize(model, graph, Run(folder=folder, on_log=stop))
-    assert (folder / "training.pt").exists()
+    assert list(folder.rglob("*.pt"))
     seed, data = 0, graph
     if change == "method":
-        method = AdamTraining(num_updates=8, checkpoint_every=2, select="last", lr=0.02)
+        method = AdamTraining(num_steps=8, checkpoint_every=2, select="last", learning_rate=0.02)
     elif change == "model":
         model = Gnn().load_model(graph, Run(seed=9))
+    elif change == "dropout":  # with the same weights
+        model = Gnn(dropout=0.1).load_model(graph, Run())
     elif change == "data":
         data = graph.clone()
         data.x = data.x + 1
@@ -170,10 +172,10 @@ def test_a_killed_training_is_resumed_by_the_same_training_only(change, graph):
 
 def test_patience_and_last_weights(graph):
     model = Gnn().load_model(graph, Run())
-    stopped = AdamTraining(num_updates=400, eval_every=1, patience=3, lr=1e-9).optimize(model, graph, Run())
+    stopped = AdamTraining(num_steps=400, eval_every=1, patience=3, learning_rate=1e-9).optimize(model, graph, Run())
     assert len(stopped.history) == 4  # the first validation is a gain, three more are not
-    last = AdamTraining(num_updates=6, eval_every=1, select="last").optimize(model, graph, Run())
-    best = AdamTraining(num_updates=6, eval_every=1).optimize(model, graph, Run())
+    last = AdamTraining(num_steps=6, eval_every=1, select="last").optimize(model, graph, Run())
+    best = AdamTraining(num_steps=6, eval_every=1).optimize(model, graph, Run())
     accuracies = [entry["val_accuracy"] for entry in best.history]
     objective = tasks.NodeObjective(graph, CPU)
     assert objective.validate(best) == pytest.approx(max(accuracies))
@@ -225,9 +227,9 @@ def test_neighbours_are_drawn_uniformly_and_anew():
 
 def test_training_on_drawn_neighbours_learns(graph):
     model = Gnn().load_model(graph, Run())
-    method = AdamTraining(num_updates=30, batch_size=20, num_hops=2, num_neighbors=3)
+    method = AdamTraining(num_steps=30, batch_size=20, num_hops=2, num_neighbors=3)
     assert method.optimize(model, graph, Run()).history[-1]["val_accuracy"] > 0.6
-    with pytest.raises(PlaitError, match="num_neighbors is 3 without num_hops"):
+    with pytest.raises(ValueError, match="num_neighbors is 3 without num_hops"):
         AdamTraining(num_neighbors=3).optimize(model, graph, Run())
 
 
@@ -335,7 +337,7 @@ def test_isolated_support_nodes_give_no_nan():
 def test_meta_gcn_adapts_by_detached_gradient_steps():
     torch.manual_seed(0)
     graph = path_graph()
-    model = MetaGCN(in_channels=3, n_way=2, hidden_channels=4, dropout=0.0, inner_steps=2, inner_lr=0.3)
+    model = MetaGCN(in_channels=3, n_way=2, hidden_channels=4, dropout=0.0, num_inner_steps=2, inner_learning_rate=0.3)
     with torch.no_grad():
         for bias in model.biases:
             bias.normal_()
@@ -377,7 +379,7 @@ def test_few_shot_training_and_accuracy(make, sparse, graph, tmp_path):
         assert torch.equal(datasets.features(data).to_dense(), graph.x)
     model = make.load_model(data, Run())
     episodes = {"n_way": 2, "k_shot": 3, "n_query": 5}
-    trained = AdamTraining(num_updates=25, eval_every=10, num_val_tasks=5, select="last", **episodes).optimize(
+    trained = AdamTraining(num_steps=25, eval_every=10, num_val_tasks=5, select="last", **episodes).optimize(
         model, data, Run()
     )
     report = EpisodeAccuracy(num_tasks=20, **episodes).evaluate(trained, data, model, Run())
@@ -398,7 +400,7 @@ def test_few_shot_training_gains_over_the_untrained_model_on_the_same_episodes(m
     data = ClassSplit(train=6, val=3, test=3).transform(data, Run())
     episodes = {"n_way": 3, "k_shot": 3, "n_query": 5}
     model = make.load_model(data, Run())
-    training = AdamTraining(num_updates=100, eval_every=100, num_val_tasks=2, select="last", **episodes)
+    training = AdamTraining(num_steps=100, eval_every=100, num_val_tasks=2, select="last", **episodes)
     trained = training.optimize(model, data, Run())
     seen = with_classes(data, train_classes=data.test_classes, test_classes=data.train_classes)
     assert EpisodeAccuracy(num_tasks=40, **episodes).evaluate(trained, seen, model, Run()).value("gain") > 15
@@ -432,28 +434,28 @@ def with_classes(graph, **classes):
 )
 def test_training_refuses_graphs_without_what_it_needs(model_of, change, message, graph):
     model = model_of.load_model(graph, Run())
-    with pytest.raises(PlaitError, match=message):
+    with pytest.raises(ValueError, match=message):
         AdamTraining(n_way=2).optimize(model, change(graph), Run())
 
 
 def test_training_refuses_wrong_models_and_episodes(graph):
-    with pytest.raises(PlaitError, match="model is a str"):
+    with pytest.raises(ValueError, match=r"expected a torch\.nn\.Module on graphs as model, got a str"):
         AdamTraining().optimize("gcn", graph, Run())
     gpn, meta = Gpn().load_model(graph, Run()), MetaGcn(n_way=4).load_model(graph, Run())
-    with pytest.raises(PlaitError, match="n_way is 5, but there are only 2 training classes"):
+    with pytest.raises(ValueError, match="n_way is 5, but there are only 2 training classes"):
         AdamTraining().optimize(gpn, graph, Run())
-    with pytest.raises(PlaitError, match="do not apply to episodes"):
+    with pytest.raises(ValueError, match="do not apply to episodes"):
         AdamTraining(n_way=2, num_hops=2).optimize(gpn, graph, Run())
-    with pytest.raises(PlaitError, match="made for n_way = 4"):
+    with pytest.raises(ValueError, match="made for n_way = 4"):
         AdamTraining(n_way=2, n_query=3).optimize(meta, graph, Run())
-    with pytest.raises(PlaitError, match="answers no episodes"):
+    with pytest.raises(ValueError, match="does not answer episodes"):
         EpisodeAccuracy(n_way=2).evaluate(Gnn().load_model(graph, Run()), graph, None, Run())
-    with pytest.raises(PlaitError, match="val_mask of shape"):
+    with pytest.raises(ValueError, match="val_mask of shape"):
         NodeAccuracy(split="val").evaluate(gpn, without(graph, "val_mask"), None, Run())
     broken = Gnn().load_model(graph, Run())
     with torch.no_grad():
         next(broken.parameters()).fill_(torch.nan)
-    with pytest.raises(PlaitError, match="the loss is nan"):
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
         AdamTraining().optimize(broken, graph, Run())
 
 
@@ -507,7 +509,7 @@ def frozen(graph):
     ("model_of", "message"),
     [
         (lambda graph: Explodes(), "the gradient's norm is (inf|nan)"),
-        (lambda graph: Summed(), r"the model returned \(6,\); logits \[300, 6\] are needed"),
+        (lambda graph: Summed(), r"the model returned \(6,\); expected logits \[300, 6\]"),
         (lambda graph: GNN(architecture="gcn", in_channels=16, num_classes=5), r"returned \(300, 5\)"),
         (lambda graph: GNN(architecture="gcn", in_channels=7, num_classes=6), "has 16 features a node"),
         (lambda graph: torch.nn.Linear(16, 6), "its forward must take x"),
@@ -519,8 +521,8 @@ def frozen(graph):
 def test_models_that_do_not_fit_are_refused(model_of, message, graph):
     model = model_of(graph)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(PlaitError, match=message):
-        AdamTraining(num_updates=2).optimize(model, graph, Run())
+    with pytest.raises((ValueError, FloatingPointError), match=message):
+        AdamTraining(num_steps=2).optimize(model, graph, Run())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -536,10 +538,10 @@ def test_models_that_do_not_fit_are_refused(model_of, message, graph):
 )
 def test_few_shot_models_that_do_not_fit_are_refused(model, message, graph):
     shape = {"n_way": 2, "k_shot": 2, "n_query": 3}
-    with pytest.raises(PlaitError, match=message):
-        AdamTraining(num_updates=2, **shape).optimize(model, graph, Run())
+    with pytest.raises(ValueError, match=message):
+        AdamTraining(num_steps=2, **shape).optimize(model, graph, Run())
     if not isinstance(model, TENT):  # whose head over the training classes has no part in answers
-        with pytest.raises(PlaitError, match=message):
+        with pytest.raises(ValueError, match=message):
             EpisodeAccuracy(num_tasks=2, **shape).evaluate(model, graph, None, Run())
 
 
@@ -547,7 +549,7 @@ def test_a_head_without_an_output_for_a_training_class_is_refused_before_the_fir
     data = CsbmGraph(num_nodes=200, num_classes=8, num_features=16).load_data(Run())
     data = ClassSplit(train=(7, 0, 1, 2), val=(3, 4), test=(5, 6)).transform(data, Run())
     logged = []
-    with pytest.raises(PlaitError, match=r"has class 7, but the model was made for classes 0 \.\.\. 6"):
+    with pytest.raises(ValueError, match=r"has class 7, but the model was made for classes 0 \.\.\. 6"):
         AdamTraining(n_way=2).optimize(
             TENT(in_channels=16, num_classes=7), data, Run(on_log=lambda values, step: logged.append(step))
         )
@@ -556,45 +558,45 @@ def test_a_head_without_an_output_for_a_training_class_is_refused_before_the_fir
 
 def test_layers_without_weights_are_refused(graph):
     for use in (AdamTraining().optimize, lambda *a: NodeAccuracy().evaluate(*a[:2], None, a[2])):
-        with pytest.raises(PlaitError, match="no weights before its first call"):
+        with pytest.raises(ValueError, match="no weights before its first call"):
             use(Normalised(pyg.GCNConv(-1, 6)), graph, Run())
 
 
 def test_batch_norm_with_a_batch_of_one_row_is_refused(graph):
     alone = graph.clone()
     alone.edge_index = graph.edge_index[:, :0]
-    with pytest.raises(PlaitError, match=r"cannot be trained on one row .* raise batch_size or num_hops"):
+    with pytest.raises(ValueError, match=r"cannot be trained on one row .* raise batch_size or num_hops"):
         AdamTraining(batch_size=1, num_hops=1).optimize(Normalised(), alone, Run())
-    assert len(AdamTraining(batch_size=1, num_updates=2).optimize(Normalised(), graph, Run()).history) == 2
+    assert len(AdamTraining(batch_size=1, num_steps=2).optimize(Normalised(), graph, Run()).history) == 2
 
 
 def test_models_of_the_other_kind_are_refused(graph):
-    with pytest.raises(PlaitError, match="GPN, which answers episodes"):
+    with pytest.raises(ValueError, match="GPN, which answers episodes"):
         NodeAccuracy().evaluate(Gpn().load_model(graph, Run()), graph, None, Run())
-    with pytest.raises(PlaitError, match="has 16 features a node"):
+    with pytest.raises(ValueError, match="has 16 features a node"):
         NodeAccuracy().evaluate(GNN(architecture="gcn", in_channels=7, num_classes=6), graph, None, Run())
 
 
 def test_the_fields_reach_the_optimizer(graph):
     model = Gnn().load_model(graph, Run())
-    adam = AdamTraining(lr=0.3, betas=(0.5, 0.6), weight_decay=0.7).make_update(model, 0).optimizer
+    adam = AdamTraining(learning_rate=0.3, betas=(0.5, 0.6), weight_decay=0.7).make_update(model, 0).optimizer
     assert (type(adam), adam.defaults["betas"]) == (torch.optim.Adam, (0.5, 0.6))
     assert (adam.defaults["lr"], adam.defaults["weight_decay"]) == (0.3, 0.7)
     assert type(AdamTraining(decoupled=True).make_update(model, 0).optimizer) is torch.optim.AdamW
-    sgd = SGDTraining(lr=0.3, momentum=0.4, weight_decay=0.7).make_update(model, 0).optimizer
+    sgd = SGDTraining(learning_rate=0.3, momentum=0.4, weight_decay=0.7).make_update(model, 0).optimizer
     assert [sgd.defaults[name] for name in ("lr", "momentum", "weight_decay")] == [0.3, 0.4, 0.7]
     for wrong in ((0.9,), None, 0.9, (0.9, 1.0)):
-        with pytest.raises(PlaitError, match="betas is"):
+        with pytest.raises(ValueError, match="betas is"):
             AdamTraining(betas=wrong)
 
 
 def test_missing_validation_is_said(graph):
     said = []
     model = Gnn().load_model(graph, Run())
-    AdamTraining(num_updates=2).optimize(model, without(graph, "val_mask"), Run(on_warning=said.append))
+    AdamTraining(num_steps=2).optimize(model, without(graph, "val_mask"), Run(on_warning=said.append))
     assert said == ["there are no validation nodes, so the last weights are kept"]
     said.clear()
-    AdamTraining(num_updates=2, patience=1, select="last").optimize(
+    AdamTraining(num_steps=2, patience=1, select="last").optimize(
         model, without(graph, "val_mask"), Run(on_warning=said.append)
     )
     assert said == ["there are no validation nodes, so patience does not stop the training"]
@@ -610,7 +612,7 @@ def test_warnings_of_libraries_are_told_once_by_the_run(graph):
     said = []
     with warnings.catch_warnings(record=True) as raw:
         warnings.simplefilter("always")
-        AdamTraining(num_updates=3).optimize(Warns(), graph, Run(on_warning=said.append))
+        AdamTraining(num_steps=3).optimize(Warns(), graph, Run(on_warning=said.append))
         NodeAccuracy().evaluate(Warns(), graph, None, Run(on_warning=said.append))
     assert said == ["half of the weights rest"] * 2  # of the training and of the evaluation
     assert {str(w.message) for w in raw} == {"soon gone"}

@@ -8,7 +8,6 @@ import zipfile
 import numpy as np
 import pytest
 from PIL import Image
-from plait import PlaitError
 from plait_vision.files import Files, by_stem, class_folders, labels_from_table, tar_samples
 
 
@@ -72,17 +71,17 @@ def test_one_split_alone_and_a_folder_around_classes(tmp_path):
 
 def test_layouts_that_are_no_classes(tmp_path):
     flat = laid_out(tmp_path / "flat", "folder", {"a.png": png()})
-    with pytest.raises(PlaitError, match="has no images in class folders"):
+    with pytest.raises(ValueError, match="has no images in class folders"):
         class_folders(Files(flat))
-    with pytest.raises(PlaitError, match="has no images in class folders"):
+    with pytest.raises(ValueError, match="has no images in class folders"):
         class_folders(Files(laid_out(tmp_path / "none", "folder", {"cat/a.txt": b"x"})))
     mixed = laid_out(tmp_path / "mixed", "folder", {"cat/a.png": png(), "cat/kitten/b.png": png()})
-    with pytest.raises(PlaitError, match=r"different or too great depths \(cat/a\.png, cat/kitten/b\.png\)"):
+    with pytest.raises(ValueError, match=r"different or too great depths \(cat/a\.png, cat/kitten/b\.png\)"):
         class_folders(Files(mixed))
-    with pytest.raises(PlaitError, match="does not exist"):
+    with pytest.raises(ValueError, match="does not exist"):
         Files(tmp_path / "missing")
     (tmp_path / "x.txt").write_text("x")
-    with pytest.raises(PlaitError, match="is neither a folder nor a zip or tar"):
+    with pytest.raises(ValueError, match="is neither a folder nor a zip or tar"):
         Files(tmp_path / "x.txt")
 
 
@@ -99,7 +98,7 @@ def test_names_of_macs_and_of_others_are_one(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
 def test_two_names_that_differ_in_form_alone(tmp_path, kind):
     names = [unicodedata.normalize(form, "x/é.png") for form in ("NFC", "NFD")]
-    with pytest.raises(PlaitError, match=r"holds x/é\.png twice"):
+    with pytest.raises(ValueError, match=r"has a duplicate x/é\.png"):
         Files(laid_out(tmp_path, kind, dict.fromkeys(names, png())))
 
 
@@ -118,13 +117,13 @@ def test_zips_of_windows_and_damaged_ones(tmp_path):
         assert files.read("train/cat/a.png") == png()
     content = path.read_bytes().replace(png()[-20:], bytes(20), 1)
     path.write_bytes(content)
-    with Files(path) as files, pytest.raises(PlaitError, match=r"images\.zip/train/cat/a\.png cannot be read: Bad CRC"):
+    with Files(path) as files, pytest.raises(ValueError, match=r"images\.zip/train/cat/a\.png cannot be read: Bad CRC"):
         files.read("train/cat/a.png")
 
 
 def test_stems(tmp_path):
     assert by_stem(["b/x.png", "a.jpg"], "d") == {"a": "a.jpg", "b/x": "b/x.png"}
-    with pytest.raises(PlaitError, match=r"a\.jpg and a\.png in d share the stem a"):
+    with pytest.raises(ValueError, match=r"a\.jpg and a\.png in d share the stem a"):
         by_stem(["a.png", "a.jpg"], "d")
 
 
@@ -159,13 +158,13 @@ def test_labels_of_a_table(tmp_path):
 )
 def test_tables_that_do_not_fit(tmp_path, text, sentence):
     files = Files(laid_out(tmp_path, "folder", {f"images/{i}.png": png(i) for i in range(2)}))
-    with pytest.raises(PlaitError, match=sentence):
+    with pytest.raises(ValueError, match=sentence):
         labels_from_table(files, table(tmp_path, text))
 
 
 def test_names_that_may_be_several_images(tmp_path):
     files = Files(laid_out(tmp_path, "folder", {"x/a.png": png(), "y/a.png": png()}))
-    with pytest.raises(PlaitError, match=r"'a' may be x/a\.png or y/a\.png in"):
+    with pytest.raises(ValueError, match=r"'a' may be x/a\.png or y/a\.png in"):
         labels_from_table(files, table(tmp_path, "file,label\na,cat"))
 
 
@@ -184,10 +183,10 @@ def test_samples_of_a_shard(tmp_path):
 
 def test_shards_that_are_mixed_up_or_damaged(tmp_path):
     path = laid_out(tmp_path, "tar", {"0.jpg": b"a", "1.jpg": b"b", "0.cls": b"1"})
-    with pytest.raises(PlaitError, match="0 is there twice, or its files do not lie next to one another"):
+    with pytest.raises(ValueError, match="0 is a duplicate, or its files do not lie next to one another"):
         list(tar_samples(path))
-    with pytest.raises(PlaitError, match=r"0\.txt is not UTF-8"):
+    with pytest.raises(ValueError, match=r"0\.txt is not UTF-8"):
         next(tar_samples(laid_out(tmp_path, "tar", {"0.txt": b"\xff\xfe\xfa"}))).text("txt")
     path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(PlaitError, match=r"images\.tar cannot be read as a tar"):
+    with pytest.raises(ValueError, match=r"images\.tar cannot be read as a tar"):
         list(tar_samples(path))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_from_disk
 from PIL import Image as PILImage
-from plait import PlaitError, Run
+from plait import Run
 from plait_vision.plugin import LabelledImages
 
 ARRAYS = {name: np.random.default_rng(i).integers(0, 256, (5, 6, 3), dtype=np.uint8) for i, name in enumerate("abcd")}
@@ -115,7 +115,7 @@ def test_splits_share_their_classes_wherever_they_come_from(tmp_path):
         assert data["train"]["label"][:] == [1]
         test = LabelledImages(source=source, split="test", max_per_class=1).load_data(Run())
         assert sorted(test["label"]) == [0, 1]
-        with pytest.raises(PlaitError, match=r"split is 'val'; .* has (train, test|test, train)"):
+        with pytest.raises(ValueError, match=r"split is 'val'; .* has (train, test|test, train)"):
             LabelledImages(source=source, split="val").load_data(Run())
 
 
@@ -127,7 +127,7 @@ def test_numbers_of_tables_and_shards_are_those_of_the_classes(tmp_path):
     names = tuple(f"class {i}" for i in range(12))
     data = LabelledImages(source=tmp_path / "x.tar", class_names=names).load_data(Run())
     assert data.features["label"].names == list(names)
-    with pytest.raises(PlaitError, match="label 10 is none of the 2 classes"):
+    with pytest.raises(ValueError, match="label 10 is not one of the 2 classes"):
         LabelledImages(source=tmp_path / "x.tar", class_names=("a", "b")).load_data(Run())
     # Folders are names, as everywhere: in alphabetical order.
     tens = folder(tmp_path / "tens", {f"{n}/a.png": png(ARRAYS["a"]) for n in (1, 2, 10)})
@@ -141,36 +141,36 @@ def test_what_cannot_be_read_is_named(tmp_path):
         zipped(tmp_path / "z", contents),
         tarred(tmp_path / "t.tar", contents),
     ):
-        with pytest.raises(PlaitError, match=r"(f|pets\.zip|t\.tar)/cat/e\.png cannot be decoded"):
+        with pytest.raises(ValueError, match=r"(f|pets\.zip|t\.tar)/cat/e\.png cannot be decoded"):
             LabelledImages(source=source).load_data(Run())
-    with pytest.raises(PlaitError, match=r"x/a has no image but cls"):
+    with pytest.raises(ValueError, match=r"x/a has no image but cls"):
         LabelledImages(source=tarred(tmp_path / "no.tar", {"x/a.cls": b"1"})).load_data(Run())
     half = tarred(tmp_path / "half.tar", {"a.png": png(ARRAYS["a"]), "a.cls": b"1", "b.png": png(ARRAYS["b"])})
-    with pytest.raises(PlaitError, match=r"/b has no class: .*b\.cls is missing or empty"):
+    with pytest.raises(ValueError, match=r"/b has no class: .*b\.cls is missing or empty"):
         LabelledImages(source=half).load_data(Run())
     saved = Dataset.from_dict({"image": [{"bytes": b"text", "path": "x.png"}], "label": [0]}).cast_column(
         "image", Image()
     )
     saved.save_to_disk(tmp_path / "saved")
-    with pytest.raises(PlaitError, match=r"saved, row 0 \(x\.png\) is not an image"):
+    with pytest.raises(ValueError, match=r"saved, row 0 \(x\.png\) is not an image"):
         LabelledImages(source=tmp_path / "saved").load_data(Run())
-    with pytest.raises(PlaitError, match="has no column 'kind'; name one of image, label by label_column"):
+    with pytest.raises(ValueError, match="has no column 'kind'; name one of image, label by label_column"):
         LabelledImages(source=tmp_path / "saved", label_column="kind").load_data(Run())
 
 
 def test_fields_that_do_not_fit():
-    with pytest.raises(PlaitError, match="transparency is 'dorp'; allowed is 'refuse', 'drop' or a colour"):
+    with pytest.raises(ValueError, match="transparency is 'dorp'; allowed is 'refuse', 'drop' or a colour"):
         LabelledImages(source="x", transparency="dorp")
-    with pytest.raises(PlaitError, match="sixteen_bit is 'keep'"):
+    with pytest.raises(ValueError, match="sixteen_bit is 'keep'"):
         LabelledImages(source="x", sixteen_bit="keep")
-    with pytest.raises(PlaitError, match="give labels, or leave them out"):
+    with pytest.raises(ValueError, match="give labels, or leave them out"):
         LabelledImages(source="x", delimiter=";")
 
 
 def test_transparent_images_over_a_colour(tmp_path):
     pixels = np.zeros((2, 2, 4), np.uint8)
     source = folder(tmp_path, {"cat/a.png": png(pixels)})
-    with pytest.raises(PlaitError, match=r"cat/a\.png is partly transparent"):
+    with pytest.raises(ValueError, match=r"cat/a\.png is partly transparent"):
         LabelledImages(source=source).load_data(Run())
     data = LabelledImages(source=source, transparency=(255, 255, 255)).load_data(Run())
     assert np.array(data[0]["image"]).tolist() == np.full((2, 2, 3), 255).tolist()

@@ -6,12 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from plait_federated.rounds import Gossip
-from plait_federated.settings import Settings
-from plait_federated.shards import Shards
-from plait_federated.steps import sam_step, sgd_step
-from plait_federated.topology import Graph
-from plait_federated.training import Outcome, follow
+from plait_federated import ClientShards, FederatedSettings, Gossip, Graph, TrainingOutcome, follow, sam_step, sgd_step
 from torch import nn
 
 from plait_dfedcata.dfedcata import own_previous_start
@@ -20,8 +15,8 @@ from plait_dfedcata.stability import Stability, check_stability
 
 def oledfl(
     model: nn.Module,
-    shards: Shards,
-    settings: Settings,
+    shards: ClientShards,
+    settings: FederatedSettings,
     *,
     graph: Graph,
     beta: float = 0.9,
@@ -29,7 +24,7 @@ def oledfl(
     allow_unstable: bool = False,
     on_stability: Callable[[Stability], None] = lambda stability: None,
     **options: Any,
-) -> Outcome:
+) -> TrainingOutcome:
     """Train as :func:`plait_dfedcata.dfedcata.dfedcata`, by plain (``rho`` 0) or sharpness-aware local steps."""
     check_stability(
         graph, beta, "own_previous", settings.update_order, allow_unstable, on_stability, anchors=("own_previous",)

@@ -10,7 +10,7 @@ and sends z_i to its neighbours, nothing else. The result is (4) the average z̄
 module's: the paper's own could not be read.
 
 (1), the loop over rounds and (4) are those of every decentralised method, :mod:`plait_federated.rounds` and
-:mod:`plait_federated.training`; :func:`rule` is what sets this one apart, :func:`dfedcata` runs all of it.
+:func:`plait_federated.follow`; :func:`rule` is what sets this one apart, :func:`dfedcata` runs all of it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-from plait_federated.rounds import Gossip
-from plait_federated.settings import Settings
-from plait_federated.shards import Shards
-from plait_federated.steps import Gradient, Local, check_prox, clip, prox_step
-from plait_federated.topology import Graph
-from plait_federated.training import Outcome, follow
+from plait_federated import (
+    ClientShards,
+    FederatedSettings,
+    Gossip,
+    Gradient,
+    Graph,
+    Local,
+    TrainingOutcome,
+    check_prox,
+    clip,
+    follow,
+    prox_step,
+)
 from torch import Tensor, nn
 
 from plait_dfedcata.stability import Anchor, Stability, check_stability
@@ -34,8 +41,8 @@ ClipScope = Literal["split", "joint"]
 
 def dfedcata(
     model: nn.Module,
-    shards: Shards,
-    settings: Settings,
+    shards: ClientShards,
+    settings: FederatedSettings,
     *,
     graph: Graph,
     beta: float = 0.9,
@@ -45,7 +52,7 @@ def dfedcata(
     allow_unstable: bool = False,
     on_stability: Callable[[Stability], None] = lambda stability: None,
     **options: Any,
-) -> Outcome:
+) -> TrainingOutcome:
     """Train one model on the shards of peers that talk to their neighbours only.
 
     Args:
@@ -58,16 +65,16 @@ def dfedcata(
         anchor: ref_i of (2): ``own_previous`` is z_i of the last round, ``mixed_previous`` is m_i of the last round.
         clip_scope: how much of (3)'s proximal gradient the clip takes: ``split`` half, ``joint`` all.
         allow_unstable: train although the disagreement of the peers would grow.
-        on_stability: is told how stable (1) and (2) are, before anything else.
+        on_stability: called with how stable (1) and (2) are, before anything else.
         options: ``folder`` (checkpoints; needed), ``test``, ``engine``, ``on_round``, … of
-            :func:`plait_federated.training.follow`.
+            :func:`plait_federated.follow`.
 
     Returns:
         z̄ as ``reported``, all z_i as ``state["local"]``, and a history.
 
     Raises:
-        StabilityError: (1) and (2) by themselves would drive the peers apart.
-        DivergenceError: training did.
+        ValueError: (1) and (2) by themselves would drive the peers apart.
+        FloatingPointError: training did.
         ValueError: a value out of its range, or parts that do not fit together.
     """
     if not 0 <= beta < 1:

@@ -12,18 +12,12 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-from plait_federated.topology import Graph, describe_graph
+from plait_federated import Graph, UpdateOrder, describe_graph
 
 Anchor = Literal["own_previous", "mixed_previous"]
-UpdateOrder = Literal["synchronous", "sequential"]
-
 
 # A radius of exactly 1 comes out of the eigenvalue solver as 1 ± rounding.
 LIMIT = 1 - 1e-9
-
-
-class StabilityError(ValueError):
-    """The disagreement of the peers would grow."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +53,11 @@ def check_stability(
     """Measure the radius of the round's linear part and refuse it at 1 or more, unless allowed.
 
     Args:
-        on_stability: is told, also before a refusal.
+        on_stability: called with what was found, also before a refusal.
         anchors: between which the method may choose.
 
     Raises:
-        StabilityError: with the radius, the largest stable β and the other remedies that help.
+        ValueError: it is refused; with the radius, the largest stable β and the other remedies that help.
     """
     radius_of = radius_rule(graph, anchor, update_order)
     setting = f"{anchor}, {update_order} order, beta {beta:g}, {describe_graph(graph)}"
@@ -81,7 +75,7 @@ def check_stability(
             remedies += [f"anchor: {other}"] * (radius_rule(graph, other, update_order)(beta) < LIMIT)
     if update_order == "synchronous":
         remedies += ["update_order: sequential"] * (radius_rule(graph, anchor, "sequential")(beta) < LIMIT)
-    raise StabilityError(f"{found}; take {' or '.join(remedies)}")
+    raise ValueError(f"{found}; take {' or '.join(remedies)}")
 
 
 def radius_rule(graph: Graph, anchor: Anchor, update_order: UpdateOrder) -> Callable[[float], float]:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from plait_federated.layout import Layout
-from plait_federated.shards import Batches, Shards
-from plait_federated.steps import Local, Step
+from plait_federated.shards import ClientBatches, ClientShards
+from plait_federated.steps import Local, LocalStep
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -41,7 +41,7 @@ class Engine(Protocol):
         self,
         clients: Sequence[int],
         start: Tensor,
-        step: Step,
+        step: LocalStep,
         prepare: Callable[[Tensor], Local],
         round_index: int,
         offset: Tensor | None = None,
@@ -53,7 +53,9 @@ class LoopEngine:
 
     name = "loop"
 
-    def __init__(self, model: nn.Module, shards: Shards, loss: Loss = cross_entropy, precision: Precision = "fp32"):
+    def __init__(
+        self, model: nn.Module, shards: ClientShards, loss: Loss = cross_entropy, precision: Precision = "fp32"
+    ):
         self.layout = Layout(model)
         self.model = copy.deepcopy(model).float().train()
         self.shards, self.loss, self.precision = shards, loss, precision
@@ -80,7 +82,9 @@ class LoopEngine:
                 )
         return trained
 
-    def _train_one(self, start: Tensor, step: Step, local: Local, batches: Batches, offset: Tensor | None) -> Tensor:
+    def _train_one(
+        self, start: Tensor, step: LocalStep, local: Local, batches: ClientBatches, offset: Tensor | None
+    ) -> Tensor:
         local.offset = offset
         w = start[: self.layout.num_parameters].clone()
         self.flat.copy_(start)
@@ -107,7 +111,7 @@ class StackedEngine:
     def __init__(
         self,
         model: nn.Module,
-        shards: Shards,
+        shards: ClientShards,
         loss: Loss = cross_entropy,
         precision: Precision = "fp32",
         chunk_size: int | None = None,
@@ -134,7 +138,7 @@ class StackedEngine:
                 trained[rows] = self._train_chunk(start[rows], step, local, batches)
         return trained
 
-    def _train_chunk(self, w: Tensor, step: Step, local: Local, batches: Batches) -> Tensor:
+    def _train_chunk(self, w: Tensor, step: LocalStep, local: Local, batches: ClientBatches) -> Tensor:
         real = (batches.index >= 0).to(w.device)
         widths = (batches.index >= 0).sum(-1).amax(0).tolist()  # columns that any client fills, for each step
         for position, width in enumerate(widths):
@@ -157,7 +161,7 @@ class StackedEngine:
 
 
 def fastest_engine(
-    model: nn.Module, shards: Shards, width: int, loss: Loss = cross_entropy, precision: Precision = "fp32"
+    model: nn.Module, shards: ClientShards, width: int, loss: Loss = cross_entropy, precision: Precision = "fp32"
 ) -> Engine:
     """Time two local steps a client in a loop, then in stacks of 8, 32 and all ``width`` clients; take the fastest.
 
@@ -168,7 +172,7 @@ def fastest_engine(
     looping = LoopEngine(model, shards, loss, precision)
     if looping.layout.num_buffers or width < 2:
         return looping
-    trial = Shards(
+    trial = ClientShards(
         shards.inputs,
         shards.labels,
         tuple(rows[: 2 * shards.batch_size] for rows in shards.members),
@@ -200,7 +204,7 @@ def as_logits(output: Tensor) -> Tensor:
     return getattr(output, "logits", output)
 
 
-def _bytes_of_a_step(loop: LoopEngine, shards: Shards) -> int:
+def _bytes_of_a_step(loop: LoopEngine, shards: ClientShards) -> int:
     """What autograd keeps for one batch of one client, and four copies of the parameters."""
     kept = 0
 
@@ -222,7 +226,7 @@ def _free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # others need memory, too
 
 
-def _seconds_of_a_client(engine: Engine, trial: Shards, num_clients: int) -> float:
+def _seconds_of_a_client(engine: Engine, trial: ClientShards, num_clients: int) -> float:
     """The faster of two passes of a stack over the trial's batches, divided by its clients."""
     start = engine.layout.vector(engine.model).expand(num_clients, -1).clone()
     shards, engine.shards = engine.shards, trial
@@ -241,12 +245,12 @@ def _time_step(w: Tensor, gradient: Callable[[Tensor], Tensor], local: Local) ->
     return w - local.learning_rate * gradient(w)
 
 
-def _parts(batches: Batches) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _parts(batches: ClientBatches) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return batches.index, batches.flip, batches.offset
 
 
-def _stack(batches: list[Batches]) -> Batches:
-    """Batches of several clients, ``[k, steps, B]``; shorter ones are filled up with index −1."""
+def _stack(batches: list[ClientBatches]) -> ClientBatches:
+    """ClientBatches of several clients, ``[k, steps, B]``; shorter ones are filled up with index −1."""
     steps = max(len(one.index) for one in batches)
 
     def joined(parts: list[Tensor], fill: int) -> Tensor:
@@ -254,8 +258,8 @@ def _stack(batches: list[Batches]) -> Batches:
         return torch.stack([F.pad(part, (*tail, 0, steps - len(part)), value=fill) for part in parts])
 
     if batches[0].flip is None:
-        return Batches(joined([one.index for one in batches], -1))
-    return Batches(
+        return ClientBatches(joined([one.index for one in batches], -1))
+    return ClientBatches(
         joined([one.index for one in batches], -1),
         joined([one.flip for one in batches], 0),
         joined([one.offset for one in batches], 0),

@@ -22,10 +22,6 @@ REMEDY = "lower learning_rate, or the extrapolation if there is one"
 WORDS = {"local": "model", "mixed": "mixed model", "server": "model", "control": "control variate"}
 
 
-class DivergenceError(RuntimeError):
-    """The models of the clients fell apart."""
-
-
 class Evaluator:
     """Top-1 accuracy and mean cross-entropy of parameter vectors on one test set."""
 
@@ -56,6 +52,17 @@ def accuracy_and_loss(model: nn.Module, inputs: Tensor, labels: Tensor, batch_si
         correct += (logits.argmax(1) == y).sum().item()
         loss += F.cross_entropy(logits, y, reduction="sum").item()
     return correct / len(labels), loss / len(labels)
+
+
+class MeanOverHeads(nn.Module):
+    """A model with ``tasks`` and ``logits(images, task)``, all tasks being the same one; linear heads are so averaged."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([self.model.logits(images, task) for task in self.model.tasks]).mean(0)
 
 
 def consensus_distance(local: Tensor) -> float:
@@ -98,6 +105,27 @@ def rounds_to_target(accuracies: Sequence[float], target: float) -> int | None:
     return next((index for index, accuracy in enumerate(accuracies, start=1) if accuracy >= target), None)
 
 
+def summary(history: Sequence[Record], target: float, last: int) -> Record:
+    """One row of a comparison of trainings: how fast, how good, how much work.
+
+    Args:
+        target: test accuracy in (0, 1]; a training that never reaches it counts as one round more than it had.
+        last: rounds at the end whose accuracy is averaged.
+    """
+    accuracy = [record["accuracy"] for record in history]
+    reached = rounds_to_target(accuracy, target)
+    return {
+        f"rounds to {target:.0%}": len(history) + 1 if reached is None else reached,
+        "reached": float(reached is not None),
+        f"last-{last} accuracy": sum(accuracy[-last:]) / len(accuracy[-last:]),
+        "best accuracy": max(accuracy),
+        "worst client": history[-1].get("worst_client_accuracy"),
+        "consensus distance": history[-1].get("consensus_distance"),
+        "gradient steps": sum(record["gradient_steps"] for record in history),
+        "MB sent": sum(record["bytes"] for record in history) / 1e6,
+    }
+
+
 def diverging(distances: Sequence[float]) -> bool:
     """Whether the consensus distance grew at least tenfold in each of the last 3 rounds."""
     last = distances[-4:]
@@ -108,14 +136,14 @@ def check_finite(state: Mapping[str, Tensor], clients: Sequence[int], round_inde
     """Refuse NaN and infinity in any table of the state, ``[k, D]``, a row a client, or one of the server.
 
     Raises:
-        DivergenceError: it names the first client, else the server.
+        FloatingPointError: it names the first client, else the server.
     """
     for name in sorted(state, key=lambda name: name.startswith("server")):  # whose values come from the clients'
         bad = (~torch.isfinite(state[name]).all(1)).nonzero().flatten().tolist()
         if bad:
             whose = "the server" if name.startswith("server") else f"client {clients[bad[0]]}"
             what = WORDS.get(name.removeprefix("server_"), name)
-            raise DivergenceError(f"the {what} of {whose} is not finite after round {round_index + 1}; {REMEDY}")
+            raise FloatingPointError(f"the {what} of {whose} is not finite after round {round_index + 1}; {REMEDY}")
 
 
 def check_history(history: Sequence[Record], start_norm: float) -> None:
@@ -125,12 +153,12 @@ def check_history(history: Sequence[Record], start_norm: float) -> None:
         start_norm: ‖w‖₂ of the parameters that all clients started from.
 
     Raises:
-        DivergenceError: with the figure, the round and what to do.
+        FloatingPointError: with the figure, the round and what to do.
     """
     last = history[-1]
     overflown = next((k for k, value in last.items() if isinstance(value, float) and not math.isfinite(value)), None)
     if overflown:
-        raise DivergenceError(f"{overflown} is {last[overflown]} after round {last['round']}; {REMEDY}")
+        raise FloatingPointError(f"{overflown} is {last[overflown]} after round {last['round']}; {REMEDY}")
     check_dispersion(history)
     check_growth(history, start_norm)
 
@@ -138,7 +166,7 @@ def check_history(history: Sequence[Record], start_norm: float) -> None:
 def check_dispersion(history: Sequence[Record]) -> None:
     """Stop models that fall apart tenfold a round."""
     if diverging([record.get("consensus_distance", 0.0) for record in history]):
-        raise DivergenceError(
+        raise FloatingPointError(
             f"the consensus distance grew tenfold in each of the last 3 rounds, to {history[-1]['consensus_distance']:.3g} "
             f"in round {history[-1]['round']}; lower learning_rate, or take weights: lazy"
         )
@@ -155,7 +183,7 @@ def check_growth(history: Sequence[Record], start_norm: float) -> None:
     distance, first = (math.sqrt(record["drift_from_init"]) for record in (last, history[0]))
     steady = start_norm + last["round"] * first
     if distance > 100 * steady > 0 or distance > 1e4 * max(start_norm, 1.0):
-        raise DivergenceError(
+        raise FloatingPointError(
             f"the models are {distance:.3g} away from their start, of norm {start_norm:.3g}, after round {last['round']}, "
             f"where round 1 moved them by {first:.3g}: they diverge; {REMEDY}"
         )

@@ -71,7 +71,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[int, int], Body], int]] = {
 }
 
 
-class Classifier(nn.Module):
+class ImageClassifier(nn.Module):
     """Images in [0, 1], ``[b, channels, size, size]`` → logits ``[b, num_classes]``.
 
     Args:

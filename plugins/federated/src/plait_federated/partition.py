@@ -10,12 +10,47 @@ highest label plus one. Every client gets at least one sample. Else all of them 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
-Shards = list[np.ndarray]
+ClientRows = list[np.ndarray]
+Scheme = Literal["iid", "stratified", "dirichlet", "pathological", "path"]
+Sampling = Literal["sampled", "disjoint"]
 
 
-def iid(labels: np.ndarray, num_clients: int, seed: int, *, drop_remainder: bool = False) -> Shards:
+def divide(
+    labels: np.ndarray,
+    num_clients: int,
+    seed: int,
+    *,
+    scheme: Scheme,
+    coefficient: float = 0.3,
+    sampling: Sampling = "sampled",
+    drop_remainder: bool = False,
+    as_released: bool = False,
+) -> ClientRows:
+    """The shards of any of the schemes below.
+
+    Args:
+        coefficient: alpha of ``dirichlet``; number of classes a client of ``pathological`` (also called ``path``).
+        sampling: whether ``dirichlet`` and ``pathological`` are sampled or disjoint.
+    """
+    sampled = {"drop_remainder": drop_remainder, "as_released": as_released}
+    if scheme == "iid":
+        return iid(labels, num_clients, seed, drop_remainder=drop_remainder)
+    if scheme == "stratified":
+        return stratified(labels, num_clients, seed)
+    if scheme == "dirichlet":
+        if sampling == "sampled":
+            return sampled_dirichlet(labels, num_clients, coefficient, seed, **sampled)
+        return disjoint_dirichlet(labels, num_clients, coefficient, seed)
+    if sampling == "sampled":
+        return sampled_pathological(labels, num_clients, int(coefficient), seed, **sampled)
+    return disjoint_pathological(labels, num_clients, int(coefficient), seed)
+
+
+def iid(labels: np.ndarray, num_clients: int, seed: int, *, drop_remainder: bool = False) -> ClientRows:
     """Contiguous slices of one permutation; client 0 gets the remainder."""
     _check_labels(labels)
     order = np.random.RandomState(seed).permutation(len(labels))
@@ -23,7 +58,7 @@ def iid(labels: np.ndarray, num_clients: int, seed: int, *, drop_remainder: bool
     return np.split(order[: ends[-1]], ends[:-1])
 
 
-def stratified(labels: np.ndarray, num_clients: int, seed: int) -> Shards:
+def stratified(labels: np.ndarray, num_clients: int, seed: int) -> ClientRows:
     """IID with the same number of samples (±1) of each class for every client."""
     _check_labels(labels)
     _check_num_clients(num_clients, len(labels))
@@ -39,22 +74,22 @@ def sampled_dirichlet(
     seed: int,
     *,
     drop_remainder: bool = False,
-    exact_rng: bool = False,
-) -> Shards:
+    as_released: bool = False,
+) -> ClientRows:
     """Each client draws its samples' classes from its own prior ~ Dirichlet(alpha, …, alpha).
 
     With alpha → 0 a client's samples are all of one class, each class equally likely; with alpha → ∞ all classes
     are equally likely for every sample.
 
     Args:
-        exact_rng: keep the rounding of the released program, which sends rare draws to class 0.
+        as_released: keep the rounding of the released program, which sends rare draws to class 0.
     """
     num_classes = _num_classes(labels)
     quotas = _quotas(len(labels), num_clients, drop_remainder)
     random = np.random.RandomState(seed)
     order = random.permutation(len(labels))
     cumulative = np.cumsum(symmetric_dirichlet(alpha, num_classes, num_clients, random), axis=1)
-    if not exact_rng:
+    if not as_released:
         cumulative[:, -1] = 1.0
     return _draw(order, labels, cumulative, quotas, random)
 
@@ -66,8 +101,8 @@ def sampled_pathological(
     seed: int,
     *,
     drop_remainder: bool = False,
-    exact_rng: bool = False,
-) -> Shards:
+    as_released: bool = False,
+) -> ClientRows:
     """Each client draws its samples from ``classes_per_client`` classes, equally likely."""
     num_classes = _num_classes(labels)
     _check_classes_per_client(classes_per_client, num_classes)
@@ -79,12 +114,12 @@ def sampled_pathological(
     for row in chosen:
         random.shuffle(row)
     cumulative = np.cumsum(chosen / classes_per_client, axis=1) * chosen
-    if not exact_rng:
+    if not as_released:
         cumulative[np.arange(num_clients), cumulative.argmax(axis=1)] = 1.0
     return _draw(order, labels, cumulative, quotas, random)
 
 
-def disjoint_dirichlet(labels: np.ndarray, num_clients: int, alpha: float, seed: int) -> Shards:
+def disjoint_dirichlet(labels: np.ndarray, num_clients: int, alpha: float, seed: int) -> ClientRows:
     """Each class is cut among the clients in proportions ~ Dirichlet(alpha, …, alpha); sizes differ.
 
     With alpha → 0 each class goes to one client.
@@ -109,7 +144,7 @@ def disjoint_dirichlet(labels: np.ndarray, num_clients: int, alpha: float, seed:
     )
 
 
-def disjoint_pathological(labels: np.ndarray, num_clients: int, classes_per_client: int, seed: int) -> Shards:
+def disjoint_pathological(labels: np.ndarray, num_clients: int, classes_per_client: int, seed: int) -> ClientRows:
     """Each client owns ``classes_per_client`` classes; the owners of a class share its samples equally.
 
     Raises:
@@ -141,7 +176,7 @@ def disjoint_pathological(labels: np.ndarray, num_clients: int, classes_per_clie
     return [random.permutation(np.concatenate(parts)) for parts in shards]
 
 
-def label_histogram(labels: np.ndarray, shards: Shards) -> np.ndarray:
+def label_histogram(labels: np.ndarray, shards: ClientRows) -> np.ndarray:
     """How often each of the classes that occur does so in each shard, ``[clients, classes]``."""
     classes, positions = np.unique(labels, return_inverse=True)
     return np.stack([np.bincount(positions[shard], minlength=len(classes)) for shard in shards])
@@ -168,7 +203,7 @@ def symmetric_dirichlet(alpha: float, num_parts: int, size: int, random: np.rand
 
 def _draw(
     order: np.ndarray, labels: np.ndarray, cumulative: np.ndarray, quotas: list[int], random: np.random.RandomState
-) -> Shards:
+) -> ClientRows:
     """Fill the shards from their ends: a random client, then a class by its cumulative prior, then its last sample."""
     members = [order[labels[order] == label] for label in range(cumulative.shape[1])]
     left = [len(samples) for samples in members]

@@ -29,24 +29,20 @@ from plait_federated.checkpoint import save_part
 from plait_federated.engines import LoopEngine
 from plait_federated.evaluation import Evaluator, Record, check_finite, check_history, client_accuracy
 from plait_federated.layout import Layout
-from plait_federated.rounds import Columns, Gossip, State
-from plait_federated.settings import Settings
-from plait_federated.shards import Shards
+from plait_federated.rounds import Gossip, ModelColumns, RoundState
+from plait_federated.settings import FederatedSettings
+from plait_federated.shards import ClientShards
 from plait_federated.topology import Graph, levels
 
 
-class PeerError(RuntimeError):
-    """A process died or did not answer."""
-
-
 @dataclass
-class Job:
+class PeerJob:
     """What every rank is told; the shards' tensors are shared, not copied."""
 
     model: nn.Module
-    shards: Shards
+    shards: ClientShards
     method: Gossip
-    settings: Settings
+    settings: FederatedSettings
     graph: Graph
     test: tuple[Tensor, Tensor] | None
     folder: Path
@@ -59,11 +55,11 @@ class Job:
     timeout: float
 
 
-def run(job: Job, state: State, on_round: Callable[[Record], None]) -> None:
+def run(job: PeerJob, state: RoundState, on_round: Callable[[Record], None]) -> None:
     """Carry out the remaining rounds in ``job.ranks`` processes; results are the checkpoints in ``job.folder``.
 
     Raises:
-        PeerError: a process died; the message names its clients and the last round that is whole.
+        RuntimeError: a process died; the message names its clients and the last round that is whole.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     blocks = np.array_split(np.arange(job.shards.num_clients), job.ranks)
@@ -91,7 +87,9 @@ def run(job: Job, state: State, on_round: Callable[[Record], None]) -> None:
         rendezvous.unlink(missing_ok=True)
 
 
-def _watch(job: Job, blocks: list[np.ndarray], processes: list, receiver, on_round: Callable[[Record], None]) -> None:
+def _watch(
+    job: PeerJob, blocks: list[np.ndarray], processes: list, receiver, on_round: Callable[[Record], None]
+) -> None:
     """Pass records on until all ranks have ended well; on the first that has not, say which."""
     last, listening = job.rounds_done, True
     while any(process.exitcode is None for process in processes) or listening:
@@ -109,16 +107,16 @@ def _watch(job: Job, blocks: list[np.ndarray], processes: list, receiver, on_rou
             time.sleep(0.5)  # so that a killed rank is seen beside those that noticed it missing
             failed = [rank for rank, process in enumerate(processes) if process.exitcode]
             rank = min(failed, key=lambda rank: _time_of_error(job, rank))
-            raise PeerError(_explain(job, blocks[rank], rank, processes[rank].exitcode, last))
+            raise RuntimeError(_explain(job, blocks[rank], rank, processes[rank].exitcode, last))
 
 
-def _time_of_error(job: Job, rank: int) -> int:
+def _time_of_error(job: PeerJob, rank: int) -> int:
     """When the rank wrote why it stops; 0 for one that could not: it is the cause, the others lost it."""
     note = _error_file(job, rank)
     return note.stat().st_mtime_ns if note.exists() else 0
 
 
-def _explain(job: Job, block: np.ndarray, rank: int, code: int, last: int) -> str:
+def _explain(job: PeerJob, block: np.ndarray, rank: int, code: int, last: int) -> str:
     clients = ", ".join(map(str, block[:5])) + (" …" if len(block) > 5 else "")
     note = _error_file(job, rank)
     if note.exists():
@@ -127,14 +125,14 @@ def _explain(job: Job, block: np.ndarray, rank: int, code: int, last: int) -> st
         what = f"died of {signal.Signals(-code).name}"
     else:
         what = f'ended with code {code} (a script needs `if __name__ == "__main__":` to start processes)'
-    return f"peer process {rank} (clients {clients}) {what}, after round {last}; run again to go on from the last complete round"
+    return f"peer process {rank} (clients {clients}) {what}, after round {last}; run again to resume from the last complete round"
 
 
-def _error_file(job: Job, rank: int) -> Path:
+def _error_file(job: PeerJob, rank: int) -> Path:
     return job.folder / f"error-{rank}.txt"
 
 
-def _rank(rank: int, job: Job, blocks: list[np.ndarray], own: State, rendezvous: str, sender) -> None:
+def _rank(rank: int, job: PeerJob, blocks: list[np.ndarray], own: RoundState, rendezvous: str, sender) -> None:
     torch.set_num_threads(1)
     device = torch.device(job.device)
     backend = "gloo"
@@ -163,7 +161,9 @@ def _rank(rank: int, job: Job, blocks: list[np.ndarray], own: State, rendezvous:
 class _Peer:
     """One rank: its clients' models, and what it exchanges."""
 
-    def __init__(self, rank: int, job: Job, blocks: list[np.ndarray], own: State, device: torch.device, sender) -> None:
+    def __init__(
+        self, rank: int, job: PeerJob, blocks: list[np.ndarray], own: RoundState, device: torch.device, sender
+    ) -> None:
         self.rank, self.job, self.blocks, self.sender, self.device = rank, job, blocks, sender, device
         self.clients = blocks[rank]
         self.state = {name: table.to(device) for name, table in own.items()}
@@ -174,7 +174,7 @@ class _Peer:
         self.engine = LoopEngine(model, shards, precision=job.precision)
         test = None if job.test is None else [part.to(device) for part in job.test]
         self.evaluator = None if test is None else Evaluator(model, *test)
-        self.columns = Columns(self.layout.num_parameters, job.settings.keep_buffers)
+        self.columns = ModelColumns(self.layout.num_parameters, job.settings.keep_buffers)
         self.exchange = Exchange(rank, blocks)
         self.history = list(job.history)
 
@@ -313,4 +313,4 @@ class Exchange:
                 request.wait()
             except RuntimeError as error:
                 named = f"peer process {others[position]} (clients {', '.join(map(str, self.blocks[others[position]][:5]))})"
-                raise PeerError(f"{named if len(requests) == len(others) else 'a peer'} did not answer") from error
+                raise RuntimeError(f"{named if len(requests) == len(others) else 'a peer'} did not answer") from error

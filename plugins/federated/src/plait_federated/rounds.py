@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plait_federated.steps import Step, corrected_step, momentum_step, prox_step, sam_step, sgd_step
+from plait_federated.steps import LocalStep, corrected_step, momentum_step, prox_step, sam_step, sgd_step
 from plait_federated.topology import levels
 
-State = dict[str, Tensor]
+RoundState = dict[str, Tensor]
 Train = Callable[..., Tensor]
 Start = Callable[[Tensor, Tensor, Tensor], Tensor]
 ServerWeights = Literal["uniform", "size"]
@@ -36,12 +36,12 @@ class Gossip:
         keeps_mixed: whether ``start`` needs the last round's mixed model, which is then kept in the state.
     """
 
-    step: Step
+    step: LocalStep
     start: Start
     gossip_steps: int = 1
     keeps_mixed: bool = False
 
-    def initial_state(self, vector: Tensor, num_clients: int) -> State:
+    def initial_state(self, vector: Tensor, num_clients: int) -> RoundState:
         table = vector.expand(num_clients, -1).clone()
         return {"local": table, "mixed": table.clone()} if self.keeps_mixed else {"local": table}
 
@@ -52,7 +52,7 @@ def mixed_start(mixed: Tensor, own_previous: Tensor, previous_mixed: Tensor) -> 
 
 
 @dataclass(frozen=True)
-class Columns:
+class ModelColumns:
     """Which columns of a table are parameters; buffers follow them, and are mixed or stay with their client.
 
     ``num_parameters`` is P; ``keep_buffers`` leaves every client its own buffers.
@@ -70,7 +70,9 @@ class Columns:
         return torch.cat([method.start(mixed[:, :p], own[:, :p], previous[:, :p]), buffers[:, p:]], dim=1)
 
 
-def synchronous_round(method: Gossip, state: State, mixing: Tensor, columns: Columns, train: Train) -> State:
+def synchronous_round(
+    method: Gossip, state: RoundState, mixing: Tensor, columns: ModelColumns, train: Train
+) -> RoundState:
     """All clients read the models as they were at the start of the round.
 
     Args:
@@ -83,7 +85,9 @@ def synchronous_round(method: Gossip, state: State, mixing: Tensor, columns: Col
     return after | {"mixed": mixed} if method.keeps_mixed else after
 
 
-def sequential_round(method: Gossip, state: State, mixing: Tensor, columns: Columns, train: Train) -> State:
+def sequential_round(
+    method: Gossip, state: RoundState, mixing: Tensor, columns: ModelColumns, train: Train
+) -> RoundState:
     """Clients 0, 1, …, n−1 in turn, each reading neighbours that have already trained in this round.
 
     Clients of one level wait for no one else and train together; the result is that of one by one.
@@ -109,13 +113,13 @@ class Server:
         weights: of the clients in averages: ``uniform``, or by the ``size`` of their data, n_k/n in McMahan et al.
     """
 
-    step: Step
+    step: LocalStep
     active_ratio: float = 0.1
     server_learning_rate: float = 1.0
     controlled: bool = False
     weights: ServerWeights = "uniform"
 
-    def initial_state(self, vector: Tensor, num_clients: int) -> State:
+    def initial_state(self, vector: Tensor, num_clients: int) -> RoundState:
         state = {"server": vector[None].clone(), "local": vector.expand(num_clients, -1).clone()}
         if self.controlled:
             state |= {"control": torch.zeros_like(state["local"]), "server_control": torch.zeros_like(state["server"])}
@@ -130,7 +134,9 @@ class Server:
                 return clients
 
 
-def fedavg_round(method: Server, state: State, clients: np.ndarray, train: Train, sizes: Tensor | None = None) -> State:
+def fedavg_round(
+    method: Server, state: RoundState, clients: np.ndarray, train: Train, sizes: Tensor | None = None
+) -> RoundState:
     """x ← x + η·Σ_active p_i (LT_i(x) − x), p_i equal or in proportion to the client's size, Σ_active p_i = 1.
 
     Args:
@@ -145,13 +151,13 @@ def fedavg_round(method: Server, state: State, clients: np.ndarray, train: Train
 
 def scaffold_round(
     method: Server,
-    state: State,
+    state: RoundState,
     clients: np.ndarray,
     train: Train,
     num_steps: Tensor,
     learning_rate: float,
     sizes: Tensor | None = None,
-) -> State:
+) -> RoundState:
     """FedAvg with gradients corrected by c − c_i (Karimireddy et al., ICML 2020, option II).
 
     Args:

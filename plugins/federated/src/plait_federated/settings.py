@@ -9,13 +9,15 @@ from torch import Tensor
 
 from plait_federated.steps import Local
 
+UpdateOrder = Literal["synchronous", "sequential"]
+
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class FederatedSettings:
     """Length, optimiser and order of a training.
 
     Attributes:
-        learning_rate: of round 0; constant inside a round, times ``lr_decay`` after each.
+        learning_rate: of round 0; constant inside a round, times ``learning_rate_decay`` after each.
         max_grad_norm: of the gradient of all parameters; ``None`` does not clip.
         update_order: ``synchronous`` (all clients read the models of the last round) or ``sequential`` (client
             after client, reading what earlier ones have already trained).
@@ -28,10 +30,10 @@ class Settings:
 
     rounds: int
     learning_rate: float = 0.1
-    lr_decay: float = 0.998
+    learning_rate_decay: float = 0.998
     weight_decay: float = 5e-4
     max_grad_norm: float | None = 10.0
-    update_order: Literal["synchronous", "sequential"] = "synchronous"
+    update_order: UpdateOrder = "synchronous"
     buffers: Literal["error", "average", "local"] = "error"
     eval_clients_every: int = 0
     checkpoint_every: int = 1
@@ -43,7 +45,7 @@ class Settings:
         return self.buffers == "local"
 
     def learning_rate_of(self, round_index: int) -> float:
-        return self.learning_rate * self.lr_decay**round_index
+        return self.learning_rate * self.learning_rate_decay**round_index
 
     def local(self, learning_rate: float, start: Tensor) -> Local:
         """What local training from ``start`` holds constant."""

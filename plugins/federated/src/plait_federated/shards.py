@@ -35,7 +35,7 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class Batches:
+class ClientBatches:
     """What one client trains on in one round; places without a sample hold index −1.
 
     Attributes:
@@ -49,7 +49,7 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class Shards:
+class ClientShards:
     """All clients' data: one tensor of inputs, one of labels, and rows of them for each client.
 
     Attributes:
@@ -76,17 +76,17 @@ class Shards:
             if len(rows) == 0:
                 raise ValueError(f"client {client} has no sample; give every client at least one")
 
-    def to(self, device: torch.device) -> Shards:
+    def to(self, device: torch.device) -> ClientShards:
         """The same shards with inputs and labels on a device."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "num_clients"}
-        return Shards(**fields | {"inputs": self.inputs.to(device), "labels": self.labels.to(device)})
+        return ClientShards(**fields | {"inputs": self.inputs.to(device), "labels": self.labels.to(device)})
 
     def num_steps(self, client: int) -> int:
-        """Batches of one client in one round."""
+        """ClientBatches of one client in one round."""
         steps = self.local_epochs * -(-len(self.members[client]) // self.batch_size)
         return steps if self.local_steps is None else min(steps, self.local_steps)
 
-    def batches(self, client: int, round_index: int) -> Batches:
+    def batches(self, client: int, round_index: int) -> ClientBatches:
         """The batches of one client in one round; a function of (seed, round, client) alone."""
         rows = self.members[client]
         number = np.random.SeedSequence([self.seed, round_index, client]).generate_state(1)[0]
@@ -94,14 +94,14 @@ class Shards:
         orders = torch.stack([torch.randperm(len(rows), generator=generator) for _ in range(self.local_epochs)])
         index = self._cut(rows[orders], fill=-1)[: self.local_steps]
         if self.augmentation is None:
-            return Batches(index)
+            return ClientBatches(index)
         padding = self.augmentation.padding
         flip = torch.rand(orders.shape, generator=generator) < 0.5
         crop = torch.rand(orders.shape, generator=generator) < 0.5
         offset = torch.randint(2 * padding + 1, (*orders.shape, 2), generator=generator)
         offset = torch.where(crop[..., None], offset, padding)
         rows_columns = [self._cut(part, fill=0)[: self.local_steps] for part in offset.unbind(-1)]
-        return Batches(index, self._cut(flip, fill=0)[: self.local_steps], torch.stack(rows_columns, dim=-1))
+        return ClientBatches(index, self._cut(flip, fill=0)[: self.local_steps], torch.stack(rows_columns, dim=-1))
 
     def _cut(self, values: Tensor, fill: int) -> Tensor:
         """``[epochs, m]`` → ``[epochs · batches, B]``, the last batch of an epoch filled up."""

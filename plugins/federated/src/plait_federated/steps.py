@@ -33,7 +33,7 @@ class Local:
     velocity: Tensor | None = None
 
 
-Step = Callable[[Tensor, Gradient, Local], Tensor]
+LocalStep = Callable[[Tensor, Gradient, Local], Tensor]
 
 
 def clip(g: Tensor, max_norm: float | None) -> Tensor:

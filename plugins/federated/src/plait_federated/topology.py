@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import networkx
@@ -15,7 +16,8 @@ import numpy as np
 
 FIXED = ("ring", "grid9", "torus", "mesh", "exp", "full", "ws", "custom")
 PER_ROUND = ("random", "er")
-Weights = Literal["uniform", "metropolis", "lazy"]
+Topology = Literal["random", "ring", "grid9", "torus", "mesh", "exp", "full", "er", "ws", "custom"]
+MixingWeights = Literal["uniform", "metropolis", "lazy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class Graph:
 
     name: str
     num_clients: int
-    weights: Weights = "uniform"
+    weights: MixingWeights = "uniform"
     seed: int = 0
     active_ratio: float = 0.1
     rows: int | None = None
@@ -106,6 +108,30 @@ class Graph:
             return uniform_weights(adjacency)
         metropolis = metropolis_weights(adjacency)
         return lazy_weights(metropolis) if self.weights == "lazy" else metropolis
+
+
+def read_graph(file: Path, num_clients: int) -> tuple[tuple[tuple[int, int], ...] | None, np.ndarray | None]:
+    """Edges, or else the mixing matrix ``[n, n]``, from a .csv or .npy file: two columns are edges.
+
+    Raises:
+        ValueError: the file cannot be read, or holds neither.
+    """
+    try:
+        table = (
+            np.load(file, allow_pickle=False)
+            if file.suffix == ".npy"
+            else np.loadtxt(file, delimiter=",", ndmin=2, encoding="utf-8-sig")
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"graph_file {str(file)!r} cannot be read: {error}") from error
+    if table.shape == (num_clients, num_clients):
+        return None, table.astype(float)
+    if table.ndim == 2 and table.shape[1] == 2 and (table == table.astype(int)).all():
+        return tuple((int(first), int(second)) for first, second in table), None
+    raise ValueError(
+        f"graph_file {str(file)!r} holds an array {table.shape}; "
+        f"expected ({num_clients}, {num_clients}), or two columns of edges"
+    )
 
 
 def describe_graph(graph: Graph) -> str:

@@ -21,27 +21,27 @@ from plait_federated.engines import Engine, LoopEngine, Precision, StackedEngine
 from plait_federated.evaluation import Evaluator, Record, check_finite, check_history, drift, of_clients, of_reported
 from plait_federated.layout import Layout
 from plait_federated.rounds import (
-    Columns,
     Gossip,
+    ModelColumns,
+    RoundState,
     Server,
-    State,
     fedavg_round,
     scaffold_round,
     sequential_round,
     synchronous_round,
 )
-from plait_federated.settings import Settings
-from plait_federated.shards import Shards, as_float
+from plait_federated.settings import FederatedSettings
+from plait_federated.shards import ClientShards, as_float
 from plait_federated.topology import Graph, levels
 
 EngineName = Literal["auto", "loop", "stacked", "peers"]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """What a training leaves: the state's tables, the reported vector ``[D]``, one record a round."""
 
-    state: State
+    state: RoundState
     reported: Tensor
     history: list[Record]
     engine: str
@@ -50,17 +50,17 @@ class Outcome:
 def follow(
     method: Gossip | Server,
     model: nn.Module,
-    shards: Shards,
-    settings: Settings,
+    shards: ClientShards,
+    settings: FederatedSettings,
     *,
     on_round: Callable[[Record], None] = lambda record: None,
     **options: Any,
-) -> Outcome:
-    """Train a model by one rule; ``options`` are those of :class:`Training`, ``on_round`` is told every round's record."""
-    return Training(model, shards, method, settings, **options).run(on_round)
+) -> TrainingOutcome:
+    """Train a model by one rule; ``options`` are those of :class:`FederatedTraining`, ``on_round`` is told every round's record."""
+    return FederatedTraining(model, shards, method, settings, **options).run(on_round)
 
 
-class Training:
+class FederatedTraining:
     """Federated training of one model by one method.
 
     Args:
@@ -70,7 +70,7 @@ class Training:
         test: inputs and labels of the global test set, or ``None``.
         engine: ``loop``, ``stacked``, ``peers`` (one process a rank, local), or ``auto``: the faster of loop and
             stacked on two trial steps.
-        folder: checkpoints; a training found there goes on after its last complete round.
+        folder: checkpoints; a training found there resumes after its last complete round.
         chunk_size: clients in one stack; ``None`` takes all.
         ranks: processes of the peers engine.
 
@@ -81,9 +81,9 @@ class Training:
     def __init__(
         self,
         model: nn.Module,
-        shards: Shards,
+        shards: ClientShards,
         method: Gossip | Server,
-        settings: Settings,
+        settings: FederatedSettings,
         *,
         graph: Graph | None = None,
         test: tuple[Tensor, Tensor] | None = None,
@@ -113,12 +113,12 @@ class Training:
         initial = hashlib.sha256(self.layout.vector(self.model).cpu().numpy().tobytes()).hexdigest()
         self.identity = hashlib.sha256(repr((identity, initial)).encode()).hexdigest()
 
-    def run(self, on_round: Callable[[Record], None] = lambda record: None) -> Outcome:
+    def run(self, on_round: Callable[[Record], None] = lambda record: None) -> TrainingOutcome:
         """Train until ``settings.rounds`` rounds are done, counting those found in the folder.
 
         Raises:
-            PeerError: a process of the peers engine died; run again to go on.
-            DivergenceError: the models fell apart; the last checkpoint stays.
+            RuntimeError: a process of the peers engine died; run again to resume.
+            FloatingPointError: the models diverge; the last checkpoint stays.
         """
         found = load_latest(self.folder, self.identity)
         initial = self.layout.vector(self.model)
@@ -137,7 +137,7 @@ class Training:
         else:
             name = self.engine
         reported = state["server"][0] if "server" in state else state["local"].mean(0)
-        return Outcome({key: table.cpu() for key, table in state.items()}, reported.cpu(), history, name)
+        return TrainingOutcome({key: table.cpu() for key, table in state.items()}, reported.cpu(), history, name)
 
     def model_from(self, vector: Tensor) -> nn.Module:
         """A copy of the model with the values of a vector ``[D]``."""
@@ -145,7 +145,9 @@ class Training:
         self.layout.load(model, vector)
         return model
 
-    def _run_here(self, done: int, state: State, history: list[Record], initial: Tensor, on_round) -> tuple[str, State]:
+    def _run_here(
+        self, done: int, state: RoundState, history: list[Record], initial: Tensor, on_round
+    ) -> tuple[str, RoundState]:
         shards = self.shards.to(self.device)
         model = copy.deepcopy(self.model).to(self.device)
         test = None if self.test is None else [part.to(self.device) for part in self.test]
@@ -174,7 +176,7 @@ class Training:
             on_round(record)
         return engine.name, state
 
-    def _round(self, engine: Engine, state: State, index: int) -> tuple[State, Record]:
+    def _round(self, engine: Engine, state: RoundState, index: int) -> tuple[RoundState, Record]:
         settings, method = self.settings, self.method
         learning_rate = settings.learning_rate_of(index)
         prepare = partial(settings.local, learning_rate)
@@ -199,14 +201,14 @@ class Training:
         mixing = self.graph.mixing(index)
         edges = int(np.count_nonzero(mixing - np.diag(np.diag(mixing))))
         power = np.linalg.matrix_power(mixing, method.gossip_steps)
-        columns = Columns(self.layout.num_parameters, settings.keep_buffers)
+        columns = ModelColumns(self.layout.num_parameters, settings.keep_buffers)
         play = sequential_round if settings.update_order == "sequential" else synchronous_round
         state = play(method, state, torch.tensor(power, dtype=torch.float32, device=self.device), columns, train)
         steps = [self.shards.num_steps(client) for client in range(self.shards.num_clients)]
         facts = self.graph.facts | {"edges": edges}
         return state, facts | {"gradient_steps": sum(steps), "bytes": edges * method.gossip_steps * size}
 
-    def _make_engine(self, model: nn.Module, shards: Shards) -> Engine:
+    def _make_engine(self, model: nn.Module, shards: ClientShards) -> Engine:
         if self.engine == "loop":
             return LoopEngine(model, shards, precision=self.precision)
         if self.engine == "stacked":
@@ -219,8 +221,10 @@ class Training:
             width = max(1, width // len(levels(mixing)))
         return fastest_engine(model, shards, width, precision=self.precision)
 
-    def _run_peers(self, done: int, state: State, history: list[Record], on_round: Callable[[Record], None]) -> None:
-        job = peers.Job(
+    def _run_peers(
+        self, done: int, state: RoundState, history: list[Record], on_round: Callable[[Record], None]
+    ) -> None:
+        job = peers.PeerJob(
             model=self.model,
             shards=self.shards,
             method=self.method,

@@ -178,7 +178,7 @@ class AESAM(PerturbingOptimizer):
     c = (t/T) lambda_1 + (1 - t/T) lambda_2.
 
     Args:
-        num_updates: T, how many updates the training has, >= 1.
+        num_steps: T, how many updates the training has, >= 1.
         delta: of the running means, in [0, 1).
         lambda_1, lambda_2: threshold at the end and at the start, in standard deviations.
     """
@@ -188,7 +188,7 @@ class AESAM(PerturbingOptimizer):
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
         *,
-        num_updates: int,
+        num_steps: int,
         rho: float = 0.05,
         delta: float = 0.9,
         lambda_1: float = -1.0,
@@ -196,12 +196,12 @@ class AESAM(PerturbingOptimizer):
         eps: float = 1e-12,
         **base_options: Any,
     ) -> None:
-        num_updates = whole_number("num_updates", num_updates)
+        num_steps = whole_number("num_steps", num_steps)
         require(finite(delta) and 0 <= delta < 1, "delta", delta, "[0, 1)")
         require(finite(lambda_1), "lambda_1", lambda_1, "a finite number")
         require(finite(lambda_2), "lambda_2", lambda_2, "a finite number")
         super().__init__(params, base_optimizer, rho=rho, eps=eps, **base_options)
-        self.num_updates, self.delta, self.lambda_1, self.lambda_2 = num_updates, delta, lambda_1, lambda_2
+        self.num_steps, self.delta, self.lambda_1, self.lambda_2 = num_steps, delta, lambda_1, lambda_2
         self.mean = self.variance = 0.0
 
     def step(self, gnn_loss: Loss, mlp_loss: Loss | None = None) -> dict[str, Any]:  # type: ignore[override]
@@ -212,7 +212,7 @@ class AESAM(PerturbingOptimizer):
         n = float(norm) ** 2
         mean = self.delta * self.mean + (1 - self.delta) * n
         variance = self.delta * self.variance + (1 - self.delta) * (n - mean) ** 2
-        done = min(self.t / self.num_updates, 1.0)
+        done = min(self.t / self.num_steps, 1.0)
         threshold = mean + (done * self.lambda_1 + (1 - done) * self.lambda_2) * math.sqrt(variance)
         exact = n >= threshold
         if exact:

@@ -59,7 +59,7 @@ def fgsam(
         peers: see :func:`plait_fgsam.peer.peer_mlp`.
 
     Yields:
-        What the optimizer's ``step`` tells of each update.
+        What the optimizer's ``step`` reports of each update.
     """
     for task in tasks:
         yield optimizer.step(
@@ -74,8 +74,8 @@ class FGSAM(PerturbingOptimizer):
     Args:
         lam: weight of the MLP gradient (convex, in [0, 1], default 0.5) or of the GNN gradient
             (additive, >= 0, default 1).
-        variant: ``code`` combines as ``convex``, ``paper`` (Algorithm 1) as ``additive``.
-        combine: overrides what the variant says: (1 - lam) g_gnn + lam g_s, or lam g_gnn + g_s.
+        as_released: combine as the authors' released code does, ``convex``; else as Algorithm 1 does, ``additive``.
+        combine: in place of what ``as_released`` says: (1 - lam) g_gnn + lam g_s, or lam g_gnn + g_s.
         reuse: the GNN gradient of line 4: ``cached`` is that of line 1, as in the paper. ``retained`` is what the
             authors' code gets instead, for comparisons with it: line 1's graph, differentiated again while the
             weights are w + e, which mixes w + e in upper layers with activations of w, at the price of a second
@@ -91,16 +91,16 @@ class FGSAM(PerturbingOptimizer):
         *,
         rho: float = 0.05,
         lam: float | None = None,
-        variant: Literal["code", "paper"] = "code",
+        as_released: bool = True,
         combine: Combine | None = None,
         reuse: Literal["cached", "retained"] = "cached",
         eps: float = 1e-12,
         **base_options: Any,
     ) -> None:
-        require(variant in ("code", "paper"), "variant", variant, "'code' or 'paper'")
+        require(isinstance(as_released, bool), "as_released", as_released, "True or False")
         require(reuse in ("cached", "retained"), "reuse", reuse, "'cached' or 'retained'")
         self.reuse = reuse
-        self.combine = {"code": "convex", "paper": "additive"}[variant] if combine is None else combine
+        self.combine = ("convex" if as_released else "additive") if combine is None else combine
         require(self.combine in ("convex", "additive"), "combine", combine, "'convex' or 'additive'")
         convex = self.combine == "convex"
         self.lam = (0.5 if convex else 1.0) if lam is None else lam
@@ -163,7 +163,8 @@ class FGSAMPlus(FGSAM):
     Args:
         interval: k, an exact update every so many (the first is exact), >= 1.
         alpha: weight of the flatness part in approximate updates, >= 0.
-        variant: ``code`` is convex, combined, no topology; ``paper`` (Algorithm 1) is additive, perturbed, topology.
+        as_released: as the authors' released code does: convex, combined, no topology; else as Algorithm 1 does:
+            additive, perturbed, topology.
         flatness_from: v from the ``combined`` gradient or from the ``perturbed`` MLP gradient.
         topology: whether approximate updates add lam (g_mlp + the stretched u); lam is the additive form's.
         projection: dot products and norms of v and u per ``tensor`` or ``global``, over all perturbed tensors.
@@ -178,7 +179,7 @@ class FGSAMPlus(FGSAM):
         lam: float | None = None,
         interval: int = 2,
         alpha: float = 0.7,
-        variant: Literal["code", "paper"] = "code",
+        as_released: bool = True,
         combine: Combine | None = None,
         flatness_from: Literal["combined", "perturbed"] | None = None,
         topology: bool | None = None,
@@ -189,15 +190,15 @@ class FGSAMPlus(FGSAM):
         interval = whole_number("interval", interval)
         require(finite(alpha) and alpha >= 0, "alpha", alpha, "a finite number >= 0")
         require(projection in ("tensor", "global"), "projection", projection, "'tensor' or 'global'")
-        require(variant in ("code", "paper"), "variant", variant, "'code' or 'paper'")
-        by_variant = {"code": "combined", "paper": "perturbed"}[variant]
-        self.flatness_from = by_variant if flatness_from is None else flatness_from
+        require(isinstance(as_released, bool), "as_released", as_released, "True or False")
+        usual = "combined" if as_released else "perturbed"
+        self.flatness_from = usual if flatness_from is None else flatness_from
         known = self.flatness_from in ("combined", "perturbed")
         require(known, "flatness_from", flatness_from, "'combined' or 'perturbed'")
-        self.topology = variant == "paper" if topology is None else topology
+        self.topology = not as_released if topology is None else topology
         self.interval, self.alpha, self.projection = interval, alpha, projection
         super().__init__(
-            params, base_optimizer, rho=rho, lam=lam, variant=variant, combine=combine, eps=eps, **base_options
+            params, base_optimizer, rho=rho, lam=lam, as_released=as_released, combine=combine, eps=eps, **base_options
         )
         if self.reuse != "cached":
             raise ValueError(

@@ -40,7 +40,7 @@ class PerturbingOptimizer(torch.optim.Optimizer):
 
     Raises:
         ValueError: for a value out of its range.
-        TypeError: for a single tensor as ``params``, and for a base optimizer that is no ``torch.optim`` class,
+        TypeError: for a single tensor as ``params``, and for a base optimizer that is not a ``torch.optim`` class,
             evaluates the loss itself (LBFGS), perturbs (another optimizer of this package), or has a ``rho``
             (Adadelta).
     """
@@ -144,7 +144,9 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         if not bool(torch.isfinite(watched).all()):  # the one synchronisation of an update
             values = dict(zip([*losses, "the gradient's norm"], watched.tolist(), strict=True))
             name, value = next((n, v) for n, v in values.items() if not math.isfinite(v))
-            raise FloatingPointError(f"update {self.t}: {name} is {value}; lower lr or rho, or look at the data")
+            raise FloatingPointError(
+                f"update {self.t}: {name} is {value}; lower the learning rate or rho, or look at the data"
+            )
         self.base.zero_grad(set_to_none=True)  # a tensor frozen since the last update must not move
         for p, g in zip(tensors, gradients, strict=True):
             p.grad = g

@@ -12,7 +12,7 @@ from plait_fgsam.perturbing import differentiate, global_norm
 
 
 @attrs.frozen
-class Sharpness:
+class SharpnessWalk:
     """Loss at distance ``radii`` [r] from the weights.
 
     Attributes:
@@ -25,9 +25,9 @@ class Sharpness:
     random: Tensor
 
 
-def sharpness(
+def walk(
     model: nn.Module, loss: Callable[[], Tensor], radii: Tensor, num_directions: int, generator: torch.Generator
-) -> Sharpness:
+) -> SharpnessWalk:
     """Walk from the weights of ``model`` along both kinds of directions; the weights are restored, bit for bit.
 
     Args:
@@ -39,8 +39,8 @@ def sharpness(
     norm = global_norm(gradients, weights[0]).clamp_min(1e-12)
     ascent = [torch.zeros_like(p) if g is None else g / norm for p, g in zip(weights, gradients, strict=True)]
     random = [_drawn_direction(weights, generator) for _ in range(num_directions)]
-    walked = torch.stack([_walk(weights, loss, direction, radii) for direction in (ascent, *random)])
-    return Sharpness(radii, walked[0], walked[1:])
+    walked = torch.stack([_losses_along(weights, loss, direction, radii) for direction in (ascent, *random)])
+    return SharpnessWalk(radii, walked[0], walked[1:])
 
 
 def _drawn_direction(weights: list[Tensor], generator: torch.Generator) -> list[Tensor]:
@@ -50,7 +50,7 @@ def _drawn_direction(weights: list[Tensor], generator: torch.Generator) -> list[
 
 
 @torch.no_grad()
-def _walk(weights: list[Tensor], loss: Callable[[], Tensor], direction: list[Tensor], radii: Tensor) -> Tensor:
+def _losses_along(weights: list[Tensor], loss: Callable[[], Tensor], direction: list[Tensor], radii: Tensor) -> Tensor:
     saved = [p.clone() for p in weights]
     found = []
     try:

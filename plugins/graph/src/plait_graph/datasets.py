@@ -76,7 +76,12 @@ def csbm_graph(
         degree: mean degree, before the few duplicate edges are removed.
         homophily: expected share of edges within a class, in [0, 1]; 1 / num_classes is no information.
         signal: length of the class means; 0 is no information.
+
+    Raises:
+        ValueError: a class would have fewer than two nodes.
     """
+    if num_nodes < 2 * num_classes:
+        raise ValueError(f"num_nodes is {num_nodes}; give at least 2 nodes for each of {num_classes} classes")
     y = np.arange(num_nodes) % num_classes
     means = generator.normal(0, signal / np.sqrt(num_features), (num_classes, num_features))
     x = means[y] + generator.normal(size=(num_nodes, num_features))
@@ -243,7 +248,7 @@ def _ogb_graph(name: str, root: Path) -> Data:
 def _link_raw_files(root: Path, names: tuple[str, ...], raw: Path) -> None:
     """Links, side by side in ``raw``, to all files below ``root/<one of names>``; else to those of ``root`` itself."""
     if not root.is_dir():
-        raise FileNotFoundError(f"root is {str(root)!r}, which is no folder; give the folder with the raw files")
+        raise FileNotFoundError(f"root is {str(root)!r}, which is not a folder; give the folder with the raw files")
     source = next((root / name for name in names if (root / name).is_dir()), None)
     if source is not None:
         files = [path for path in source.rglob("*") if path.is_file() and "processed" not in path.parts]
@@ -273,13 +278,21 @@ def read_graph(path: Path) -> Data:
         FileNotFoundError: there is no such file; ValueError: its kind or content is not one of these.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"path is {str(path)!r}, which is no file; give a .pt, .npz or <name>_network file")
+        raise FileNotFoundError(f"path is {str(path)!r}, which is not a file; give a .pt, .npz or <name>_network file")
     readers = {".pt": _saved_data, ".npz": _numpy_graph}
     reader = _mat_graph if path.name.endswith("_network") else readers.get(path.suffix)
     if reader is None:
         raise ValueError(f"path is {str(path)!r}; allowed is a .pt, .npz or <name>_network file")
     with _readable(path):
         return reader(path)
+
+
+def files_beside(path: Path) -> list[Path]:
+    """The files that :func:`read_graph` reads beside ``path``: the ``.mat`` files of an edge list, else none."""
+    if not path.name.endswith("_network"):
+        return []
+    stem = path.name.removesuffix("_network")
+    return [path.with_name(f"{stem}_{half}.mat") for half in ("train", "test")]
 
 
 class UnreadableError(ValueError):
@@ -342,8 +355,7 @@ def _whole(name: str, numbers: np.ndarray) -> np.ndarray:
 def _mat_graph(path: Path) -> Data:
     from scipy.io import loadmat
 
-    stem = path.name.removesuffix("_network")
-    parts = [path.with_name(f"{stem}_{half}.mat") for half in ("train", "test")]
+    parts = files_beside(path)
     for part in parts:
         if not part.is_file():
             raise FileNotFoundError(f"{part} is missing beside {path.name}")
@@ -380,7 +392,7 @@ def _assembled(attributes: scipy.sparse.csr_matrix, edges: np.ndarray, labels: n
     if labels.shape != attributes.shape[:1]:
         raise ValueError(f"it has {attributes.shape[0]} rows of attributes, but labels of shape {labels.shape}")
     if edges.ndim != 2 or len(edges) != 2:
-        raise ValueError(f"edge_index has shape {edges.shape}; [2, edges] is needed")
+        raise ValueError(f"edge_index has shape {edges.shape}; expected [2, edges]")
     attributes = attributes[:, np.flatnonzero(attributes.getnnz(axis=0))].astype(np.float32)
     attributes.sort_indices()
     edge_index, _ = remove_self_loops(torch.from_numpy(edges))
@@ -465,7 +477,7 @@ def undirected(data: Data) -> Data:
 def check_graph(data: Any) -> None:
     """Raise ``ValueError`` in one sentence for what no graph network can use."""
     if not isinstance(data, Data):
-        raise ValueError(f"data is a {type(data).__name__}; a torch_geometric.data.Data is needed")
+        raise ValueError(f"data is a {type(data).__name__}; expected a torch_geometric.data.Data")
     n = _checked_features(data)
     _check_edges(data, n)
     y = data.get("y")
@@ -487,7 +499,7 @@ def _checked_features(data: Data) -> int:
             x = features(data, check_invariants=True)
         except (RuntimeError, TypeError) as error:
             why = str(error).partition("\n")[0]
-            raise ValueError(f"{', '.join(CSR)} are no CSR matrix ({why}); give them anew, or x") from error
+            raise ValueError(f"{', '.join(CSR)} are not a CSR matrix ({why}); give them anew, or x") from error
     elif not _is_tensor(x) or x.layout != torch.strided:
         raise ValueError(f"x is {_kind(x)}; features must be a dense tensor of shape [nodes, features]")
     if x.dim() != 2 or not x.is_floating_point():

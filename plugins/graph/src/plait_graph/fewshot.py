@@ -203,7 +203,7 @@ class MetaGCN(EpisodeModel):
     """First-order MAML on GC + ReLU, dropout, GC, Linear: all six tensors are adapted to the support nodes.
 
     Args:
-        inner_steps, inner_lr: plain gradient steps on the support loss; their gradients are detached.
+        num_inner_steps, inner_learning_rate: plain gradient steps on the support loss; their gradients are detached.
     """
 
     def __init__(
@@ -213,18 +213,18 @@ class MetaGCN(EpisodeModel):
         n_way: int = 5,
         hidden_channels: int = 16,
         dropout: float = 0.5,
-        inner_steps: int = 10,
-        inner_lr: float = 0.1,
+        num_inner_steps: int = 10,
+        inner_learning_rate: float = 0.1,
     ) -> None:
         super().__init__(
             in_channels=in_channels,
             n_way=n_way,
             hidden_channels=hidden_channels,
             dropout=dropout,
-            inner_steps=inner_steps,
-            inner_lr=inner_lr,
+            num_inner_steps=num_inner_steps,
+            inner_learning_rate=inner_learning_rate,
         )
-        self.dropout, self.inner_steps, self.inner_lr = dropout, inner_steps, inner_lr
+        self.dropout, self.num_inner_steps, self.inner_learning_rate = dropout, num_inner_steps, inner_learning_rate
         shapes = [(in_channels, hidden_channels), (hidden_channels, hidden_channels), (hidden_channels, n_way)]
         self.weights = nn.ParameterList([nn.init.xavier_normal_(torch.empty(shape)) for shape in shapes])
         self.biases = nn.ParameterList([torch.zeros(width) for _, width in shapes])
@@ -238,13 +238,13 @@ class MetaGCN(EpisodeModel):
             )
         labels = torch.arange(n_way, device=graph.degree.device).repeat_interleave(episode.support.shape[1])
         adapted = [*self.weights, *self.biases]
-        for _ in range(self.inner_steps):
+        for _ in range(self.num_inner_steps):
             with torch.enable_grad():
                 current = [p.detach().requires_grad_() for p in adapted]
                 logits = self._logits(graph, current, self.dropout if self.training else 0.0)
                 loss = F.cross_entropy(logits[episode.support.flatten()], labels)
                 gradients = torch.autograd.grad(loss, current)
-            adapted = [p - self.inner_lr * g for p, g in zip(adapted, gradients, strict=True)]
+            adapted = [p - self.inner_learning_rate * g for p, g in zip(adapted, gradients, strict=True)]
         return self._logits(graph, adapted, 0.0)[episode.query]
 
     def _logits(self, graph: EpisodeGraph, parameters: list[Tensor], dropout: float) -> Tensor:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg
+from plait.fingerprints import fingerprint
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+
+Architecture = Literal["gcn", "sage", "gat", "gatv2", "gin", "graphconv", "transformer", "sgc"]
+ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
 
 class SavedModule(nn.Module):
@@ -23,6 +27,11 @@ class SavedModule(nn.Module):
         super().__init__()
         self.config = config
         self.history: list[dict[str, float]] = []
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all that decides what it computes: kind, constructor's arguments and weights."""
+        return fingerprint(type(self).__qualname__, self.config, self.state_dict())
 
     def save_pretrained(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -57,7 +66,7 @@ class GNN(SavedModule):
     def __init__(
         self,
         *,
-        architecture: str,
+        architecture: Architecture,
         in_channels: int,
         num_classes: int,
         hidden_channels: int = 32,
@@ -98,7 +107,10 @@ class GNN(SavedModule):
         return x
 
 
-ARCHITECTURES = ("gcn", "sage", "gat", "gatv2", "gin", "graphconv", "transformer", "sgc")
+def check_is_module(model: Any) -> None:
+    """Raise ``ValueError`` for what is not a model."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a torch.nn.Module on graphs as model, got a {type(model).__name__}")
 
 
 def seeded(seed: int, make: Any) -> nn.Module:

@@ -105,9 +105,7 @@ def node_logits(model: nn.Module, data: Data) -> Tensor:
     classes = int(data.y.max()) + 1
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(data.y) or logits.shape[1] < classes:
-        raise ValueError(
-            f"the model returned {shape}; logits [{len(data.y)}, {classes}] are needed, one column a class"
-        )
+        raise ValueError(f"the model returned {shape}; expected logits [{len(data.y)}, {classes}], one column a class")
     return logits
 
 
@@ -310,7 +308,9 @@ def episode_graph(data: Data, device: torch.device) -> EpisodeGraph:
 def episode_accuracies(model: Any, graph: EpisodeGraph, episodes: list[Episode]) -> list[float]:
     """Share of queries classified correctly in each episode."""
     if not isinstance(model, EpisodeModel):
-        raise ValueError(f"the model is a {type(model).__name__}, which answers no episodes; use gpn, meta-gcn or tent")
+        raise ValueError(
+            f"the model is a {type(model).__name__}, which does not answer episodes; use gpn, meta-gcn or tent"
+        )
     with _one_sentence(model, graph.x, _MADE_FOR_IT):
         logits = model.answers(graph, episodes)
     return [float((z.argmax(-1) == e.labels).float().mean()) for z, e in zip(logits, episodes, strict=True)]

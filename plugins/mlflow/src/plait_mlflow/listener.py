@@ -12,8 +12,6 @@ from typing import Any
 import attrs
 from plait import PlaitError, hookimpl
 
-__plait_api__ = "0.1"
-
 MAX_PARAMETER = 500
 
 

@@ -7,11 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import datasets
-from plait import PlaitError
-
-
-class ColumnsError(PlaitError, ValueError):
-    """A dataset lacks a column, or holds something else in it; the message names both and what to do."""
 
 
 def is_saved_dataset(folder: Path | str) -> bool:
@@ -24,14 +19,14 @@ def read_saved(folder: Path | str) -> dict[str, datasets.Dataset]:
     """What ``save_to_disk`` wrote: split → dataset; the split is ``""`` where one dataset was saved.
 
     Raises:
-        ColumnsError: it cannot be read.
+        ValueError: it cannot be read.
     """
     folder = Path(folder).expanduser()
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # of many kinds: a missing file, JSON, Arrow, a feature that this version lacks
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ColumnsError(f"{folder} cannot be read as a saved dataset: {reason}") from error
+        raise ValueError(f"{folder} cannot be read as a saved dataset: {reason}") from error
     return dict(found) if isinstance(found, dict) else {"": found}
 
 
@@ -46,30 +41,30 @@ def with_class_labels(
             sorted; else the numbers up to the highest.
 
     Raises:
-        ColumnsError: no such column; a row without label (missing, blank, negative) or with one that is no class; columns
+        ValueError: no such column; a row without label (missing, blank, negative) or with one that is not a class; columns
             of several kinds; two classes of one name.
     """
     for split, part in parts.items():
         if column not in part.column_names:
-            raise ColumnsError(f"{split or 'the dataset'} has no column {column!r} but {', '.join(part.column_names)}")
+            raise ValueError(f"{split or 'the dataset'} has no column {column!r} but {', '.join(part.column_names)}")
     labels = {split: _labels(part, column, split) for split, part in parts.items()}
     occurring = {label for column_labels in labels.values() for label in column_labels}
     texts = any(isinstance(label, str) for label in occurring)
     if texts and not all(isinstance(label, str) for label in occurring):
-        raise ColumnsError(f"column {column!r} holds names in one split and numbers in another; give the same in all")
-    names = list(names or _own_names(parts, column) or (sorted(occurring) if texts else []))
+        raise ValueError(f"column {column!r} holds names in one split and numbers in another; give the same in all")
+    names = list(names or _own_names(parts, column) or (sorted(map(str, occurring)) if texts else []))
     if not texts:
-        names = names or [str(number) for number in range(max(occurring, default=-1) + 1)]
+        names = names or [str(number) for number in range(max(map(int, occurring), default=-1) + 1)]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise ColumnsError(f"class name {twice[0]!r} occurs twice; names must differ")
+        raise ValueError(f"duplicate class name {twice[0]!r}; rename one")
     place: dict[str | int, int] = (
         {name: i for i, name in enumerate(names)} if texts else {i: i for i in range(len(names))}
     )
     outside = sorted(occurring - place.keys(), key=str)
     if outside:
-        raise ColumnsError(
-            f"label {outside[0]!r} is none of the {len(names)} classes; give names that cover all labels"
+        raise ValueError(
+            f"label {outside[0]!r} is not one of the {len(names)} classes; give names that cover all labels"
         )
     feature = datasets.ClassLabel(names=names)
     return {
@@ -84,12 +79,12 @@ def _labels(part: datasets.Dataset, column: str, split: str) -> list[str | int]:
     known = isinstance(feature, (datasets.ClassLabel, datasets.Value))
     kind = feature.dtype if known else str(feature)
     if not known or not (kind.startswith(("int", "uint")) or kind in ("string", "large_string", "bool")):
-        raise ColumnsError(f"column {column!r} holds {kind}; class numbers or names are needed")
+        raise ValueError(f"column {column!r} holds {kind}; expected class numbers or names")
     values = part.with_format(None).select_columns(column)[:][column]
     for row, value in enumerate(values):
         if value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, int) and value < 0):
-            raise ColumnsError(
-                f"{split + ', ' if split else ''}row {row}: label {value!r} is no class; leave unlabelled rows out"
+            raise ValueError(
+                f"{split + ', ' if split else ''}row {row}: label {value!r} is not a class; leave unlabelled rows out"
             )
     if isinstance(feature, datasets.ClassLabel):
         return [feature.names[value] for value in values]

@@ -9,8 +9,6 @@ import numpy as np
 from PIL import Image
 from plait.testing import Example
 
-__plait_api__ = "0.1"
-
 
 def labelled_images() -> Example:
     """Four PNG files in two class folders."""

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import attrs
-from plait import PlaitError
 
 from plait_vision.images import SUFFIXES, is_hidden, is_image_name
 from plait_vision.tables import read_table
@@ -24,10 +23,6 @@ from plait_vision.tables import read_table
 _SPLITS = re.compile(r"train(ing)?|val(id(ation)?)?|dev|eval(uation)?|test(ing)?|restval", re.IGNORECASE)
 _FILE_COLUMNS = ("file_name", "filename", "file", "image", "path", "name", "id")
 _LABEL_COLUMNS = ("label", "class", "cls", "category")
-
-
-class FilesError(PlaitError, ValueError):
-    """A folder or archive does not hold what is looked for; the message names it and what to do."""
 
 
 def composed(name: str) -> str:
@@ -47,7 +42,7 @@ class Files:
         """Open a folder, a zip or a tar.
 
         Raises:
-            FilesError: there is none, it is damaged, or two of its files have one name but for Unicode's form.
+            ValueError: there is none, it is damaged, or two of its files have one name but for Unicode's form.
         """
         self.path = Path(path).expanduser()
         self._lock = threading.Lock()
@@ -55,7 +50,7 @@ class Files:
         if self.path.is_dir():
             stored: Mapping[str, str] = _folder_names(self.path)
         elif not self.path.exists():
-            raise FilesError(f"{self.path} does not exist; give a folder, a zip or a tar")
+            raise ValueError(f"{self.path} does not exist; give a folder, a zip or a tar")
         elif zipfile.is_zipfile(self.path):
             self._archive = zipfile.ZipFile(self.path)
             stored = {
@@ -67,7 +62,7 @@ class Files:
             self._archive = tarfile.open(self.path)  # noqa: SIM115
             stored = {member.name: member.name.removeprefix("./") for member in self._archive if member.isfile()}
         else:
-            raise FilesError(f"{self.path} is neither a folder nor a zip or tar; give one of these")
+            raise ValueError(f"{self.path} is neither a folder nor a zip or tar; give one of these")
         self._stored = _by_name(stored, self.path)
         self.names = tuple(sorted(self._stored))
 
@@ -91,7 +86,7 @@ class Files:
         """The content of one file; may be called from several threads.
 
         Raises:
-            FilesError: the file cannot be read, or the archive is damaged or encrypted.
+            ValueError: the file cannot be read, or the archive is damaged or encrypted.
         """
         stored = self._stored[name]
         try:
@@ -102,9 +97,9 @@ class Files:
                     return self._archive.read(stored)
                 return self._archive.extractfile(stored).read()  # type: ignore[union-attr]
         except OSError as error:
-            raise FilesError(f"{self.label(name)} cannot be read: {error.strerror or error}") from error
+            raise ValueError(f"{self.label(name)} cannot be read: {error.strerror or error}") from error
         except (zipfile.BadZipFile, tarfile.TarError, RuntimeError, EOFError, NotImplementedError) as error:
-            raise FilesError(f"{self.label(name)} cannot be read: {error}") from error
+            raise ValueError(f"{self.label(name)} cannot be read: {error}") from error
 
     def label(self, name: str) -> str:
         """How messages call a file: its whole path."""
@@ -115,13 +110,13 @@ def by_stem(names: Iterable[str], where: object) -> dict[str, str]:
     """Name without suffix → name, sorted.
 
     Raises:
-        FilesError: two files have one stem, such as ``a.png`` and ``a.jpg``.
+        ValueError: two files have one stem, such as ``a.png`` and ``a.jpg``.
     """
     found: dict[str, str] = {}
     for name in sorted(names):
         stem = PurePosixPath(name).with_suffix("").as_posix()
         if stem in found:
-            raise FilesError(f"{found[stem]} and {name} in {where} share the stem {stem}; rename one of them")
+            raise ValueError(f"{found[stem]} and {name} in {where} share the stem {stem}; rename one of them")
         found[stem] = name
     return dict(sorted(found.items()))
 
@@ -132,7 +127,7 @@ def class_folders(files: Files) -> dict[str, dict[str, list[str]]]:
     Images lie in ``<class>/`` or ``<split>/<class>/``; one folder around all of this, as archives have it, is passed over.
 
     Raises:
-        FilesError: no images in class folders, or images at different depths.
+        ValueError: no images in class folders, or images at different depths.
     """
     images = files.images
     parts = {name: PurePosixPath(name).parts for name in images}
@@ -142,12 +137,12 @@ def class_folders(files: Files) -> dict[str, dict[str, list[str]]]:
         skip += 1
     depths = {len(part) - skip: name for name, part in reversed(parts.items())}
     if not images or set(depths) == {1}:
-        raise FilesError(
+        raise ValueError(
             f"{files.path} has no images in class folders ({', '.join(SUFFIXES)}); lay them out as <class>/<image> or "
             "<split>/<class>/<image>, or give a table of labels"
         )
     if len(depths) > 1 or min(depths) > 3:
-        raise FilesError(
+        raise ValueError(
             f"{files.path} has images at different or too great depths ({', '.join(sorted(depths.values()))}); lay them out "
             "all as <class>/<image> or all as <split>/<class>/<image>"
         )
@@ -176,8 +171,7 @@ def labels_from_table(
         delimiter, encoding: as :func:`plait_vision.tables.read_table`.
 
     Raises:
-        TableError: the table cannot be read.
-        FilesError: a column is missing; a row names no image or one that is not there, or names one twice; an image
+        ValueError: the table cannot be read; a column is missing; a row names no image or one that is not there, or names one twice; an image
             has no row.
     """
     images, known = files.images, set(files.names)
@@ -198,15 +192,15 @@ def labels_from_table(
         candidates = [wanted] if wanted in known else places.get(wanted, [])
         if len(candidates) != 1:
             what = "is not an image of" if not candidates else f"may be {' or '.join(candidates[:3])} in"
-            raise FilesError(f"{table}, line {line}: {wanted!r} {what} {files.path}; write its path inside the folder")
+            raise ValueError(f"{table}, line {line}: {wanted!r} {what} {files.path}; write its path inside the folder")
         (name,) = candidates
         if name in seen:
-            raise FilesError(f"{table}, line {line}: {name} has a label in line {seen[name]} already; keep one")
+            raise ValueError(f"{table}, line {line}: {name} has a label in line {seen[name]} already; keep one")
         seen[name] = line
         found.setdefault(row.get("split", ""), {}).setdefault(label, []).append(name)
     missing = [name for name in images if name not in seen]
     if missing or not seen:
-        raise FilesError(
+        raise ValueError(
             f"{table} has no row for {len(missing)} of the images in {files.path}: {', '.join(missing[:3])}; add them"
         )
     return found
@@ -238,13 +232,13 @@ class Sample:
         """The text of a part such as ``txt`` or ``cls``, or None where there is none.
 
         Raises:
-            FilesError: it is not UTF-8.
+            ValueError: it is not UTF-8.
         """
         content = self.parts.get(extension)
         try:
             return None if content is None else content.decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
-            raise FilesError(
+            raise ValueError(
                 f"{self.where}.{extension} is not UTF-8 text ({error.reason}); save it as UTF-8"
             ) from error
 
@@ -253,10 +247,12 @@ def tar_samples(path: Path | str) -> Iterator[Sample]:
     """The samples of a WebDataset tar, as a stream.
 
     Raises:
-        FilesError: the tar cannot be read, or a key comes again after others (its files must lie next to one another).
+        ValueError: the tar cannot be read, or a key comes again after others (its files must lie next to one another).
     """
     path = Path(path).expanduser()
-    key, parts, seen = "", {}, set()
+    key = ""
+    parts: dict[str, bytes] = {}
+    seen: set[str] = set()
     try:
         with tarfile.open(path, "r|*") as tar:
             for member in tar:
@@ -269,13 +265,13 @@ def tar_samples(path: Path | str) -> Iterator[Sample]:
                         yield Sample(key=key, parts=parts, where=f"{path}/{key}")
                     key, parts = folder + slash + stem, {}
                     if key in seen:
-                        raise FilesError(f"{path}/{key} is there twice, or its files do not lie next to one another")
+                        raise ValueError(f"{path}/{key} is a duplicate, or its files do not lie next to one another")
                     seen.add(key)
                 if extension.lower() in parts:
-                    raise FilesError(f"{path}/{key}.{extension} is there twice; keep one")
+                    raise ValueError(f"{path}/{key}.{extension} is a duplicate; keep one")
                 parts[extension.lower()] = tar.extractfile(member).read()  # type: ignore[union-attr]
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise FilesError(f"{path} cannot be read as a tar: {error}") from error
+        raise ValueError(f"{path} cannot be read as a tar: {error}") from error
     if parts:
         yield Sample(key=key, parts=parts, where=f"{path}/{key}")
 
@@ -287,7 +283,7 @@ def tar_shards(path: Path | str) -> dict[str, list[Path]]:
     (``pets-train-0000.tar``), and ``""`` where there are none.
 
     Raises:
-        FilesError: some of the tars belong to a split and others to none.
+        ValueError: some of the tars belong to a split and others to none.
     """
     path = Path(path).expanduser()
     if path.is_file():
@@ -300,7 +296,7 @@ def tar_shards(path: Path | str) -> dict[str, list[Path]]:
         found.setdefault(tar.parent.name, []).append(tar)
     if "" in found and len(found) > 1:
         split = next(filter(None, found))
-        raise FilesError(
+        raise ValueError(
             f"{found[split][0]} is of split {split} and {found[''][0]} of none; rename one, or move it away"
         )
     return found
@@ -308,7 +304,7 @@ def tar_shards(path: Path | str) -> dict[str, list[Path]]:
 
 def _folder_names(folder: Path) -> dict[str, str]:
     def tell(error: OSError) -> None:
-        raise FilesError(f"{error.filename} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     found = {}
     seen: set[str] = set()  # links may lead in circles
@@ -329,7 +325,7 @@ def _by_name(stored: Mapping[str, str], path: Path) -> dict[str, str]:
         if is_hidden(name):
             continue
         if name in found:
-            raise FilesError(f"{path} holds {name} twice; remove or rename one")
+            raise ValueError(f"{path} has a duplicate {name}; remove or rename one")
         found[name] = own
     return found
 
@@ -342,7 +338,7 @@ def _cell(row: Mapping[str, str], wanted: str | None, known: Iterable[str], what
     names = [name for name in ([wanted] if wanted else known) if name in row]
     if not names:
         asked = repr(wanted) if wanted else f"of {what} ({', '.join(known)})"
-        raise FilesError(f"{table} has no column {asked}; its columns are {', '.join(row)}")
+        raise ValueError(f"{table} has no column {asked}; its columns are {', '.join(row)}")
     if not row[names[0]].strip():
-        raise FilesError(f"{table}, line {line}: column {names[0]!r} is empty; fill it in or remove the row")
+        raise ValueError(f"{table}, line {line}: column {names[0]!r} is empty; fill it in or remove the row")
     return row[names[0]].strip()

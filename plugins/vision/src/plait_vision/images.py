@@ -15,7 +15,6 @@ from typing import IO, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from plait import PlaitError
 
 Source = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | Mapping[str, Any] | np.ndarray
 Transparency = Literal["refuse", "drop"] | tuple[int, int, int]
@@ -53,10 +52,6 @@ def check_rules(transparency: object = "refuse", sixteen_bit: object = "refuse",
             raise ValueError(f"{name} is {value!r}; allowed is {' or '.join(map(repr, choices))}")
 
 
-class ImageError(PlaitError, ValueError):
-    """Something cannot be used as an image: missing, damaged, cut off, or of a kind that was refused."""
-
-
 def is_image_name(name: str | os.PathLike[str]) -> bool:
     """Whether a file's path, inside its folder or archive, is one of an image: by suffix, and not hidden."""
     return not is_hidden(name) and PurePosixPath(name).suffix.lower() in SUFFIXES
@@ -91,7 +86,7 @@ def decode(
         greyscale: ``repeat`` puts the one channel into R, G and B.
 
     Raises:
-        ImageError: missing, not an image, cut off, of more than 8 bits, transparent or of another kind that is refused.
+        ValueError: missing, not an image, cut off, of more than 8 bits, transparent or of another kind that is refused.
         ValueError: a rule that does not exist.
     """
     check_rules(transparency, sixteen_bit, greyscale)
@@ -106,12 +101,12 @@ def decode(
         raise _damaged(name, error) from error
 
     if picture.mode == "F":
-        raise ImageError(f"{name} is a floating-point image and images are 8 bits here; convert it to 8-bit PNG")
+        raise ValueError(f"{name} is a floating-point image and images are 8 bits here; convert it to 8-bit PNG")
     if bits == 12:
-        raise ImageError(f"{name} is a 12-bit image and images are 8 bits here; convert it to 8-bit PNG")
+        raise ValueError(f"{name} is a 12-bit image and images are 8 bits here; convert it to 8-bit PNG")
     if bits > 8 or picture.mode.startswith("I"):
         if sixteen_bit == "refuse":
-            raise ImageError(
+            raise ValueError(
                 f"{name} is a 16-bit image and images are 8 bits here; convert it to 8-bit PNG or set sixteen_bit: scale"
             )
         picture = _scaled_to_8_bit(picture, name)
@@ -119,10 +114,10 @@ def decode(
         picture = _opaque(picture, name, transparency)
     if picture.mode in ("L", "1"):
         if greyscale == "refuse":
-            raise ImageError(f"{name} is a greyscale image; convert it to RGB or set greyscale: repeat")
+            raise ValueError(f"{name} is a greyscale image; convert it to RGB or set greyscale: repeat")
         return picture.convert("RGB")
     if picture.mode not in ("RGB", "P", "CMYK", "YCbCr", "HSV"):
-        raise ImageError(f"{name} is an image of mode {picture.mode}, for which there is no one way to RGB; convert it")
+        raise ValueError(f"{name} is an image of mode {picture.mode}, for which there is no one way to RGB; convert it")
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
@@ -130,7 +125,7 @@ def size(source: Source | None, name: str = "") -> tuple[int, int]:
     """Height and width of an image as :func:`decode` gives it, from its header alone.
 
     Raises:
-        ImageError: missing, or not an image.
+        ValueError: missing, or not an image.
     """
     name = name or _name_of(source)
     picture = _open(source, name)
@@ -159,7 +154,7 @@ def encode_png(pixels: Image.Image | np.ndarray) -> bytes:
     """A PIL image, or uint8 [H, W] or [H, W, 3] → PNG bytes, without loss.
 
     Raises:
-        ImageError: pixels of another type or shape.
+        ValueError: pixels of another type or shape.
     """
     buffer = io.BytesIO()
     picture = pixels if isinstance(pixels, Image.Image) else _from_array(pixels, "the image")
@@ -175,16 +170,16 @@ def _open(source: Source | None, name: str) -> Image.Image:
         return _from_array(source, name)
     content = _bytes_of(source, name)
     if content is None:
-        raise ImageError(f"{name} is missing; a path, bytes, an open file or a picture is needed")
+        raise ValueError(f"{name} is missing; expected a path, bytes, an open file or a picture")
     if not content:
-        raise ImageError(f"{name} is empty; remove it or copy it again")
+        raise ValueError(f"{name} is empty; remove it or copy it again")
     if content.startswith(b"version https://git-lfs"):
-        raise ImageError(f"{name} is a Git LFS pointer, not the image; fetch it with 'git lfs pull'")
+        raise ValueError(f"{name} is a Git LFS pointer, not the image; fetch it with 'git lfs pull'")
     Image.init()
     try:
         return Image.open(io.BytesIO(content), formats=[kind for kind in _FORMATS if kind in Image.OPEN])
     except UnidentifiedImageError as error:
-        raise ImageError(
+        raise ValueError(
             f"{name} is not an image of a known kind ({', '.join(_FORMATS)}); remove it or convert it to PNG"
         ) from error
     except _DAMAGES as error:
@@ -205,16 +200,16 @@ def _bytes_of(source: Any, name: str) -> bytes | None:
         if hasattr(source, "read"):
             content = source.read()
             if not isinstance(content, bytes):
-                raise ImageError(f"{name} is opened as text; open it in binary mode")
+                raise ValueError(f"{name} is opened as text; open it in binary mode")
             return content
     except OSError as error:
-        raise ImageError(f"{name} cannot be read: {error.strerror or error}") from error
+        raise ValueError(f"{name} cannot be read: {error.strerror or error}") from error
     return None
 
 
 def _from_array(pixels: np.ndarray, name: str) -> Image.Image:
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)):
-        raise ImageError(
+        raise ValueError(
             f"{name} has pixels of type {pixels.dtype} and shape {list(pixels.shape)}; expected uint8 of shape [H, W] or "
             "[H, W, 3]"
         )
@@ -230,8 +225,8 @@ def _name_of(source: Any) -> str:
     return own if isinstance(own, str) and own else "the image"
 
 
-def _damaged(name: str, error: Exception) -> ImageError:
-    return ImageError(f"{name} cannot be decoded ({error}); the file is damaged or cut off, copy it again")
+def _damaged(name: str, error: Exception) -> ValueError:
+    return ValueError(f"{name} cannot be decoded ({error}); the file is damaged or cut off, copy it again")
 
 
 def _bits(picture: Image.Image) -> int:
@@ -253,16 +248,16 @@ def _scaled_to_8_bit(picture: Image.Image, name: str) -> Image.Image:
         return picture  # Pillow has reduced 16-bit colour to its high byte already
     levels = np.asarray(picture).astype(np.int64)
     if levels.min() < 0 or levels.max() > 65535:
-        raise ImageError(f"{name} has values outside 0–65535; convert it to 8-bit PNG")
+        raise ValueError(f"{name} has values outside 0–65535; convert it to 8-bit PNG")
     return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
 
 
 def _opaque(picture: Image.Image, name: str, transparency: Transparency) -> Image.Image:
     grey = picture.mode in ("LA", "La", "L", "1")
     rgba = picture.convert("RGBA")
-    if rgba.getextrema()[3][0] < 255:
+    if np.asarray(rgba)[..., 3].min(initial=255) < 255:
         if transparency == "refuse":
-            raise ImageError(f"{name} is partly transparent; flatten it, or say by transparency what lies behind it")
+            raise ValueError(f"{name} is partly transparent; flatten it, or say by transparency what lies behind it")
         if transparency != "drop":
             behind = Image.new("RGBA", rgba.size, (*transparency, 255))
             return Image.alpha_composite(behind, rgba).convert("RGB")

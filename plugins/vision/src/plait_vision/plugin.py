@@ -5,85 +5,59 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 from datasets import Dataset, Features, Image, Value
-from plait import PlaitError, hookimpl
-from plait.fields import doc, in_range
+from plait import hookimpl
+from plait.fields import REQUIRED, field, in_range
 
 from plait_vision.columns import is_saved_dataset, read_saved, with_class_labels
 from plait_vision.files import Files, Sample, class_folders, labels_from_table, tar_samples, tar_shards
-from plait_vision.images import Transparency, as_cell, check_rules
+from plait_vision.images import as_cell
+from plait_vision.rules import ImageRules
 from plait_vision.writing import write_rows
-
-__plait_api__ = "0.1"
 
 _TEXTS = Features({"image": Image(), "label": Value("string"), "name": Value("string")})
 
 
 @attrs.frozen(kw_only=True)
-class LabelledImages:
+class LabelledImages(ImageRules):
     """Images with classes: class folders, a table of labels, WebDataset tars, or a saved Hugging Face dataset."""
 
-    source: Path = attrs.field(
-        converter=Path,
-        metadata=doc(
-            "a folder, zip or tar with <class>/<image> or <split>/<class>/<image>; a WebDataset .tar with cls, or a folder "
-            "of them; a folder of save_to_disk"
-        ),
+    source: Path = field(
+        REQUIRED,
+        "a folder, zip or tar with <class>/<image> or <split>/<class>/<image>; a WebDataset .tar with cls, or a folder "
+        "of them; a folder of save_to_disk",
     )
-    labels: Path | None = attrs.field(
-        default=None,
-        metadata=doc(
-            "a .csv or .tsv with a file and its class in each row, for images that do not lie in class folders"
-        ),
+    labels: Path | None = field(
+        None, "a .csv or .tsv with a file and its class in each row, for images that do not lie in class folders"
     )
-    file_column: str | None = attrs.field(default=None, metadata=doc("column of the files in labels; default: by name"))
-    label_column: str | None = attrs.field(
-        default=None, metadata=doc("column of the classes in labels or in a saved dataset; default: by name")
+    file_column: str | None = field(None, "column of the files in labels; default: by name")
+    label_column: str | None = field(None, "column of the classes in labels or in a saved dataset; default: by name")
+    image_column: str = field("image", "column of the images in a saved dataset")
+    delimiter: str | None = field(None, "of labels; default: as its header shows")
+    encoding: str | None = field(None, "of labels; default: UTF-8, or by its byte order mark")
+    class_names: tuple[str, ...] | None = field(
+        None, "the classes in the order of their numbers; default: sorted as found"
     )
-    image_column: str = attrs.field(default="image", metadata=doc("column of the images in a saved dataset"))
-    delimiter: str | None = attrs.field(default=None, metadata=doc("of labels; default: as its header shows"))
-    encoding: str | None = attrs.field(
-        default=None, metadata=doc("of labels; default: UTF-8, or by its byte order mark")
-    )
-    class_names: tuple[str, ...] | None = attrs.field(
-        default=None, metadata=doc("the classes in the order of their numbers; default: sorted as found")
-    )
-    split: str | None = attrs.field(default=None, metadata=doc("only this split; default: all that the source has"))
-    max_per_class: int | None = attrs.field(
-        default=None, validator=in_range(1), metadata=doc("take the first so many images of each class; null takes all")
-    )
-    sixteen_bit: Literal["refuse", "scale"] = attrs.field(
-        default="refuse",
-        metadata=doc("16-bit images: refuse them, or scale 0–65535 to 0–255 (colour by the high byte)"),
-    )
-    transparency: Transparency = attrs.field(
-        default="refuse",
-        metadata=doc(
-            "images with transparent pixels: refuse, drop the alpha channel, or the colour [R, G, B] behind them"
-        ),
-    )
+    split: str | None = field(None, "only this split; default: all that the source has")
+    max_per_class: int | None = field(None, "take the first so many images of each class; null takes all", in_range(1))
 
     def __attrs_post_init__(self) -> None:
-        try:
-            check_rules(self.transparency, self.sixteen_bit)
-        except ValueError as error:
-            raise PlaitError(str(error)) from error
         if self.labels is None and (self.file_column or self.delimiter or self.encoding):
-            raise PlaitError(
+            raise ValueError(
                 "file_column, delimiter and encoding are of a table of labels; give labels, or leave them out"
             )
 
     @hookimpl
     def load_data(self, run: Any) -> Dataset | dict[str, Dataset]:
         """A dataset, or split → dataset, with columns ``image``, ``label`` (``ClassLabel``) and ``name``."""
-        source = self.source.expanduser()
+        source = Path(self.source)  # in Python it may be a text
         if is_saved_dataset(source):
             parts = self._picked({split: self._renamed(part) for split, part in read_saved(source).items()})
             parts = with_class_labels(parts, names=self.class_names)
-            # Every image is decoded: a bad one is told here and by its row, and all decoders read the same from it.
+            # Every image is decoded: a bad one is refused here, by its row, and all decoders read the same from it.
             rows = {split: self._saved_rows(part, split) for split, part in parts.items()}
             return _alone(
                 {split: self._written(run, rows[split], part.features, split) for split, part in parts.items()}
@@ -101,7 +75,7 @@ class LabelledImages:
             else:
                 found = labels_from_table(
                     files,
-                    self.labels.expanduser(),
+                    self.labels,
                     file_column=self.file_column,
                     label_column=self.label_column,
                     delimiter=self.delimiter,
@@ -132,12 +106,12 @@ class LabelledImages:
         for column, ours in ((self.image_column, "image"), (self.label_column or "label", "label")):
             if column not in part.column_names:
                 have = ", ".join(part.column_names)
-                raise PlaitError(f"{self.source} has no column {column!r}; name one of {have} by {ours}_column")
+                raise ValueError(f"{self.source} has no column {column!r}; name one of {have} by {ours}_column")
             if column != ours:
                 part = part.remove_columns([ours] if ours in part.column_names else []).rename_column(column, ours)
         part = part.select_columns([name for name in ("image", "label", "name") if name in part.column_names])
         if not isinstance(part.features["image"], Image):
-            raise PlaitError(
+            raise ValueError(
                 f"column {self.image_column!r} of {self.source} holds {part.features['image']}, not images"
             )
         return part
@@ -163,19 +137,19 @@ class LabelledImages:
             return parts
         if self.split not in parts:
             have = ", ".join(filter(None, parts)) or "none, so leave it out"
-            raise PlaitError(f"split is {self.split!r}; {self.source} has {have}")
+            raise ValueError(f"split is {self.split!r}; {self.source} has {have}")
         return {"": parts[self.split]}
 
 
 def _alone(parts: dict[str, Dataset]) -> Dataset | dict[str, Dataset]:
     empty = [split for split, part in parts.items() if len(part) == 0]
     if empty or not parts:
-        raise PlaitError(f"{empty[0] if empty and empty[0] else 'the source'} has no labelled images")
+        raise ValueError(f"{empty[0] if empty and empty[0] else 'the source'} has no labelled images")
     return parts[""] if list(parts) == [""] else parts
 
 
 def _labelled_shards(source: Path) -> dict[str, list[Path]]:
-    """The WebDataset tars at ``source``, if it is one or a folder of them; a tar of class folders is none."""
+    """The WebDataset tars at ``source``, if it is one or a folder of them; a tar of class folders is not."""
     shards = tar_shards(source)
     tars = [tar for several in shards.values() for tar in several]
     first = next(tar_samples(tars[0]), None) if tars else None
@@ -195,18 +169,18 @@ def _label_text(sample: Sample) -> str | None:
     try:
         label = json.loads(sample.parts["json"]).get("label")
     except (ValueError, AttributeError) as error:
-        raise PlaitError(f"{sample.where}.json is not a JSON object ({error})") from error
+        raise ValueError(f"{sample.where}.json is not a JSON object ({error})") from error
     return None if label is None else str(label)
 
 
 def _class_of(sample: Sample) -> str:
     label = _label_text(sample)
     if not label:
-        raise PlaitError(f"{sample.where} has no class: {sample.where}.cls is missing or empty")
+        raise ValueError(f"{sample.where} has no class: {sample.where}.cls is missing or empty")
     return label
 
 
 def _image_of(sample: Sample) -> tuple[str, bytes]:
     if sample.image is None:
-        raise PlaitError(f"{sample.where} has no image but {', '.join(sample.parts)}")
+        raise ValueError(f"{sample.where} has no image but {', '.join(sample.parts)}")
     return sample.image

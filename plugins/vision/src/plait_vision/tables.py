@@ -1,4 +1,4 @@
-"""One reader of CSV and TSV tables, which tells what it cannot be sure of instead of guessing."""
+"""One reader of CSV and TSV tables, which reports what it cannot be sure of instead of guessing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import codecs
 import csv
 from collections.abc import Iterator
 from pathlib import Path
-
-from plait import PlaitError
+from typing import Literal
 
 _BOMS = (  # UTF-32's little-endian mark begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -18,10 +17,7 @@ _BOMS = (  # UTF-32's little-endian mark begins with UTF-16's
 )
 _DELIMITERS = (",", "\t", ";", "|")
 _LONGEST_CELL = 1 << 24
-
-
-class TableError(PlaitError, ValueError):
-    """A table cannot be read as it is; the message names the file, the line and the remedy."""
+Quoting = Literal[0, 3]  # csv.QUOTE_MINIMAL, csv.QUOTE_NONE
 
 
 def read_table(
@@ -35,7 +31,7 @@ def read_table(
         quotes: whether a cell may stand between ``"``, which is doubled inside it; False takes them as they are.
 
     Raises:
-        TableError: no such file, or an empty one; bytes of another encoding; two columns of one name; a delimiter that
+        ValueError: no such file, or an empty one; bytes of another encoding; two columns of one name; a delimiter that
             cannot be told; a row with more or fewer cells than the header; a quote that does not end.
     """
     path = Path(path).expanduser()
@@ -47,7 +43,7 @@ def read_table(
     except UnicodeDecodeError as error:
         raise _wrong_encoding(path, encoding) from error
     except LookupError as error:
-        raise TableError(
+        raise ValueError(
             f"encoding is {encoding!r}, which is unknown; write utf-8, latin-1, utf-16 or another"
         ) from error
 
@@ -57,42 +53,42 @@ def _encoding(path: Path) -> str:
         with path.open("rb") as file:
             head = file.read(4096)
     except OSError as error:
-        raise TableError(f"{path} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     for mark, encoding in _BOMS:
         if head.startswith(mark):
             return encoding
     if head.startswith(b"version https://git-lfs"):
-        raise TableError(f"{path} is a Git LFS pointer, not the table; fetch it with 'git lfs pull'")
+        raise ValueError(f"{path} is a Git LFS pointer, not the table; fetch it with 'git lfs pull'")
     if b"\0" in head:
-        raise TableError(
-            f"{path} is no UTF-8 text: it has zero bytes; if it is UTF-16, set encoding: utf-16-le or utf-16-be"
+        raise ValueError(
+            f"{path} is not UTF-8 text: it has zero bytes; if it is UTF-16, set encoding: utf-16-le or utf-16-be"
         )
     return "utf-8"
 
 
-def _wrong_encoding(path: Path, encoding: str) -> TableError:
+def _wrong_encoding(path: Path, encoding: str) -> ValueError:
     content = path.read_bytes()
     try:
         content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content[: error.start].decode(encoding, "replace").count("\n") + 1
-        return TableError(
+        return ValueError(
             f"{path}, line {line}: byte 0x{content[error.start]:02x} is not {encoding.removesuffix('-sig')}; save the file "
             "as UTF-8, or say what it is, e.g. encoding: latin-1 or cp1252"
         )
-    return TableError(f"{path} changed while it was read; read it again")
+    return ValueError(f"{path} changed while it was read; read it again")
 
 
 def _rows(file: Iterator[str], path: Path, delimiter: str | None, quotes: bool) -> Iterator[tuple[int, dict[str, str]]]:
     skipped, first = next(((number, line) for number, line in enumerate(file) if line.strip("\ufeff\r\n\t ")), (0, ""))
     if not first:
-        raise TableError(f"{path} is empty; a header with the names of the columns is needed")
+        raise ValueError(f"{path} is empty; expected a header with the names of the columns")
     first = first.removeprefix("\ufeff")
-    quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    quoting: Quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     if delimiter is None:
         delimiter = _delimiter(first, path, quoting)
     elif len(delimiter) != 1 or delimiter in '\r\n"':
-        raise TableError(f"delimiter is {delimiter!r}; expected one character such as ',' or a tab")
+        raise ValueError(f"delimiter is {delimiter!r}; expected one character such as ',' or a tab")
 
     def lines() -> Iterator[str]:
         yield first
@@ -107,17 +103,17 @@ def _rows(file: Iterator[str], path: Path, delimiter: str | None, quotes: bool) 
                 header = _header(cells, path)
             elif cells:
                 if len(cells) != len(header):
-                    raise TableError(_count_problem(path, line, cells, header, delimiter))
+                    raise ValueError(_count_problem(path, line, cells, header, delimiter))
                 yield line, dict(zip(header, cells, strict=True))
             line = reader.line_num + 1 + skipped
     except csv.Error as error:
-        raise TableError(
+        raise ValueError(
             f"{path}, line {line}: the cell's quotes do not fit ({error}); a cell that begins with \" must end with it, and "
             "one inside is doubled; where quotes are ordinary characters, set quotes: false"
         ) from error
 
 
-def _delimiter(line: str, path: Path, quoting: int) -> str:
+def _delimiter(line: str, path: Path, quoting: Quoting) -> str:
     counts = {}
     for candidate in _DELIMITERS:
         counts[candidate] = len(next(csv.reader([line], delimiter=candidate, quoting=quoting)))
@@ -128,7 +124,7 @@ def _delimiter(line: str, path: Path, quoting: int) -> str:
     if len(best) > 1 and path.suffix.lower() in (".tsv", ".tab") and "\t" in best:
         return "\t"
     if len(best) > 1:
-        raise TableError(
+        raise ValueError(
             f"{path}: its header could be cut at {' or at '.join(map(repr, best))}; say which by delimiter"
         )
     return best[0]
@@ -138,7 +134,7 @@ def _header(cells: list[str], path: Path) -> list[str]:
     header = [cell.strip() for cell in cells]
     for name in header:
         if header.count(name) > 1:
-            raise TableError(f"{path}: duplicate column {name!r} in the header ({', '.join(header)}); rename one")
+            raise ValueError(f"{path}: duplicate column {name!r} in the header ({', '.join(header)}); rename one")
     return header
 
 

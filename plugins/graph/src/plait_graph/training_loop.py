@@ -6,19 +6,14 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data
 
 from plait_graph.tasks import Objective, Task
 
@@ -59,7 +54,7 @@ class PlainUpdate:
         values = torch.stack([loss, norm]).tolist()  # the one synchronisation of an update
         for name, value in zip(("loss", "gradient's norm"), values, strict=True):
             if not math.isfinite(value):
-                raise FloatingPointError(f"the {name} is {value}; lower lr, or look at the data")
+                raise FloatingPointError(f"the {name} is {value}; lower the learning rate, or look at the data")
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
@@ -68,23 +63,13 @@ class PlainUpdate:
         self.optimizer.load_state_dict(state)
 
 
-@attrs.frozen(kw_only=True)
-class Settings:
-    """How long to train and what to keep.
+class Checkpoint(Protocol):
+    """Where a training keeps its state; :class:`plait.loops.Loop` is one."""
 
-    Attributes:
-        num_updates: at most.
-        eval_every: updates between validations.
-        patience: stop after so many validations in a row without a strictly greater accuracy; ``None``: never.
-        select: weights of the ``best`` validation, or the ``last`` ones.
-        checkpoint_every: updates between checkpoints.
-    """
+    def load(self) -> Any:
+        """The last saved state, its tensors on the CPU; ``None`` where there is none."""
 
-    num_updates: int = 200
-    eval_every: int = 5
-    patience: int | None = None
-    select: Literal["best", "last"] = "best"
-    checkpoint_every: int = 100
+    def save(self, state: Any) -> None: ...
 
 
 @attrs.define
@@ -102,22 +87,34 @@ def train(
     model: nn.Module,
     objective: Objective,
     make_update: Callable[[nn.Module], Update],
-    settings: Settings,
     *,
-    seed: int,
-    device: torch.device,
-    folder: Path,
-    made_by: str,
-    track: Callable[[Iterable[int], str], Iterator[int]] = lambda items, _: iter(items),
+    num_steps: int = 200,
+    eval_every: int = 5,
+    patience: int | None = None,
+    select: Literal["best", "last"] = "best",
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    checkpoint: Checkpoint | None = None,
+    checkpoint_every: int = 100,
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
     log: Callable[..., None] = lambda **_: None,
 ) -> nn.Module:
     """A trained copy of ``model``, in eval mode, with ``history``: one entry an update.
 
     An entry has ``update``, ``loss``, ``seconds`` (CPU time of this process on the CPU, else wall time), what the
-    update reports, and ``val_accuracy`` where it was validated. The training goes on from a checkpoint in
-    ``folder``, bit for bit on the CPU, where that was written by a training of the same ``made_by``
-    (:func:`fingerprint`); global random state is left alone.
+    update reports, and ``val_accuracy`` where it was validated. Global random state is left alone.
+
+    Args:
+        num_steps: updates, at most.
+        eval_every: updates between validations.
+        patience: stop after so many validations in a row without a strictly greater accuracy; ``None``: never.
+        select: weights of the ``best`` validation, or the ``last`` ones.
+        checkpoint: is written every ``checkpoint_every`` updates. A training that finds a state there resumes from it,
+            bit for bit on the CPU; the caller sees to it that the state is of the same training.
+        track: is given the updates' numbers and hands them on, for a display of progress.
+        log: is called with ``step`` and values after each update.
     """
+    device = torch.device(device)
     model = copy.deepcopy(model).to(device).train()
     update = make_update(model)
     generator = torch.Generator().manual_seed(seed)
@@ -125,44 +122,23 @@ def train(
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
-        checkpoint = _Checkpoint(folder, made_by, model, update, generator, device)
-        checkpoint.read(progress)
-        for t in track(range(progress.done, settings.num_updates), "update"):
-            if settings.patience is not None and progress.without_gain >= settings.patience:
+        running = _Running(model, update, generator, device)
+        if checkpoint is not None and (state := checkpoint.load()) is not None:
+            progress = running.restored(state)
+        for t in track(range(progress.done, num_steps)):
+            if patience is not None and progress.without_gain >= patience:
                 break
             _one_update(t, update, objective.draw(generator), progress, device, log)
             progress.done = t + 1
-            if progress.done % settings.eval_every == 0 or progress.done == settings.num_updates:
+            if progress.done % eval_every == 0 or progress.done == num_steps:
                 _validate(model, objective, progress, log)
-            if progress.done % settings.checkpoint_every == 0:
-                checkpoint.write(progress)
-    if settings.select == "best" and progress.best_weights is not None:
+            if checkpoint is not None and progress.done % checkpoint_every == 0:
+                checkpoint.save(running.state(progress))
+    if select == "best" and progress.best_weights is not None:
         model.load_state_dict(progress.best_weights)
-    model.history = progress.history
-    checkpoint.path.unlink(missing_ok=True)  # another training in this folder starts from its own weights
+    model.history = progress.history  # type: ignore[assignment]
     model.zero_grad(set_to_none=True)
     return model.cpu().eval()
-
-
-def fingerprint(description: str, model: nn.Module, data: Data) -> str:
-    """Digest of what a training's result depends on: its description, the initial weights, the graph."""
-    digest = hashlib.sha256(description.encode())
-    for name, value in [*model.state_dict().items(), *data.to_dict().items()]:
-        digest.update(f"{name} ".encode())
-        if not isinstance(value, Tensor):
-            digest.update(repr(value).encode())
-            continue
-        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-        for part in _dense_parts(value.detach().cpu()):
-            digest.update(part.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _dense_parts(value: Tensor) -> tuple[Tensor, ...]:
-    if value.layout == torch.strided:
-        return (value,)
-    sparse = value.to_sparse_coo().coalesce()
-    return sparse.indices(), sparse.values()
 
 
 def _one_update(
@@ -205,22 +181,16 @@ def _validate(model: nn.Module, objective: Objective, progress: _Progress, log: 
 
 
 @attrs.frozen
-class _Checkpoint:
-    folder: Path
-    made_by: str
+class _Running:
+    """What changes while a model is trained, besides its progress."""
+
     model: nn.Module
     update: Update
     generator: torch.Generator
     device: torch.device
 
-    @property
-    def path(self) -> Path:
-        return self.folder / "training.pt"
-
-    def write(self, progress: _Progress) -> None:
-        state = attrs.asdict(progress, recurse=False) | {"history": json.dumps(progress.history)}
-        state |= {
-            "made by": self.made_by,
+    def state(self, progress: _Progress) -> dict[str, Any]:
+        state = attrs.asdict(progress, recurse=False) | {
             "model": self.model.state_dict(),
             "optimizer": self.update.state_dict(),
             "tasks": self.generator.get_state(),
@@ -228,24 +198,16 @@ class _Checkpoint:
         }
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
-        torch.save(state, self.path.with_suffix(".new"))
-        os.replace(self.path.with_suffix(".new"), self.path)
+        return state
 
-    def read(self, progress: _Progress) -> None:
-        if not self.path.exists():
-            return
-        state = torch.load(self.path, weights_only=True, map_location="cpu")
-        if state.get("made by") != self.made_by:
-            return
+    def restored(self, state: dict[str, Any]) -> _Progress:
         self.model.load_state_dict(state["model"])
         self.update.load_state_dict(state["optimizer"])
         self.generator.set_state(state["tasks"])
         torch.set_rng_state(state["random"])
         if "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.device)
-        progress.done, progress.without_gain = state["done"], state["without_gain"]
-        progress.best_accuracy, progress.best_weights = state["best_accuracy"], state["best_weights"]
-        progress.history = json.loads(state["history"])
+        return _Progress(**{field.name: state[field.name] for field in attrs.fields(_Progress)})
 
 
 def passes_per_update(model: nn.Module) -> float | None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import tempfile
-import zipfile
-from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import torch
 from plait import Run
 from plait.testing import Example
 
+from plait_federated.client_data import inputs_of
 from plait_federated.plugin.data import Digits8x8, Partition
 from plait_federated.plugin.models import FederatedModel
 from plait_federated.plugin.training import DFedAvg
@@ -24,6 +21,12 @@ def clients() -> dict[str, Any]:
     digits = Digits8x8().load_data(Run())
     few = {"train": digits["train"].select(range(48)), "test": digits["test"].select(range(12))}
     return Partition(num_clients=4, scheme="iid").transform(few, Run())
+
+
+def logits(model: Any) -> torch.Tensor:
+    """What a model says about twelve digits."""
+    with torch.no_grad():
+        return model(inputs_of(clients()["test"], None))
 
 
 def decentralised() -> Example:
@@ -46,18 +49,19 @@ def partition() -> Example:
 
 
 def model() -> Example:
+    data = clients()
+    train = data["train"]
+    empty, wrong = {"data": train.select([])}, {"data": train.remove_columns("pixel_values")}
     return Example(
-        arguments={"data": clients()}, fields={"architecture": "mlp"}, random=True, progress=False, device=False
+        arguments={"data": data},
+        fields={"architecture": "mlp"},
+        random=True,
+        progress=False,
+        device=False,
+        empty=empty,
+        wrong=wrong,
+        outputs=logits,
     )
-
-
-def images() -> Example:
-    file = Path(tempfile.mkdtemp(prefix="plait-federated-")) / "images.zip"
-    with zipfile.ZipFile(file, "w") as archive:
-        for split in ("train", "test"):
-            archive.writestr(f"{split}/one/0.png", _png(0))
-            archive.writestr(f"{split}/two/0.png", _png(255))
-    return Example(arguments={}, fields={"path": str(file)}, progress=False, device=False)
 
 
 def rounds() -> Example:
@@ -96,10 +100,5 @@ def _training(fields: dict[str, Any]) -> Example:
         random=True,
         empty={"clients": train.select([])},
         wrong={"clients": train.remove_columns("label")},
+        outputs=logits,
     )
-
-
-def _png(level: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (level, level, level)).save(buffer, "png")
-    return buffer.getvalue()

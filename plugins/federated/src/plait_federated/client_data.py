@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Image, Value, concatenate_datasets
-from plait import PlaitError
 from plait_vision.columns import with_class_labels
 from plait_vision.images import decode
 from torch import Tensor
 
-from plait_federated.evaluation import DivergenceError
-from plait_federated.peers import PeerError
-
 INPUT_COLUMNS = ("image", "pixel_values", "features", "input_ids")
 CHUNK = 1000
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """What the algorithm modules refuse is the user's to mend."""
-    try:
-        yield
-    except (ValueError, PeerError, DivergenceError) as error:
-        raise PlaitError(str(error)) from error
 
 
 def split_of(data: Any, name: str) -> Dataset | None:
@@ -37,9 +23,9 @@ def split_of(data: Any, name: str) -> Dataset | None:
     if isinstance(data, Mapping) and (isinstance(data.get(name), Dataset) or name not in data):
         split = data.get(name)
         if split is not None and not len(split):
-            raise PlaitError(f"split {name} of the data has no rows; give it some, or leave it out")
+            raise ValueError(f"split {name} of the data has no rows; give it some, or leave it out")
         return split
-    raise PlaitError(f"data is a {type(data).__name__}; expected a dataset, or a mapping with train and test")
+    raise ValueError(f"data is a {type(data).__name__}; expected a dataset, or a mapping with train and test")
 
 
 def joined(clients: Any) -> Any:
@@ -47,12 +33,12 @@ def joined(clients: Any) -> Any:
     if not isinstance(clients, list):
         return clients
     if not clients or not all(isinstance(client, Dataset) for client in clients):
-        raise PlaitError("clients is a list without datasets; give one dataset a client, or one with a column client")
+        raise ValueError("clients is a list without datasets; give one dataset a client, or one with a column client")
     for number, client in enumerate(clients):
         if not len(client):
-            raise PlaitError(f"the dataset of client {number} has no rows; give every client at least one")
+            raise ValueError(f"the dataset of client {number} has no rows; give every client at least one")
         if _kinds(client) != _kinds(clients[0]):
-            raise PlaitError(
+            raise ValueError(
                 f"the dataset of client {number} has other columns than that of client 0: {_kinds(client)} against "
                 f"{_kinds(clients[0])}; give all clients the same"
             )
@@ -68,9 +54,9 @@ def joined(clients: Any) -> Any:
 def train_of(data: Any) -> Dataset:
     train = split_of(data, "train")
     if train is None:
-        raise PlaitError(f"data has no split train; it has {', '.join(map(str, data)) or 'none'}")
+        raise ValueError(f"data has no split train; it has {', '.join(map(str, data)) or 'none'}")
     if not len(train):
-        raise PlaitError("data has no rows; give at least one for every client")
+        raise ValueError("data has no rows; give at least one for every client")
     return train
 
 
@@ -90,10 +76,10 @@ def labels_of(data: Dataset) -> np.ndarray:
     labels = data.with_format("numpy").select_columns(["label"])[:]["label"]
     if not np.issubdtype(labels.dtype, np.integer):
         held = "missing values" if None in data.with_format(None)["label"] else data.features["label"].dtype
-        raise PlaitError(f"column label holds {held}; classes are whole numbers from 0, one for every row")
+        raise ValueError(f"column label holds {held}; classes are whole numbers from 0, one for every row")
     if len(labels) and labels.min() < 0:
         row = int(np.argmax(labels < 0))
-        raise PlaitError(
+        raise ValueError(
             f"row {row} has label {labels[row]}; classes are whole numbers from 0, leave unlabelled rows out"
         )
     return labels.astype(np.int64)
@@ -117,12 +103,12 @@ def inputs_of(data: Dataset, column: str | None) -> Tensor:
     """A column as one tensor ``[N, ...]``: uint8 ``[N, 3, H, W]`` for images, else the numbers it holds."""
     name = column or next((known for known in INPUT_COLUMNS if known in data.column_names), None)
     if name is None:
-        raise PlaitError(
+        raise ValueError(
             f"data has the columns {', '.join(data.column_names)}; name the one to train on in the field column"
         )
     _need(data, name)
     if not len(data):
-        raise PlaitError("data has no rows; give at least one")
+        raise ValueError("data has no rows; give at least one")
     table = data.select_columns([name]).with_format(None)
     images = isinstance(table.features[name], Image)
     if images:
@@ -135,15 +121,15 @@ def inputs_of(data: Dataset, column: str | None) -> Tensor:
         try:
             parts.append(np.stack([np.asarray(value) for value in values]))
         except ValueError as error:
-            raise PlaitError(f"column {name} holds inputs of different sizes; resize or pad them to one") from error
+            raise ValueError(f"column {name} holds inputs of different sizes; resize or pad them to one") from error
     if len({(part.shape[1:], part.dtype.kind) for part in parts}) != 1 or parts[0].dtype.kind not in "uif":
-        raise PlaitError(f"column {name} holds inputs of different sizes or no numbers; resize or pad them to one size")
+        raise ValueError(f"column {name} holds inputs of different sizes or no numbers; resize or pad them to one size")
     tensor = torch.from_numpy(np.concatenate(parts))
     if not tensor.is_floating_point():
         return tensor
     finite = torch.isfinite(tensor).flatten(1).all(1)
     if not finite.all():
-        raise PlaitError(f"column {name} holds NaN or infinite values in row {int(finite.int().argmin())}; clean it")
+        raise ValueError(f"column {name} holds NaN or infinite values in row {int(finite.int().argmin())}; clean it")
     return tensor.float()
 
 
@@ -159,4 +145,4 @@ def _kinds(data: Dataset) -> str:
 def _need(data: Dataset, column: str) -> None:
     if column not in data.column_names:
         hint = "; partition the data first (transform: federated-partition)" if column == "client" else ""
-        raise PlaitError(f"data has no column {column}; it has {', '.join(data.column_names)}{hint}")
+        raise ValueError(f"data has no column {column}; it has {', '.join(data.column_names)}{hint}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import attrs
 import numpy as np
@@ -12,6 +15,8 @@ from plait import Run
 from plait.testing import Example
 from torch_geometric.data import Data
 
+from plait_graph.episodes import Episode, EpisodeSampler
+from plait_graph.fewshot import EpisodeGraph
 from plait_graph.plugin import ClassSplit, CsbmGraph, Gnn, Gpn, NodeSplit
 from plait_graph.splits import MASKS, split_by_share
 
@@ -86,12 +91,36 @@ def class_split() -> Example:
 
 
 def model() -> Example:
-    return _on_graph({})
+    return _on_graph({}, node_answers)
 
 
-def _on_graph(fields: dict[str, int]) -> Example:
+def episode_model() -> Example:
+    return _on_graph({}, episode_answers)
+
+
+def meta_gcn() -> Example:
+    return _on_graph({"n_way": 2}, episode_answers)
+
+
+@torch.no_grad()
+def node_answers(model: Any) -> torch.Tensor:
+    """Logits of a node classifier on the graph of :func:`graph`."""
+    data = graph()
+    return copy.deepcopy(model).eval()(data.x, data.edge_index)
+
+
+def episode_answers(model: Any) -> torch.Tensor:
+    """Logits of a few-shot model on an episode of the graph of :func:`graph`."""
+    data = graph()
+    sampler = EpisodeSampler(data.y, data.train_classes, 2, 2, 3)
+    episode: Episode = sampler.draw(torch.Generator().manual_seed(0))
+    return copy.deepcopy(model).eval().answers(EpisodeGraph.of(data.x, data.edge_index), [episode])[0]
+
+
+def _on_graph(fields: dict[str, int], outputs: Callable[[Any], Any] | None = None) -> Example:
     return Example(
         arguments={"data": graph()},
+        outputs=outputs,
         fields=fields,
         random=True,
         progress=False,
@@ -105,7 +134,8 @@ def training() -> Example:
     data = graph()
     return Example(
         arguments={"model": Gnn(hidden_channels=4).load_model(data, Run()), "data": data},
-        fields={"num_updates": 8, "checkpoint_every": 3, "eval_every": 2},
+        fields={"num_steps": 8, "checkpoint_every": 3, "eval_every": 2},
+        outputs=node_answers,
         random=True,
         empty={"data": no_nodes()},
         wrong={"data": broken(), "model": "gcn"},
