@@ -80,6 +80,12 @@ def torchvision_resnet(classes):
     return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=classes)
 
 
+def torchvision_shuffle(classes):
+    import torchvision
+
+    return torchvision.models.ShuffleNetV2([1, 1, 1], [4, 4, 8, 16, 16], num_classes=classes)
+
+
 def torchvision_vit(classes):
     import torchvision
 
@@ -97,13 +103,13 @@ IMAGE_MODELS = {
     "HubMixin": Bottleneck,
     "HubMixin, head replaced": other_head,
     **(
-        {"torchvision ResNet": torchvision_resnet, "torchvision ViT": torchvision_vit}
+        {"torchvision ShuffleNet": torchvision_shuffle, "torchvision ViT": torchvision_vit}
         if importlib.util.find_spec("torchvision")
         else {}
     ),
 }
 TEXT_MODELS = {"transformers BERT": bert, "transformers RoBERTa": roberta, "transformers T5, tied": t5}
-CONVOLUTIONAL = {"timm ResNet", "HubMixin", "HubMixin, head replaced", "torchvision ResNet"}
+CONVOLUTIONAL = {"timm ResNet", "HubMixin", "HubMixin, head replaced", "torchvision ShuffleNet"}
 
 
 def moved(base, seed, scale=0.1):
@@ -179,8 +185,18 @@ def inputs_of(data):
 
 
 def stored(model, folder):
+    """What the store gives back: the same weights, bit by bit."""
     codecs.save(model, folder)
-    return codecs.load(folder)
+    loaded = codecs.load(folder)
+    one, two = model.state_dict(), loaded.state_dict()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    return loaded
+
+
+def same(one, two):
+    """Outputs of equal weights, which lie elsewhere in memory: that alone may change a sum's last bit."""
+    return torch.allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -199,7 +215,7 @@ def test_what_comes_out_of_the_store_answers_as_what_went_in(kind, method, tmp_p
         with torch.no_grad():
             logits = merged.logits(inputs, task)
             assert logits.shape == (6, classes)
-            assert torch.equal(loaded.logits(inputs, task), logits)
+            assert same(loaded.logits(inputs, task), logits)
     assert not merged.training
     assert any(parameter.requires_grad for parameter in merged.parameters())
     for model, old in zip([base, *experts.values()], before, strict=True):
@@ -269,6 +285,18 @@ def test_where_heads_are(build, places):
     assert head_places(nn.Sequential(nn.Linear(2, 2))) == ()
 
 
+def test_a_resnet_of_torchvision_comes_out_of_the_store(tmp_path):
+    pytest.importorskip("torchvision")
+    base = torchvision_resnet(2).eval()
+    merged = plugin.TaskArithmetic().merge(
+        base=base, experts=experts_of(base, torchvision_resnet), data=None, run=plait.Run()
+    )
+    loaded, images = stored(merged, tmp_path), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.isfinite(merged.logits(images, "b")).all()
+        assert same(loaded.logits(images, "b"), merged.logits(images, "b"))
+
+
 def test_a_merged_transformers_model_is_one_of_transformers_on_disk(tmp_path):
     base, experts, _ = pool_of_kind("transformers BERT")
     merged = plugin.SimpleAverage().merge(base=base, experts=experts, data=None, run=plait.Run())
@@ -330,17 +358,37 @@ def test_models_without_a_head_come_out_of_the_store_whole(name, method, tmp_pat
     loaded = stored(merged, tmp_path)
     images, ids = torch.rand(3, 3, SIDE, SIDE), torch.tensor([[2, 3, 4, 29, 0, 0, 0, 0]] * 3)
     with torch.no_grad():
-        assert torch.equal(answer(loaded, images, ids), answer(merged, images, ids))
+        assert same(answer(loaded, images, ids), answer(merged, images, ids))
         assert not torch.allclose(answer(merged, images, ids), answer(base, images, ids))
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_image_text_models_come_out_of_the_store_with_both_towers(method, tmp_path):
-    pytest.importorskip("plait_clip")
+def open_clip_pair():
     from plait_clip.model import architectures
 
+    return architectures.tiny("tiny", ["one", "two", "a", "photo", "of"])
+
+
+def transformers_pair():
+    from plait_clip.model.image_input import ImageInput
+    from plait_clip.model.transformers_model import TransformersModel
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[PAD]", "[UNK]", "one", "two", "a", "photo", "of"]
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", model_max_length=8
+    )
+    model = transformers.CLIPModel(clip_config())
+    return TransformersModel(model, fast, ImageInput(SIDE, [0.5] * 3, [0.5] * 3))
+
+
+@pytest.mark.parametrize("build", [open_clip_pair, transformers_pair])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_image_text_models_come_out_of_the_store_with_both_towers(method, build, tmp_path):
+    pytest.importorskip("plait_clip")
     torch.manual_seed(0)
-    base = architectures.tiny("tiny", ["one", "two", "a", "photo", "of"]).eval()
+    base = build().eval()
     experts = {task: moved(base, seed) for seed, task in enumerate(TASKS)}
     names = datasets.ClassLabel(names=["one", "two"])
     data = {
@@ -351,7 +399,7 @@ def test_image_text_models_come_out_of_the_store_with_both_towers(method, tmp_pa
     loaded = stored(merged, tmp_path)
     images = torch.rand(3, 3, 8, 8)
     with torch.no_grad():
-        assert torch.equal(loaded.logits(images, "a"), merged.logits(images, "a"))
+        assert same(loaded.logits(images, "a"), merged.logits(images, "a"))
         if not isinstance(method, plugin.Individual):
-            assert torch.equal(loaded.encode_image(images), merged.encode_image(images))
-            assert torch.equal(loaded.encode_text(["a photo of one"]), merged.encode_text(["a photo of one"]))
+            assert same(loaded.encode_image(images), merged.encode_image(images))
+            assert same(loaded.encode_text(["a photo of one"]), merged.encode_text(["a photo of one"]))
