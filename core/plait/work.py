@@ -25,6 +25,7 @@ from plait.methods import find
 from plait.plan import Input, Task
 from plait.report.model import Curve, Report
 from plait.store import Store
+from plait.surroundings import same_surroundings
 from plait.versions import library_versions, plait_modules
 
 Emit = Callable[..., None]
@@ -156,7 +157,7 @@ def _run(job: Job, store: Store, emit: Emit) -> None:
         on_log=journal.log,
         on_warning=journal.warn,
     )
-    with _no_caches_of_libraries():
+    with same_surroundings(run.derived_seed("global")), _no_caches_of_libraries():
         result = hook_caller(job.hook, instance)(run=run, **arguments)
     if result is None:
         raise PlaitError(f"method {job.method!r} returned nothing; a hook has to return its result")

@@ -1,12 +1,14 @@
 import csv
 import io
+import re
 
 import numpy as np
 import plait
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from plait import PlaitError, Report
+from plait import Report
 from plait.report import Curve, Image, Panel, png
 from plait.report.render import RunReport, Table, markdown, to_csv, to_html
 
@@ -95,7 +97,7 @@ class M:
 
 
 def test_unknown_spread():
-    with pytest.raises(PlaitError, match="spread of column 'gain' is 'sem'; allowed is one of 'std', 'standard error'"):
+    with pytest.raises(ValueError, match="spread of column 'gain' is 'sem'; allowed is one of 'std', 'standard error'"):
         Report(spread={"gain": "sem"})
 
 
@@ -106,12 +108,37 @@ def test_csv_of_missing_values():
 def test_values_of_a_report():
     report = Report(rows=[{"m": "a", "x": 1}, {"m": "b", "x": 2}])
     assert report.value("x", m="b") == 2
-    with pytest.raises(PlaitError, match="2 rows"):
+    with pytest.raises(ValueError, match="2 rows"):
         report.value("x")
 
 
 def test_wrong_parts():
-    with pytest.raises(PlaitError, match="is not PNG"):
+    with pytest.raises(ValueError, match="is not PNG"):
         Image(caption="c", data=b"GIF")
-    with pytest.raises(PlaitError, match="2 x values and 1 y"):
+    with pytest.raises(ValueError, match="2 x values and 1 y"):
         Curve(name="c", x=[1, 2], y=[1])
+
+
+@pytest.mark.parametrize(
+    ("facts", "sentence"),
+    [
+        (
+            {"rows": [{"x": 1.0}, {"x": 10**400}]},
+            "row 1 of the report, column 'x': the number is beyond what a float can hold",
+        ),
+        ({"rows": [{"x": "\ud83d"}]}, "row 0 of the report, column 'x': the text holds half of a character"),
+        ({"rows": [{"x": np.float32(1)}]}, "the value is a numpy.float32; a text, a bool or a number is needed"),
+        ({"rows": [{"x": torch.tensor(1.0)}]}, "the value is a torch.Tensor"),
+        ({"rows": [{"x": [1]}]}, "the value is a builtins.list"),
+        ({"formats": {"x": "zz"}}, "format of column 'x' is 'zz'; allowed is a format of numbers such as '.2f'"),
+        ({"better": {"x": "up"}}, "better of column 'x' is 'up'; allowed is 'higher' or 'lower'"),
+    ],
+)
+def test_what_a_report_would_trip_over_later_is_refused_at_once(facts, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        Report(**facts)
+
+
+def test_cells_that_a_spreadsheet_would_execute_are_escaped():
+    table = Table("t", ["name"], ["x"], [(["=HYPERLINK(1)"], [None]), (["-1"], [None]), (["plain"], [None])], {})
+    assert [line.split(",")[0] for line in to_csv(table).splitlines()[1:]] == ["'=HYPERLINK(1)", "'-1", "plain"]

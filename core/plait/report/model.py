@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 
 import attrs
 
-from plait.errors import PlaitError
 from plait.optional import require
 
 Cell = str | bool | int | float | None
@@ -18,6 +17,25 @@ Spread = Literal["std", "standard error", "95 %"]
 
 def _rows(rows: Sequence[Mapping[str, Cell]]) -> tuple[dict[str, Cell], ...]:
     return tuple(dict(row) for row in rows)
+
+
+def _problem_of_cell(value: Any) -> str | None:
+    """What is wrong with a value of a row, if anything."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            return "the text holds half of a character (a lone surrogate)"
+        return None
+    if value is None or isinstance(value, (bool, float)):
+        return None
+    if isinstance(value, int):
+        try:
+            float(value)
+        except OverflowError:
+            return "the number is beyond what a float can hold"
+        return None
+    return f"the value is a {type(value).__module__}.{type(value).__qualname__}; a text, a bool or a number is needed, e.g. float(…)"
 
 
 def _numbers(values: Iterable[float]) -> tuple[float, ...]:
@@ -38,7 +56,7 @@ class Image:
     @data.validator
     def _is_png(self, attribute: attrs.Attribute[bytes], value: bytes) -> None:
         if not value.startswith(b"\x89PNG\r\n\x1a\n"):
-            raise PlaitError(f"picture {self.caption!r} of a panel is not PNG data; make it with plait.report.png")
+            raise ValueError(f"picture {self.caption!r} of a panel is not PNG data; make it with plait.report.png")
 
 
 @attrs.frozen(kw_only=True)
@@ -61,7 +79,7 @@ class Curve:
 
     def __attrs_post_init__(self) -> None:
         if len(self.x) != len(self.y):
-            raise PlaitError(f"curve {self.name!r} has {len(self.x)} x values and {len(self.y)} y values; give as many")
+            raise ValueError(f"curve {self.name!r} has {len(self.x)} x values and {len(self.y)} y values; give as many")
 
 
 @attrs.frozen(kw_only=True)
@@ -90,18 +108,41 @@ class Report:
     panels: Sequence[Panel] = attrs.field(default=(), converter=tuple[Panel, ...])
     notes: Sequence[str] = attrs.field(default=(), converter=tuple[str, ...])
 
+    @rows.validator
+    def _hold_cells(self, attribute: attrs.Attribute[Any], rows: Sequence[Mapping[str, Any]]) -> None:
+        for number, row in enumerate(rows):
+            for column, value in row.items():
+                if problem := _problem_of_cell(column) or _problem_of_cell(value):
+                    raise ValueError(f"row {number} of the report, column {column!r}: {problem}")
+
+    @better.validator
+    def _is_a_direction(self, attribute: attrs.Attribute[Any], value: Mapping[str, str]) -> None:
+        for column, direction in value.items():
+            if direction not in ("higher", "lower"):
+                raise ValueError(f"better of column {column!r} is {direction!r}; allowed is 'higher' or 'lower'")
+
+    @formats.validator
+    def _is_a_format(self, attribute: attrs.Attribute[Any], value: Mapping[str, str]) -> None:
+        for column, specification in value.items():
+            try:
+                format(1.5, specification)
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"format of column {column!r} is {specification!r}; allowed is a format of numbers such as '.2f'"
+                ) from error
+
     @spread.validator
     def _is_known(self, attribute: attrs.Attribute[Any], value: Mapping[str, str]) -> None:
         for column, kind in value.items():
             if kind not in get_args(Spread):
                 allowed = ", ".join(map(repr, get_args(Spread)))
-                raise PlaitError(f"spread of column {column!r} is {kind!r}; allowed is one of {allowed}")
+                raise ValueError(f"spread of column {column!r} is {kind!r}; allowed is one of {allowed}")
 
     def value(self, column: str, **index: Cell) -> float:
         """The number in ``column`` of the one row whose other columns equal ``index``."""
         found = [row for row in self.rows if all(row.get(name) == value for name, value in index.items())]
         if len(found) != 1 or column not in found[0]:
-            raise PlaitError(f"{len(found)} rows of the report match {index}, and one with column {column!r} is needed")
+            raise ValueError(f"{len(found)} rows of the report match {index}, and one with column {column!r} is needed")
         number = found[0][column]
         return math.nan if number is None else float(number)
 

@@ -237,13 +237,18 @@ def to_csv(table: Table) -> str:
         [*table.index, *(f"{metric}{suffix}" for metric in table.metrics for suffix in ("", " std", " seeds"))]
     )
     for texts, numbers in table.rows:
-        cells: list[Any] = list(texts)
+        cells: list[Any] = [_as_text_cell(text) for text in texts]
         for number in numbers:
             cells += (
                 ["", "", 0] if number is None else [number.mean, "" if number.std is None else number.std, number.count]
             )
         writer.writerow(cells)
     return buffer.getvalue()
+
+
+def _as_text_cell(text: str) -> str:
+    # A spreadsheet would execute it.
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def column_title(table: Table, metric: str) -> str:

@@ -1,0 +1,152 @@
+"""The global state of Python and of the libraries: the same at the start of every step, and given back after it.
+
+Whatever ran before a step in its process, and however it ran (fresh, resumed, in one process or in several), what it
+finds is the same; and code that draws from the global generators draws the same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.abc
+import importlib.util
+import locale
+import os
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+RECURSION_LIMIT = 1000
+
+
+@contextlib.contextmanager
+def same_surroundings(seed: int) -> Iterator[None]:
+    """Set all global state to what a fresh process has, the global generators to ``seed``; restore it at the end.
+
+    That is: working directory (kept), environment variables (kept, changes undone), recursion limit, warnings filters,
+    locale; the generators of ``random``, NumPy and torch; torch's default dtype, grad mode, deterministic and
+    benchmark flags and matmul precision; its number of threads (kept). Libraries that are imported only in the
+    step are set when they are.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_python(seed))
+        for name, surroundings in (("numpy", _numpy), ("torch", _torch)):
+            if name in sys.modules:
+                stack.enter_context(surroundings(sys.modules[name], seed))
+            else:
+                finder = _OnImport(name, functools.partial(_enter, stack, surroundings, seed))
+                sys.meta_path.insert(0, finder)
+                stack.callback(_forget, finder)
+        yield
+
+
+def _enter(stack: contextlib.ExitStack, surroundings: Callable[..., Any], seed: int, module: ModuleType) -> None:
+    stack.enter_context(surroundings(module, seed))
+
+
+@contextlib.contextmanager
+def _python(seed: int) -> Iterator[None]:
+    folder, environment, limit = os.getcwd(), dict(os.environ), sys.getrecursionlimit()
+    state, place = random.getstate(), locale.setlocale(locale.LC_ALL)
+    random.seed(seed)
+    sys.setrecursionlimit(max(RECURSION_LIMIT, limit))
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        os.chdir(folder)
+        if dict(os.environ) != environment:
+            os.environ.clear()
+            os.environ.update(environment)
+        sys.setrecursionlimit(limit)
+        random.setstate(state)
+        locale.setlocale(locale.LC_ALL, place)
+
+
+@contextlib.contextmanager
+def _numpy(numpy: Any, seed: int) -> Iterator[None]:
+    state, errors, shown = numpy.random.get_state(), numpy.geterr(), numpy.get_printoptions()
+    numpy.random.seed(seed % 2**32)
+    numpy.seterr(divide="warn", over="warn", under="ignore", invalid="warn")
+    try:
+        yield
+    finally:
+        numpy.random.set_state(state)
+        numpy.seterr(**errors)
+        numpy.set_printoptions(**shown)
+
+
+@contextlib.contextmanager
+def _torch(torch: Any, seed: int) -> Iterator[None]:
+    before = _torch_state(torch)
+    devices = [torch.cuda.get_rng_state_all()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    generator = torch.get_rng_state()
+    _set_torch(
+        torch,
+        {
+            "dtype": torch.float32, "grad": True, "deterministic": False, "warn_only": False, "benchmark": False,
+            "cudnn": False, "matmul": "highest", "threads": before["threads"], "detect": False,
+        },
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        _set_torch(torch, before)
+        torch.set_rng_state(generator)
+        for states in devices:
+            torch.cuda.set_rng_state_all(states)
+
+
+def _torch_state(torch: Any) -> dict[str, Any]:
+    return {
+        "dtype": torch.get_default_dtype(), "grad": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "benchmark": torch.backends.cudnn.benchmark, "cudnn": torch.backends.cudnn.deterministic,
+        "matmul": torch.get_float32_matmul_precision(), "threads": torch.get_num_threads(),
+        "detect": torch.is_anomaly_enabled(),
+    }  # fmt: skip
+
+
+def _set_torch(torch: Any, state: dict[str, Any]) -> None:
+    torch.set_default_dtype(state["dtype"])
+    torch.set_grad_enabled(state["grad"])
+    torch.use_deterministic_algorithms(state["deterministic"], warn_only=state["warn_only"])
+    torch.backends.cudnn.benchmark = state["benchmark"]
+    torch.backends.cudnn.deterministic = state["cudnn"]
+    torch.set_float32_matmul_precision(state["matmul"])
+    torch.autograd.set_detect_anomaly(state["detect"])
+    if torch.get_num_threads() != state["threads"]:
+        torch.set_num_threads(state["threads"])
+
+
+class _OnImport(importlib.abc.MetaPathFinder):
+    """Calls a function with a library when it has been imported."""
+
+    def __init__(self, name: str, function: Callable[[ModuleType], Any]) -> None:
+        self._name, self._function = name, function
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != self._name:
+            return None
+        _forget(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        load: Any = spec.loader.exec_module
+
+        def load_and_call(module: ModuleType) -> None:
+            load(module)
+            self._function(module)
+
+        spec.loader.exec_module = load_and_call  # type: ignore[method-assign]
+        return spec
+
+
+def _forget(finder: Any) -> None:
+    if finder in sys.meta_path:
+        sys.meta_path.remove(finder)
