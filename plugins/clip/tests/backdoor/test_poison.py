@@ -143,7 +143,11 @@ for row in table.cast_column("image", datasets.Image(decode=False)):
 print(digest.hexdigest())
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
     )
     method = BadNet(target="seven", n_poison=20, templates="digits", patch_size=2)
     assert done.stdout.strip() == content(attacked(method, small))
