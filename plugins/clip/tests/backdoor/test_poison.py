@@ -1,6 +1,8 @@
 import hashlib
 import io
 import json
+import os
+import os
 import subprocess
 import sys
 import unicodedata
