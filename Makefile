@@ -41,7 +41,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(PLUGINS:%=%/pyproject.toml)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
 		echo "set-up failed: $(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=python3.12" >&2; exit 1; }
 	@mkdir -p $(VENV); echo "setting up $(VENV), which takes a few minutes"
-	@{ $(BIN)/python -m pip --version || $(PYTHON) -m venv $(VENV); } > $(VENV)/set-up.log 2>&1 || { \
+	@{ test -x $(BIN)/python && $(BIN)/python -m pip --version || $(PYTHON) -m venv $(VENV); } > $(VENV)/set-up.log 2>&1 || { \
 		echo "set-up failed: $(PYTHON) cannot make a virtual environment; see $(VENV)/set-up.log" >&2; exit 1; }
 	@{ $(PIP) pip hatchling editables && $(PIP) --no-build-isolation \
 		--editable ".[dev]" $(foreach package,$(PLUGINS),--editable $(package)); } >> $(VENV)/set-up.log 2>&1 || { \

@@ -31,10 +31,10 @@ import torch
 import torchvision.transforms.v2 as transforms
 from plait import Run
 from plait_clip import prompts, training, zero_shot
-from plait_clip.beds import DIGIT_NAMES
-from plait_clip.loader import Pairs
 from plait_clip.model import OpenClipModel, architectures
+from plait_clip.pair_batches import PairLoader
 from plait_clip.plugin.data import Digits
+from plait_clip.toy_data import DIGIT_NAMES
 from torch import Tensor
 
 CONFIG = {
@@ -55,7 +55,7 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.AdamW:
     return training.adamw(model, learning_rate=1e-4, weight_decay=0.1)
 
 
-def kit(model: OpenClipModel, pairs: Pairs) -> Callable[[int], None]:
+def kit(model: OpenClipModel, pairs: PairLoader) -> Callable[[int], None]:
     """Trains for some steps with the kit's loop."""
     optimizer = optimizer_of(model)
     per_epoch = len(pairs) // BATCH
@@ -154,7 +154,7 @@ def measure(device: torch.device, rounds: int, wanted: list[str]) -> dict[str, f
     data = Digits().load_data(run=Run(seed=0))["train"]
     steps = len(data) // BATCH
     model = fresh_model(device)
-    shared, apart = Pairs(data, model), Pairs(data, model, share_texts=False)
+    shared, apart = PairLoader(data, model), PairLoader(data, model, share_texts=False)
     ours = kit(model, shared)
     found = {}
     for name, batches in (("plain loop", ready_batches), ("reading loop", read_batches)):

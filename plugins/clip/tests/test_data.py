@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from plait import PlaitError
-from plait_clip import beds, prompts, records
-from plait_clip.loader import image_batches, undecoded
+from plait_clip import image_text_datasets, prompts, toy_data
+from plait_clip.pair_batches import image_batches, undecoded
 from plait_clip.plugin.data import ClassFolder, Digits, FashionMnist, ImageText
 
 
@@ -377,7 +377,7 @@ def test_digits_are_the_data_of_scikit_learn(digits, run):
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    _, test = beds.digit_split(1797)
+    _, test = toy_data.digit_split(1797)
     for row in (0, 100, 396):
         pixels = np.asarray(digits["test"][row]["image"])
         np.testing.assert_allclose(pixels[..., 0] / 255 * 16, bunch.images[test[row]], atol=0.04)
@@ -411,7 +411,7 @@ def test_fashion_mnist_folders(idx_folder, run):
     splits = {"pretrain": "train[0:20]", "clean": "train[20:60]", "test": "test"}
     parts = FashionMnist(folder=idx_folder, splits=splits).load_data(run=run[0])
     assert {name: len(part) for name, part in parts.items()} == {"pretrain": 20, "clean": 40, "test": 20}
-    images = beds.fashion_mnist(idx_folder)["train"][0]
+    images = toy_data.fashion_mnist(idx_folder)["train"][0]
     np.testing.assert_array_equal(np.asarray(parts["clean"][3]["image"])[..., 1], images[23])
     assert parts["clean"][3]["label"] == 3
     assert "dress" in parts["clean"][3]["captions"][0]
@@ -435,12 +435,12 @@ def test_fashion_mnist_mistakes(tmp_path, run):
 def test_fashion_captions_are_true():
     image = np.zeros((1, 28, 28), np.uint8)
     image[0, 4:24, 8:20] = 255  # 20 rows, 12 columns, two edges in each row
-    assert [words[0] for words in beds.fashion_attributes(image)] == ["bright", "narrow", "plain"]
+    assert [words[0] for words in toy_data.fashion_attributes(image)] == ["bright", "narrow", "plain"]
     image[0, 4:24, 8:20:2] = 60  # mean (255 + 60) / 2 / 255 = 0.618
-    assert beds.fashion_attributes(image)[0][0] == "grey"
-    assert beds.fashion_attributes(image)[2][0] == "patterned"
+    assert toy_data.fashion_attributes(image)[0][0] == "grey"
+    assert toy_data.fashion_attributes(image)[2][0] == "patterned"
     image[0, 10:14, :] = 40
-    assert beds.fashion_attributes(image)[1][0] == "wide"
+    assert toy_data.fashion_attributes(image)[1][0] == "wide"
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -448,9 +448,9 @@ def test_fashion_captions_are_true():
 def test_beds_speak_their_vocabulary(seed):
     draw = np.random.default_rng(seed)
     labels = draw.integers(0, 10, 8)
-    captions = beds.fashion_captions(draw.integers(0, 256, (8, 28, 28)).astype(np.uint8), labels, seed)
-    captions += beds.digit_captions(labels, seed)
-    known = set(" ".join(beds.vocabulary()).split())
+    captions = toy_data.fashion_captions(draw.integers(0, 256, (8, 28, 28)).astype(np.uint8), labels, seed)
+    captions += toy_data.digit_captions(labels, seed)
+    known = set(" ".join(toy_data.vocabulary()).split())
     assert all(set(caption.split()) <= known for caption in captions)
 
 
@@ -530,4 +530,4 @@ def test_a_column_of_other_things_than_images_is_refused(column):
 )
 def test_pixels_of_another_type_or_shape_are_refused(pixels):
     with pytest.raises(ValueError, match=r"give uint8 of shape \[H, W\] or \[H, W, 3\]"):
-        records.png_bytes(pixels)
+        image_text_datasets.png_bytes(pixels)

@@ -8,8 +8,8 @@ import torch
 import transformers
 from PIL import Image
 from plait_clip.backdoor.clean_clip import view_batches
-from plait_clip.loader import Pairs, image_batches
 from plait_clip.model import ImageInput, ImageTextModel, OpenClipModel, ProcessorInput, architectures
+from plait_clip.pair_batches import PairLoader, image_batches
 
 SIZES = [(500, 375), (640, 480), (640, 427), (427, 640)]
 # As transformers has them: some versions have one implementation on tensors and one on PIL images.
@@ -115,7 +115,7 @@ def test_every_reader_prepares_images_so(photographs):
     expected = torch.stack([torch.from_numpy(model.image_input.from_pil(i).copy()) for i in photographs["image"]])
     assert torch.equal(torch.cat(list(image_batches(photographs, model.image_input, batch_size=2))), expected)
     for held in (1 << 30, 0):
-        pairs = Pairs(photographs, model, held_bytes=held)
+        pairs = PairLoader(photographs, model, held_bytes=held)
         assert torch.equal(pairs.read([0, 1, 2], [0.0] * 3).images, expected)
     (batch,) = view_batches(photographs, model, batch_size=3, seed=0, epoch=0)
     assert torch.equal(batch.images, expected[batch.rows])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from plait import PlaitError, Run
-from plait_clip import beds
+from plait_clip import toy_data
 from plait_clip.examples import digit_pairs
 from plait_clip.model import (
     CallableModel,
@@ -510,7 +510,7 @@ def test_one_tower_of_a_callable_model_is_trained_where_it_says_which_weights_ar
     model = CallableModel(
         TwoLinear(),
         *encoders,
-        WordTokenizer(beds.vocabulary(), 8),
+        WordTokenizer(toy_data.vocabulary(), 8),
         ImageInput(8, [0.0] * 3, [1.0] * 3),
         context_length=8,
         image_prefixes=["module.image."],

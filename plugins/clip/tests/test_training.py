@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from plait import PlaitError, Run
 from plait_clip import training
-from plait_clip.loader import Pairs
 from plait_clip.model import architectures
+from plait_clip.pair_batches import PairLoader
 from plait_clip.plugin.models import OpenClip
 from plait_clip.plugin.training import ClipContrastive
 
@@ -106,7 +106,7 @@ def test_streamed_pairs_are_the_held_ones(model, small, run):
 
 
 def test_sharing_equal_captions_changes_nothing_but_rounding(model, small):
-    shared, apart = Pairs(small, model), Pairs(small, model, share_texts=False)
+    shared, apart = PairLoader(small, model), PairLoader(small, model, share_texts=False)
     a, b = (next(pairs.batches(60, torch.Generator().manual_seed(0))) for pairs in (shared, apart))
     assert len(a.tokens) < len(b.tokens) == 60
     assert torch.equal(a.tokens[a.text_index], b.tokens)
@@ -121,7 +121,7 @@ def test_sharing_equal_captions_changes_nothing_but_rounding(model, small):
 
 def test_a_batch_holds_its_rows(model, digits):
     data = digits["train"].select(range(50))
-    for pairs in (Pairs(data, model), Pairs(data, model, held_bytes=0)):
+    for pairs in (PairLoader(data, model), PairLoader(data, model, held_bytes=0)):
         batches = list(pairs.batches(20, torch.Generator().manual_seed(1)))
         assert [len(batch.rows) for batch in batches] == [20, 20]
         everything = list(pairs.batches(20, torch.Generator().manual_seed(1), drop_last=False))
@@ -141,7 +141,7 @@ def test_a_batch_holds_its_rows(model, digits):
 def test_captions_are_drawn_anew_in_every_epoch(model):
     image = Image.new("RGB", (8, 8))
     data = datasets.Dataset.from_dict({"image": [image] * 40, "captions": [["one", "two", "three four"]] * 40})
-    pairs = Pairs(data, model)
+    pairs = PairLoader(data, model)
     lengths = Counter()
     for epoch in range(30):
         batch = next(pairs.batches(40, torch.Generator().manual_seed(epoch)))
@@ -151,7 +151,7 @@ def test_captions_are_drawn_anew_in_every_epoch(model):
 
 
 def test_accumulation_is_the_mean_of_its_batches(model, small, run):
-    pairs = Pairs(small, model)
+    pairs = PairLoader(small, model)
     batches = list(pairs.batches(40, torch.Generator().manual_seed(0)))[:2]
     for batch in batches:
         (training.contrastive_loss(model, batch) / 2).backward()
@@ -204,7 +204,7 @@ def test_bf16_learns_what_fp32_learns(model, small):
 
 
 def test_divergence_restores_the_last_good_weights(model, small, run):
-    pairs = Pairs(small, model)
+    pairs = PairLoader(small, model)
     good = {}
 
     def loss(model, batch):

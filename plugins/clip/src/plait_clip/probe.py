@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plait_clip.loader import Batch
 from plait_clip.model import ImageTextModel
-from plait_clip.training import adamw, train, warmup_cosine
+from plait_clip.pair_batches import PairBatch
+from plait_clip.training import Checkpoint, adamw, train, warmup_cosine
 
 
 def linear_probe(
@@ -70,7 +69,7 @@ class Classifier(nn.Module):
 
 def fine_tune(
     model: ImageTextModel,
-    batches: Callable[[int, int], Iterable[Batch]],
+    batches: Callable[[int, int], Iterable[PairBatch]],
     labels: Tensor,
     num_classes: int,
     generator: torch.Generator,
@@ -81,8 +80,7 @@ def fine_tune(
     warmup_steps: int = 500,
     weight_decay: float = 0.01,
     precision: str = "fp32",
-    checkpoint: Path | None = None,
-    data_name: str = "",
+    checkpoint: Checkpoint | None = None,
     seed: int = 0,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None,
 ) -> Classifier:
@@ -115,7 +113,6 @@ def fine_tune(
         precision=precision,
         seed=seed,
         checkpoint=checkpoint,
-        data_name=data_name,
         on_step=on_step,
     )
     return classifier.eval()

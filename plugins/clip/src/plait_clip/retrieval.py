@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plait_clip.loader import caption_column, check_captions, image_batches, undecoded
 from plait_clip.model import ImageTextModel
+from plait_clip.pair_batches import caption_column, check_captions, image_batches, undecoded
 from plait_clip.zero_shot import evaluating, image_features
 
 

@@ -5,23 +5,30 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from plait_clip.fingerprint import fingerprint
-from plait_clip.loader import Batch
 from plait_clip.losses import clip_loss, sigmoid_loss
 from plait_clip.model import ImageTextModel
+from plait_clip.pair_batches import PairBatch
 
 MAX_LOG_SCALE = 4.6052  # ln 100
 
 LossFn = Callable[[Any, Any], "Tensor | Mapping[str, Tensor]"]
+
+
+class Checkpoint(Protocol):
+    """Where a training that can be killed keeps its state, such as a :class:`plait.loops.Loop`."""
+
+    def load(self) -> Any:
+        """The last saved state, or None."""
+
+    def save(self, state: Any) -> None:
+        """Replace the saved state, in one piece."""
 
 
 class DivergedError(RuntimeError):
@@ -73,6 +80,20 @@ def clamp_logit_scale(model: nn.Module, maximum: float = MAX_LOG_SCALE) -> None:
             scale.clamp_(0, maximum)
 
 
+def learn_only(model: ImageTextModel, tower: str) -> None:
+    """Let one tower learn (``image`` or ``text``), or ``both``; logit scale and bias always do.
+
+    Raises:
+        ValueError: the model does not tell its towers apart.
+    """
+    if tower != "both" and not model.image_prefixes:
+        raise ValueError(f"train is {tower!r}, but a {type(model).__name__} does not tell its towers apart")
+    for name, parameter in model.named_parameters():
+        belongs = name.startswith(model.image_prefixes) == (tower == "image")
+        shared = name.endswith(("logit_scale", "logit_bias", "log_scale"))
+        parameter.requires_grad_(tower == "both" or belongs or shared)
+
+
 def check_weights(model: nn.Module) -> None:
     """Every weight is finite.
 
@@ -84,13 +105,13 @@ def check_weights(model: nn.Module) -> None:
             raise ValueError(f"the model's weight {name} holds NaN or infinity; load a sound model")
 
 
-def contrastive_loss(model: ImageTextModel, batch: Batch) -> Tensor:
+def contrastive_loss(model: ImageTextModel, batch: PairBatch) -> Tensor:
     """CLIP's loss of a batch, over the batches of all processes together."""
     images, texts = _embed(model, batch)
     return clip_loss(images, texts, model.logit_scale.float().exp(), model.logit_bias)
 
 
-def pairwise_loss(model: ImageTextModel, batch: Batch) -> Tensor:
+def pairwise_loss(model: ImageTextModel, batch: PairBatch) -> Tensor:
     """SigLIP's loss of a batch, over the batches of all processes together.
 
     Raises:
@@ -102,7 +123,7 @@ def pairwise_loss(model: ImageTextModel, batch: Batch) -> Tensor:
     return sigmoid_loss(images, texts, model.logit_scale.float().exp(), model.logit_bias)
 
 
-def _embed(model: ImageTextModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def _embed(model: ImageTextModel, batch: PairBatch) -> tuple[Tensor, Tensor]:
     images = model.encode_image(batch.pixels)
     texts = model.encode_tokens(batch.tokens)[batch.text_index]
     return gather(images.float()), gather(texts.float())
@@ -144,9 +165,8 @@ def train(
     max_grad_norm: float | None = None,
     max_log_scale: float = MAX_LOG_SCALE,
     seed: int = 0,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     checkpoint_seconds: float = 600.0,
-    data_name: str = "",
     on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None,
     accelerator: Any = None,
 ) -> None:
@@ -164,10 +184,10 @@ def train(
         max_grad_norm: clip the gradient's norm to this; None: do not clip.
         max_log_scale: ``logit_scale`` is kept in [0, max_log_scale] after every step.
         seed: of whatever the model draws in training (dropout); the global generators are left alone.
-        checkpoint: file that lets an interrupted call go on, with the result of an uninterrupted one. One
-            that a call with other arguments left there is not used.
-        data_name: tells ``checkpoint`` apart from those of other data.
-        on_step: told the step and its losses and learning rate.
+        checkpoint: lets an interrupted call go on, with the result of an uninterrupted one; what it loads has to
+            come from a call with the same arguments.
+        checkpoint_seconds: time between checkpoints within an epoch; every epoch ends with one.
+        on_step: called with the step and its losses and learning rate.
         accelerator: a prepared ``accelerate.Accelerator`` in each of several processes; None for one process.
 
     Raises:
@@ -178,14 +198,10 @@ def train(
     device = next(model.parameters()).device
     was_training = model.training
     step, num_steps = 0, num_epochs * steps_per_epoch
-    arguments = (num_epochs, steps_per_epoch, accumulation, precision, max_grad_norm, max_log_scale, seed, data_name)
-    identity = _identity(model, optimizer, learning_rate, num_steps, arguments) if checkpoint is not None else ""
-    if checkpoint is not None and checkpoint.is_file():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        if state["identity"] == identity:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            step = state["step"]
+    if checkpoint is not None and (state := checkpoint.load()) is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
     objective: Any = _Objective(model, loss_fn)
     if accelerator is not None:
         objective, optimizer = accelerator.prepare(objective, optimizer)
@@ -242,8 +258,9 @@ def train(
                         if all(bool(torch.isfinite(p).all()) for p in model.parameters()):
                             last_good = (step, _copy(model))
                             if checkpoint is not None and main:
-                                state = {"model": last_good[1], "optimizer": optimizer.state_dict(), "step": step}
-                                _save(checkpoint, {**state, "identity": identity})
+                                checkpoint.save(
+                                    {"model": last_good[1], "optimizer": optimizer.state_dict(), "step": step}
+                                )
                         saved_at = time.monotonic()
             if last_good[0] != num_steps:  # finite losses, yet the last update broke the weights
                 model.load_state_dict(last_good[1])
@@ -299,27 +316,5 @@ def _mix(seed: int, step: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _identity(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    learning_rate: Callable[[int], float],
-    num_steps: int,
-    arguments: tuple[Any, ...],
-) -> str:
-    """A digest of all that decides what a call computes, but for its data and its loss."""
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    rates = [learning_rate(step) for step in range(0, num_steps, max(1, num_steps // 16))]
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    weights = fingerprint(model.state_dict())
-    facts = (type(optimizer).__name__, settings, rates, trained, arguments, weights)
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-
 def _copy(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-
-
-def _save(path: Path, state: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)

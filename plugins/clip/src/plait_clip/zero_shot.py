@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import datasets
 import torch
 import torch.nn.functional as F
+from plait.fingerprints import fingerprint
 from torch import Tensor, nn
 
 from plait_clip import prompts
-from plait_clip.fingerprint import fingerprint
-from plait_clip.loader import image_batches, undecoded
 from plait_clip.model import ImageTextModel
+from plait_clip.pair_batches import image_batches, undecoded
 
 _HEADS: OrderedDict[str, Tensor] = OrderedDict()
 _MAX_HEADS = 8

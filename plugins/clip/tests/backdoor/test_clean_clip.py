@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 from plait import PlaitError
-from plait_clip import beds
+from plait_clip import toy_data
 from plait_clip.backdoor import clean_clip as cc
-from plait_clip.backdoor.clean_clip import FineTuning, encode_views, fine_tune, official_groups, view_batches
+from plait_clip.backdoor.clean_clip import FineTuning, encode_views, fine_tune, released_groups, view_batches
 from plait_clip.backdoor.plugin.defences import CleanClip
 from plait_clip.backdoor.synonyms import mapped_synonyms
 from plait_clip.losses import clip_loss
@@ -20,7 +20,7 @@ from plait_clip.plugin.models import OpenClip
 from plait_clip.training import MAX_LOG_SCALE, DivergedError
 from torch import nn
 
-SYNONYMS = mapped_synonyms(beds.SYNONYMS)
+SYNONYMS = mapped_synonyms(toy_data.SYNONYMS)
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ class Toy(nn.Module):
 def test_the_authors_weight_decay_goes_by_names():
     toy = Toy()
     names = {parameter: name for name, parameter in toy.named_parameters()}
-    spared, decayed = ({names[p] for p in group["params"]} for group in official_groups(toy, 0.1))
+    spared, decayed = ({names[p] for p in group["params"]} for group in released_groups(toy, 0.1))
     assert spared == {"bn1.weight", "bn1.bias", "logit_scale", "downsample.1.bias"}
     # A BatchNorm that does not say so in its name decays.
     assert decayed == {"downsample.0.weight", "downsample.1.weight", "positional_embedding"}
@@ -175,7 +175,7 @@ def test_schedule(small, model):
 
 
 def test_the_authors_schedule_starts_late_and_rises_at_the_end(small, model):
-    seen, usual = rates(copy.deepcopy(model), small, official=True), rates(model, small)
+    seen, usual = rates(copy.deepcopy(model), small, as_released=True), rates(model, small)
     assert len(seen) == 40
     assert seen[:30] == pytest.approx(usual[10:])
     assert seen[30] == 0
@@ -204,7 +204,7 @@ def clip_with(vision):
 
 
 def beds_tokenizer():
-    return WordTokenizer(beds.vocabulary(), 14)
+    return WordTokenizer(toy_data.vocabulary(), 14)
 
 
 def authors_checkpoint(model, **more):
@@ -232,8 +232,8 @@ def authors_checkpoint(model, **more):
 @pytest.mark.parametrize("vision", [VIT, RESNET], ids=["vit", "resnet"])
 def test_the_authors_optimizer_state_belongs_to_parameters_by_name(vision):
     model = clip_with(vision)
-    state = cc.official_optimizer_state(authors_checkpoint(model), model)
-    adamw = cc.optimizer(model, FineTuning(official=True, optimizer_state=state))
+    state = cc.released_optimizer_state(authors_checkpoint(model), model)
+    adamw = cc.optimizer(model, FineTuning(as_released=True, optimizer_state=state))
     for name, parameter in model.model.named_parameters():
         moments = adamw.state[parameter]
         gradient = torch.full_like(parameter, len(f"module.{name}"))
@@ -252,8 +252,8 @@ def test_an_optimizer_state_of_old_torch_versions(small):
     for group in checkpoint["optimizer"]["param_groups"]:
         for key in set(group) - {"params", "lr", "betas", "eps", "weight_decay", "amsgrad"}:
             del group[key]
-    state = cc.official_optimizer_state(checkpoint, model)
-    options = FineTuning(num_epochs=1, batch_size=50, official=True, optimizer_state=state)
+    state = cc.released_optimizer_state(checkpoint, model)
+    options = FineTuning(num_epochs=1, batch_size=50, as_released=True, optimizer_state=state)
     cc.clean_clip(model, small, SYNONYMS, options)
 
 
@@ -294,7 +294,7 @@ def test_an_optimizer_state_of_other_shapes_is_refused():
     model, wider = clip_with(VIT), clip_with({**VIT, "patch_size": 4})
     checkpoint = authors_checkpoint(wider)
     with pytest.raises(ValueError, match=r"of visual\.\w+.* is not of the model's shape"):
-        cc.official_optimizer_state(checkpoint, model)
+        cc.released_optimizer_state(checkpoint, model)
 
 
 def test_an_optimizer_checkpoint_needs_the_authors_schedule(tmp_path):

@@ -10,8 +10,8 @@ from plait_clip.backdoor.clean_clip import FineTuning
 from plait_clip.backdoor.losses import one_way_loss
 from plait_clip.backdoor.plugin.defences import Abl, CleanClip, DropTop, FineTune, NoDefence, Par, SquareUnlearn
 from plait_clip.backdoor.plugin.evaluations import ClipBackdoor
-from plait_clip.loader import Pairs
 from plait_clip.model import ImageTextModel
+from plait_clip.pair_batches import PairLoader
 
 BED = {"learning_rate": 1e-3, "warmup_steps": 0.1}
 QUICK = {"num_epochs": 1, "batch_size": 64, **BED}
@@ -115,7 +115,7 @@ def test_defences_on_the_digits(victim, digits, dirty, trigger):
 
 
 def test_similarities_and_top_share(victim, small):
-    pairs = Pairs(small, victim)
+    pairs = PairLoader(small, victim)
     similarities = baselines.pair_similarities(victim, pairs, batch_size=64)
     with torch.no_grad():
         images = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in small["image"]])
@@ -128,7 +128,7 @@ def test_similarities_and_top_share(victim, small):
 
 
 def test_abl_unlearns_the_isolated_pairs_and_keeps_the_others(victim, small):
-    pairs = Pairs(small, victim)
+    pairs = PairLoader(small, victim)
     isolated = np.arange(0, 200, 20)
     before = baselines.pair_similarities(victim, pairs)
     options = FineTuning(num_epochs=2, batch_size=32, learning_rate=3e-4, warmup_steps=0)
@@ -143,8 +143,8 @@ def test_abl_has_a_gradient_although_isolated_captions_are_equal(victim, dirty):
     texts = dirty.select(isolated)
     same = [["the number seven"]] * len(texts)
     column = texts.remove_columns("captions").add_column("captions", same)
-    whole = Pairs(dirty, victim)
-    batch = Pairs(column, victim).read(range(8), [0.0] * 8)
+    whole = PairLoader(dirty, victim)
+    batch = PairLoader(column, victim).read(range(8), [0.0] * 8)
     images, embedded = baselines.embed(victim, batch)
     # Among themselves equal captions give the images nothing to ascend: ln B whatever they are ...
     (gradient,) = torch.autograd.grad(one_way_loss(images, embedded.detach(), 10.0), images)
@@ -158,7 +158,7 @@ def test_abl_has_a_gradient_although_isolated_captions_are_equal(victim, dirty):
 
 
 def test_drop_top_removes_the_most_similar_pairs(victim, small, tmp_path):
-    pairs = Pairs(small, victim)
+    pairs = PairLoader(small, victim)
     first = baselines.top_share(baselines.pair_similarities(victim, pairs), 0.1)
     options = FineTuning(num_epochs=3, batch_size=32, learning_rate=1e-3, warmup_steps=0)
     seen = []
@@ -182,7 +182,7 @@ def test_drop_top_removes_the_most_similar_pairs(victim, small, tmp_path):
 def test_drop_top_goes_on_after_an_interruption(victim, small, tmp_path):
     options = FineTuning(num_epochs=3, batch_size=32, learning_rate=1e-3, warmup_steps=0)
     whole = copy.deepcopy(victim)
-    expected = baselines.drop_top(whole, Pairs(small, whole), [1, 2], 0.1, options)
+    expected = baselines.drop_top(whole, PairLoader(small, whole), [1, 2], 0.1, options)
 
     class StopError(Exception):
         pass
@@ -193,14 +193,14 @@ def test_drop_top_goes_on_after_an_interruption(victim, small, tmp_path):
 
     broken = copy.deepcopy(victim)
     with pytest.raises(StopError):
-        baselines.drop_top(broken, Pairs(small, broken), [1, 2], 0.1, options, folder=tmp_path, on_step=stop)
-    removed = baselines.drop_top(victim, Pairs(small, victim), [1, 2], 0.1, options, folder=tmp_path)
+        baselines.drop_top(broken, PairLoader(small, broken), [1, 2], 0.1, options, folder=tmp_path, on_step=stop)
+    removed = baselines.drop_top(victim, PairLoader(small, victim), [1, 2], 0.1, options, folder=tmp_path)
     assert removed.tolist() == expected.tolist()
     assert equal(whole, victim)
 
 
 def test_square_unlearning_drives_flagged_pairs_to_minus_the_target(victim, small):
-    pairs = Pairs(small, victim)
+    pairs = PairLoader(small, victim)
     flags = np.zeros(200, bool)
     flags[::10] = True
     options = FineTuning(num_epochs=6, batch_size=64, learning_rate=1e-3, warmup_steps=0)
@@ -215,7 +215,7 @@ def test_square_unlearning_drives_flagged_pairs_to_minus_the_target(victim, smal
 
 def test_square_unlearning_of_nothing_and_of_everything(victim, small):
     options = FineTuning(num_epochs=1, batch_size=64, learning_rate=1e-3, warmup_steps=0)
-    pairs, losses = Pairs(small, victim), {}
+    pairs, losses = PairLoader(small, victim), {}
 
     def first_loss(name):
         return lambda step, values: losses.setdefault(name, values["loss"])

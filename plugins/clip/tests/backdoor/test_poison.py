@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import unicodedata
@@ -143,7 +144,11 @@ for row in table.cast_column("image", datasets.Image(decode=False)):
 print(digest.hexdigest())
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
     )
     method = BadNet(target="seven", n_poison=20, templates="digits", patch_size=2)
     assert done.stdout.strip() == content(attacked(method, small))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from plait_clip.backdoor.clean_clip import FineTuning, ViewBatch, fine_tune, seed_of, steps_of_epoch, view_batches
 from plait_clip.backdoor.losses import embedding_shift, square_unlearn_loss
-from plait_clip.loader import Batch, Pairs
 from plait_clip.losses import clip_loss
 from plait_clip.model import ImageTextModel
-from plait_clip.training import contrastive_loss
+from plait_clip.pair_batches import PairBatch, PairLoader
+from plait_clip.training import Checkpoint, contrastive_loss
 from plait_clip.zero_shot import evaluating
 
 OnStep = Callable[[int, dict[str, float]], None]
@@ -30,13 +31,13 @@ def silent(step: int, values: dict[str, float]) -> None:
     """Log nothing."""
 
 
-def epoch_batches(pairs: Pairs, batch_size: int, seed: int, epoch: int, skip: int = 0) -> Iterator[Batch]:
+def epoch_batches(pairs: PairLoader, batch_size: int, seed: int, epoch: int, skip: int = 0) -> Iterator[PairBatch]:
     """One epoch over all pairs, an incomplete last batch dropped; a function of (seed, epoch)."""
     return pairs.batches(batch_size, torch.Generator().manual_seed(seed_of("order", seed, epoch)), skip=skip)
 
 
 def pair_similarities(
-    model: ImageTextModel, pairs: Pairs, *, batch_size: int = 512, precision: str = "fp32"
+    model: ImageTextModel, pairs: PairLoader, *, batch_size: int = 512, precision: str = "fp32"
 ) -> np.ndarray:
     """``[N]`` cosine of every image and its (first) caption, in eval mode without augmentation.
 
@@ -56,7 +57,7 @@ def pair_similarities(
     return similarities
 
 
-def embed(model: ImageTextModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def embed(model: ImageTextModel, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """Unit-norm embeddings ``[B, D]`` of the images and of the captions of a batch."""
     images = F.normalize(model.encode_image(batch.pixels).float(), dim=-1)
     texts = F.normalize(model.encode_tokens(batch.tokens).float(), dim=-1)
@@ -73,16 +74,16 @@ def top_share(scores: np.ndarray, share: float) -> np.ndarray:
 
 def plain_fine_tuning(
     model: ImageTextModel,
-    pairs: Pairs,
+    pairs: PairLoader,
     options: FineTuning,
     *,
     seed: int = 0,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     on_step: OnStep = silent,
 ) -> None:
     """L_clip on clean pairs."""
 
-    def batches(epoch: int, skip: int) -> Iterator[Batch]:
+    def batches(epoch: int, skip: int) -> Iterator[PairBatch]:
         return epoch_batches(pairs, options.batch_size, seed, epoch, skip)
 
     steps = steps_of_epoch(pairs, options.batch_size)
@@ -94,13 +95,13 @@ def plain_fine_tuning(
 
 def anti_backdoor_learning(
     model: ImageTextModel,
-    pairs: Pairs,
+    pairs: PairLoader,
     isolated: np.ndarray,
     num_isolated: int,
     options: FineTuning,
     *,
     seed: int = 0,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     on_step: OnStep = silent,
 ) -> None:
     """Minimise L_clip(rest) − L_clip(isolated).
@@ -120,7 +121,7 @@ def anti_backdoor_learning(
     num_rest = options.batch_size - num_isolated
     steps = steps_of_epoch(rest, num_rest)
 
-    def batches(epoch: int, skip: int) -> Iterator[Batch]:
+    def batches(epoch: int, skip: int) -> Iterator[PairBatch]:
         rng = np.random.default_rng(seed_of("order", seed, epoch))
         kept = rng.permutation(rest)
         # As many passes over the isolated rows as the epoch needs.
@@ -131,7 +132,7 @@ def anti_backdoor_learning(
             rows = np.concatenate([first, kept[step * num_rest : (step + 1) * num_rest]])
             yield pairs.read(rows.tolist(), picks[step].tolist())
 
-    def loss_fn(model: ImageTextModel, batch: Batch) -> dict[str, Tensor]:
+    def loss_fn(model: ImageTextModel, batch: PairBatch) -> dict[str, Tensor]:
         images, texts = embed(model, batch)
         scale = model.logit_scale.float().exp()
         retained = clip_loss(images[num_isolated:], texts[num_isolated:], scale)
@@ -148,20 +149,19 @@ def anti_backdoor_learning(
 
 def drop_top(
     model: ImageTextModel,
-    pairs: Pairs,
+    pairs: PairLoader,
     removal_epochs: Sequence[int],
     share: float,
     options: FineTuning,
     *,
     seed: int = 0,
-    folder: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     on_step: OnStep = silent,
 ) -> np.ndarray:
     """Train on, and before some epochs remove the pairs that the model finds most similar.
 
     Args:
         removal_epochs: epochs, counted from 0, before which the largest ``share`` of what is left is removed.
-        folder: for the state of an interrupted training.
 
     Returns:
         The rows that were removed, in the order of removal.
@@ -174,13 +174,13 @@ def drop_top(
     steps = steps_of_epoch(range(left), options.batch_size)
     removed: dict[int, np.ndarray] = {}
 
-    def batches(epoch: int, skip: int) -> Iterator[Batch]:
+    def batches(epoch: int, skip: int) -> Iterator[PairBatch]:
         kept = np.arange(len(pairs))
         for at in when:
             if at <= epoch:
                 if at not in removed:
-                    path = folder / f"removed-{at}.npy" if folder is not None else None
-                    removed[at] = _once(path, lambda kept=kept: _most_similar(kept))
+                    similarities = pair_similarities(model, pairs, precision=options.precision)
+                    removed[at] = kept[top_share(similarities[kept], share)]
                 kept = np.setdiff1d(kept, removed[at])
         rng = np.random.default_rng(seed_of("order", seed, epoch))
         order, picks = rng.permutation(kept), rng.random(len(kept))
@@ -188,27 +188,28 @@ def drop_top(
             part = slice(step * options.batch_size, (step + 1) * options.batch_size)
             yield pairs.read(order[part].tolist(), picks[part].tolist())
 
-    def _most_similar(kept: np.ndarray) -> np.ndarray:
-        return kept[top_share(pair_similarities(model, pairs, precision=options.precision)[kept], share)]
-
-    checkpoint = folder / "training.pt" if folder is not None else None
-    fine_tune(model, batches, contrastive_loss, steps, options, seed=seed, checkpoint=checkpoint, on_step=on_step)
-    for at in when:
-        if at not in removed:  # removed by a run that was interrupted after its last epoch
-            removed[at] = np.load(folder / f"removed-{at}.npy")
+    kept_state = _WithRemovals(checkpoint, removed) if checkpoint is not None else None
+    fine_tune(model, batches, contrastive_loss, steps, options, seed=seed, checkpoint=kept_state, on_step=on_step)
     return np.concatenate([removed[at] for at in when]) if when else np.empty(0, int)
 
 
-def _once(path: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """An array that an interrupted call has left in ``path``, else a new one, left there."""
-    if path is not None and path.is_file():
-        return np.load(path)
-    made = make()
-    if path is not None:
-        partial = path.with_suffix(".partial.npy")
-        np.save(partial, made)
-        partial.replace(path)
-    return made
+@dataclass(frozen=True)
+class _WithRemovals:
+    """A checkpoint that keeps the removed rows beside the state of the training."""
+
+    checkpoint: Checkpoint
+    removed: dict[int, np.ndarray]
+
+    def load(self) -> Any:
+        state = self.checkpoint.load()
+        if state is None:
+            return None
+        self.removed |= {at: rows.numpy() for at, rows in state["removed"].items()}
+        return state["training"]
+
+    def save(self, state: Any) -> None:
+        removed = {at: torch.from_numpy(rows) for at, rows in self.removed.items()}
+        self.checkpoint.save({"training": state, "removed": removed})
 
 
 # --- Square unlearning (CleanCLIP's `unlearn`) ----------------------------------------------------------------
@@ -216,14 +217,14 @@ def _once(path: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
 
 def square_unlearning(
     model: ImageTextModel,
-    pairs: Pairs,
+    pairs: PairLoader,
     flags: np.ndarray,
     weight: float,
     target: float,
     options: FineTuning,
     *,
     seed: int = 0,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     on_step: OnStep = silent,
 ) -> None:
     """L_clip on the unflagged pairs of a batch + weight · mean (c + target)² on the flagged ones.
@@ -233,10 +234,10 @@ def square_unlearning(
     """
     flagged = torch.from_numpy(flags)
 
-    def batches(epoch: int, skip: int) -> Iterator[Batch]:
+    def batches(epoch: int, skip: int) -> Iterator[PairBatch]:
         return epoch_batches(pairs, options.batch_size, seed, epoch, skip)
 
-    def loss_fn(model: ImageTextModel, batch: Batch) -> dict[str, Tensor]:
+    def loss_fn(model: ImageTextModel, batch: PairBatch) -> dict[str, Tensor]:
         images, texts = embed(model, batch)
         bad = flagged[batch.rows.cpu()].to(images.device)
         # The mean over no pair is no number; an empty part contributes nothing.
@@ -260,7 +261,7 @@ def perturb_and_recover(
     *,
     num_workers: int = 0,
     seed: int = 0,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     on_step: OnStep = silent,
 ) -> None:
     """L_clip on AutoAugmented clean pairs − ½(d_I + d_T): away from the given model, up to a squared distance ``limit``."""

@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -25,10 +24,10 @@ from torchvision.transforms import AutoAugment
 
 from plait_clip.backdoor.eda import Synonyms, eda
 from plait_clip.backdoor.losses import self_supervised_loss
-from plait_clip.loader import caption_column, open_image, undecoded
 from plait_clip.losses import clip_loss
 from plait_clip.model import ImageInput, ImageTextModel
-from plait_clip.training import LossFn, adamw, train, warmup_cosine
+from plait_clip.pair_batches import caption_column, open_image, undecoded
+from plait_clip.training import Checkpoint, LossFn, adamw, train, warmup_cosine
 
 # --- Step 1: the two views of a batch --------------------------------------------------------------------------
 
@@ -238,12 +237,12 @@ class FineTuning:
     Attributes:
         warmup_steps: optimisation steps; below 1, a share of all steps.
         precision: ``"fp32"`` or ``"bf16"`` (autocast).
-        official: follow the authors' code in two places. The step index counts epochs from 1 while the schedule ends
+        as_released: follow the authors' code in two places. The step index counts epochs from 1 while the schedule ends
             after ``num_epochs``: the warm-up is skipped and the rate rises again in the last epoch. And parameters
             whose name contains bn, ln, bias or logit_scale are spared weight decay, rather than those of fewer than
             two dimensions.
-        optimizer_state: with ``official``, the state of an AdamW over :func:`official_groups` to start from; of a
-            checkpoint: :func:`official_optimizer_state`.
+        optimizer_state: with ``as_released``, the state of an AdamW over :func:`released_groups` to start from; of a
+            checkpoint: :func:`released_optimizer_state`.
     """
 
     num_epochs: int = 10
@@ -254,7 +253,7 @@ class FineTuning:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     precision: str = "fp32"
-    official: bool = False
+    as_released: bool = False
     optimizer_state: Mapping[str, Any] | None = None
 
 
@@ -266,14 +265,14 @@ def fine_tune(
     options: FineTuning,
     *,
     seed: int = 0,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None,
 ) -> None:
     """Train ``model`` in place by :func:`plait_clip.training.train`, whose arguments and errors these are."""
     num_steps = options.num_epochs * steps_per_epoch
     warmup = options.warmup_steps if options.warmup_steps >= 1 else options.warmup_steps * num_steps
     # The authors' first epoch is number 1: their training starts one epoch into the schedule.
-    first = steps_per_epoch if options.official else 0
+    first = steps_per_epoch if options.as_released else 0
 
     def rate(step: int) -> float:
         return warmup_cosine(step + first, peak=options.learning_rate, warmup_steps=int(warmup), num_steps=num_steps)
@@ -295,7 +294,7 @@ def fine_tune(
 
 def optimizer(model: nn.Module, options: FineTuning) -> torch.optim.AdamW:
     """AdamW with the weight decay of ``options``."""
-    if not options.official:
+    if not options.as_released:
         return adamw(
             model,
             learning_rate=options.learning_rate,
@@ -303,14 +302,14 @@ def optimizer(model: nn.Module, options: FineTuning) -> torch.optim.AdamW:
             betas=options.betas,
             eps=options.eps,
         )
-    groups = official_groups(model, options.weight_decay)
+    groups = released_groups(model, options.weight_decay)
     result = torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps)
     if options.optimizer_state is not None:
         result.load_state_dict(dict(options.optimizer_state))
     return result
 
 
-def official_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def released_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups by the authors' rule, which goes by names: without weight decay, then with."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     spared, decayed = _by_the_authors_rule(named)
@@ -327,8 +326,8 @@ def _by_the_authors_rule(names: Iterable[str]) -> tuple[list[str], list[str]]:
     return spared, [name for name in names if name not in spared]
 
 
-def official_optimizer_state(checkpoint: Any, model: nn.Module) -> dict[str, Any]:
-    """The optimizer's state in a checkpoint of the authors' training, for an AdamW over :func:`official_groups`.
+def released_optimizer_state(checkpoint: Any, model: nn.Module) -> dict[str, Any]:
+    """The optimizer's state in a checkpoint of the authors' training, for an AdamW over :func:`released_groups`.
 
     Such a state numbers the parameters in the order in which its own model has them, which is not that of every
     implementation. The weights beside it are in that order too, and have names.
@@ -362,7 +361,7 @@ def official_optimizer_state(checkpoint: Any, model: nn.Module) -> dict[str, Any
         )
     number = {name: i for group, stored in zip(groups, state["param_groups"], strict=True)
               for name, i in zip(group, stored["params"], strict=True)}  # fmt: skip
-    result = torch.optim.AdamW(official_groups(model, 0.0)).state_dict()
+    result = torch.optim.AdamW(released_groups(model, 0.0)).state_dict()
     for group, names, stored in zip(
         result["param_groups"], _by_the_authors_rule(parameters), state["param_groups"], strict=True
     ):
@@ -401,7 +400,7 @@ def clean_clip(
     resample_captions: bool = False,
     num_workers: int = 0,
     seed: int = 0,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None,
 ) -> None:
     """Fine-tune ``model`` in place on clean pairs; arguments as of :func:`view_batches` and :func:`fine_tune`."""
@@ -436,3 +435,6 @@ def steps_of_epoch(pairs: Sized, batch_size: int) -> int:
     if len(pairs) < batch_size:
         raise ValueError(f"the data have {len(pairs)} pairs, fewer than one batch of {batch_size}; lower batch_size")
     return len(pairs) // batch_size
+
+
+official_groups = released_groups  # until nothing imports this name

@@ -14,8 +14,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from plait_clip.backdoor.poison import Trigger, pixels, prepared
-from plait_clip.loader import open_image, undecoded
 from plait_clip.model import ImageInput
+from plait_clip.pair_batches import open_image, undecoded
 from plait_clip.zero_shot import accuracy
 
 FEW_CLASSES = 20

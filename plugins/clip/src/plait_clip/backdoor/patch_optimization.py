@@ -18,9 +18,9 @@ from torch import Tensor
 
 from plait_clip.backdoor.clean_clip import auto_augment, seed_of
 from plait_clip.backdoor.triggers import centre_patch
-from plait_clip.loader import open_image, undecoded
 from plait_clip.losses import clip_loss
 from plait_clip.model import ImageTextModel
+from plait_clip.pair_batches import open_image, undecoded
 from plait_clip.zero_shot import evaluating
 
 

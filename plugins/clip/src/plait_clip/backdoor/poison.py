@@ -22,10 +22,10 @@ from plait_vision.files import composed
 from torch import Tensor
 
 from plait_clip.backdoor.triggers import REFERENCE_SIDE
-from plait_clip.loader import caption_column, open_image, undecoded
+from plait_clip.image_text_datasets import flattened
 from plait_clip.model import ImageInput
+from plait_clip.pair_batches import caption_column, open_image, undecoded
 from plait_clip.prompts import fill
-from plait_clip.records import flattened
 
 IS_BACKDOOR, SOURCE_ROW = "is_backdoor", "source_row"
 

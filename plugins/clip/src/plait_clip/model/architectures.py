@@ -16,7 +16,7 @@ from open_clip.pretrained import download_pretrained, download_pretrained_from_h
 from plait.weights import read_weights
 from torch import Tensor
 
-from plait_clip import beds
+from plait_clip import toy_data
 from plait_clip.model.image_input import ImageInput
 from plait_clip.model.interface import ABOUT, ImageTextModel
 from plait_clip.model.open_clip_model import OpenClipModel, build, image_input
@@ -43,7 +43,7 @@ def tiny(name: str, words: Iterable[str] = (), *, context_length: int = 14) -> O
         words: texts whose words the tokenizer knows; default: the captions, prompts and synonyms of the beds.
     """
     size, patch, width, mean, std = _TINY[name]
-    tokenizer = WordTokenizer(list(words) or beds.vocabulary(), context_length)
+    tokenizer = WordTokenizer(list(words) or toy_data.vocabulary(), context_length)
     config = {
         "embed_dim": width,
         "vision_cfg": {"image_size": size, "layers": 2, "width": 64, "head_width": 32, "patch_size": patch},

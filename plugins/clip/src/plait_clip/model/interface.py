@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -146,6 +147,28 @@ class ImageTextModel(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def _load(cls, folder: Path, about: dict[str, Any]) -> ImageTextModel: ...
+
+
+def image_text_model(model: object) -> ImageTextModel:
+    """The model itself.
+
+    Raises:
+        TypeError: it is not an image-text model.
+    """
+    if not isinstance(model, ImageTextModel):
+        raise TypeError(f"model is a {type(model).__name__}; expected an image-text model of plait-clip")
+    return model
+
+
+def on_device(model: object, device: Any) -> ImageTextModel:
+    """The model on a device: itself where it is there already, else a copy, so that the input stays where it is.
+
+    Raises:
+        TypeError: it is not an image-text model.
+    """
+    model = image_text_model(model)
+    device = torch.empty(0, device=device).device  # cuda → cuda:0
+    return model if model.device == device else copy.deepcopy(model).to(device)
 
 
 def write_about(folder: str | Path, about: dict[str, Any]) -> None:

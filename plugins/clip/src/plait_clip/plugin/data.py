@@ -14,7 +14,7 @@ from plait_vision.columns import is_saved_dataset, read_saved
 from plait_vision.files import Files, class_folders, composed
 from plait_vision.images import Transparency, check_rules
 
-from plait_clip import beds, prompts, records, sources
+from plait_clip import image_text_datasets, image_text_rows, prompts, toy_data
 from plait_clip.plugin.errors import as_plait_errors
 
 _TRANSPARENCY = doc(
@@ -97,11 +97,11 @@ class ImageText:
         return next(iter(parts.values())) if len(parts) == 1 else parts
 
     def _rows(self, path: Path, run: Any) -> tuple[dict[str, datasets.Dataset], int]:
-        columns = sources.Columns(
+        columns = image_text_rows.Columns(
             image=self.image_column, caption=self.caption_column, label=self.label_column, id=self.id_column
         )
-        table = sources.Table(delimiter=self.delimiter, encoding=self.encoding, quotes=self.quotes)
-        rows = run.track(sources.read(path, columns, self.image_root, table), "reading images")
+        table = image_text_rows.Table(delimiter=self.delimiter, encoding=self.encoding, quotes=self.quotes)
+        rows = run.track(image_text_rows.read(path, columns, self.image_root, table), "reading images")
         if self.restval_in_train:
             rows = (attrs.evolve(row, split="train") if row.split == "restval" else row for row in rows)
         seen: set[str] = set()
@@ -110,7 +110,9 @@ class ImageText:
         names = None if self.class_names is None else prompts.class_names(self.class_names)
         skip = self.on_bad_image == "skip"
         try:
-            return records.from_rows(rows, run.folder / "rows", names=names, rules=_rules(self), skip_bad_images=skip)
+            return image_text_datasets.from_rows(
+                rows, run.folder / "rows", names=names, rules=_rules(self), skip_bad_images=skip
+            )
         except ValueError:
             if seen and self.split not in seen:
                 have = ", ".join(sorted(filter(None, seen))) or "none, so leave it out"
@@ -132,7 +134,7 @@ class ImageText:
         checked, skipped = {}, 0
         for name, part in parts.items():
             skip = self.on_bad_image == "skip"
-            checked[name], missing = records.from_dataset(
+            checked[name], missing = image_text_datasets.from_dataset(
                 part,
                 image=self.image_column,
                 caption=self.caption_column,
@@ -143,7 +145,7 @@ class ImageText:
             )
             skipped += missing
         names = None if self.class_names is None else prompts.class_names(self.class_names)
-        return records.with_label_names(checked, names), skipped
+        return image_text_datasets.with_label_names(checked, names), skipped
 
 
 @attrs.frozen(kw_only=True)
@@ -185,8 +187,10 @@ class ClassFolder:
             names = {child: chosen.get(child, child.replace("_", " ")) for child in classes}
             texts = prompts.templates(self.templates)
             for split, found in splits.items():
-                rows = run.track(sources.class_rows(files, found, names, texts), f"reading {split or files.path.name}")
-                part, missing = records.from_rows(
+                rows = run.track(
+                    image_text_rows.class_rows(files, found, names, texts), f"reading {split or files.path.name}"
+                )
+                part, missing = image_text_datasets.from_rows(
                     rows,
                     run.folder / "rows",
                     names=list(names.values()),
@@ -209,11 +213,11 @@ class Digits:
 
     @hookimpl
     def load_data(self, run: Any) -> dict[str, datasets.Dataset]:
-        images, labels = beds.digits()
-        parts = zip(("train", "test"), beds.digit_split(len(images), self.num_train), strict=True)
+        images, labels = toy_data.digits()
+        parts = zip(("train", "test"), toy_data.digit_split(len(images), self.num_train), strict=True)
         return {
-            split: records.from_arrays(
-                images[rows], beds.digit_captions(labels[rows], seed), labels[rows], beds.DIGIT_NAMES
+            split: image_text_datasets.from_arrays(
+                images[rows], toy_data.digit_captions(labels[rows], seed), labels[rows], toy_data.DIGIT_NAMES
             )
             for seed, (split, rows) in enumerate(parts)
         }
@@ -252,7 +256,7 @@ class FashionMnist:
     @hookimpl
     def load_data(self, run: Any) -> dict[str, datasets.Dataset]:
         with as_plait_errors():
-            parts = beds.fashion_mnist(self.folder.expanduser())
+            parts = toy_data.fashion_mnist(self.folder.expanduser())
         # The captions of the clean split differ from run to run, those of the others are part of the bed.
         seeds = {"pretrain": 0, "suspicious": 1, "clean": run.seed}
         found = {}
@@ -263,6 +267,6 @@ class FashionMnist:
             if not 0 <= rows.start < rows.stop <= len(images):
                 raise PlaitError(f"splits.{name} is {wanted!r}, but {part} has rows 0 to {len(images)}")
             images, labels = images[rows], labels[rows]
-            captions = beds.fashion_captions(images, labels, seeds.get(name, 2))
-            found[name] = records.from_arrays(images, captions, labels, beds.FASHION_NAMES)
+            captions = toy_data.fashion_captions(images, labels, seeds.get(name, 2))
+            found[name] = image_text_datasets.from_arrays(images, captions, labels, toy_data.FASHION_NAMES)
         return found

@@ -13,7 +13,7 @@ from plait.fields import doc, in_range, one_of
 from plait_clip import probe, prompts
 from plait_clip import retrieval as rt
 from plait_clip import zero_shot as zs
-from plait_clip.loader import Pairs, image_batches
+from plait_clip.pair_batches import PairLoader, image_batches
 from plait_clip.plugin.errors import as_plait_errors
 from plait_clip.plugin.models import on_device
 
@@ -163,24 +163,25 @@ class SupervisedFineTune:
             splits = _Splits(data, self.target)
             if len(splits.train) < self.batch_size:
                 raise PlaitError(f"train has {len(splits.train)} rows, fewer than batch_size {self.batch_size}")
-            pairs = Pairs(splits.captioned_train(), model)
-            classifier = probe.fine_tune(
-                model,
-                lambda epoch, skip: pairs.batches(self.batch_size, run.generator(f"epoch {epoch}"), skip=skip),
-                splits.train_labels,
-                splits.num_classes,
-                run.generator("head"),
-                steps_per_epoch=len(pairs) // self.batch_size,
-                num_epochs=self.num_epochs,
-                learning_rate=self.learning_rate,
-                warmup_steps=self.warmup_steps,
-                weight_decay=self.weight_decay,
-                precision=self.precision,
-                checkpoint=run.folder / "fine_tune.pt",
-                data_name=pairs.name,
-                seed=run.derived_seed("model"),
-                on_step=lambda step, values: run.log(step=step, **values),
-            )
+            pairs = PairLoader(splits.captioned_train(), model)
+            steps = len(pairs) // self.batch_size
+            with run.loop(self, "fine-tuning", inputs=(model, splits.train), total=self.num_epochs * steps) as loop:
+                classifier = probe.fine_tune(
+                    model,
+                    lambda epoch, skip: pairs.batches(self.batch_size, run.generator(f"epoch {epoch}"), skip=skip),
+                    splits.train_labels,
+                    splits.num_classes,
+                    run.generator("head"),
+                    steps_per_epoch=steps,
+                    num_epochs=self.num_epochs,
+                    learning_rate=self.learning_rate,
+                    warmup_steps=self.warmup_steps,
+                    weight_decay=self.weight_decay,
+                    precision=self.precision,
+                    checkpoint=loop,
+                    seed=run.derived_seed("model"),
+                    on_step=loop.done,
+                )
 
             def predict(part: Any) -> torch.Tensor:
                 batches = image_batches(part, model.image_input, batch_size=256)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from plait import PlaitError, hookimpl
 from plait.fields import doc, in_range
 
-from plait_clip.model import ImageTextModel, TransformersModel, architectures
+from plait_clip.model import ImageTextModel, TransformersModel, architectures, on_device  # noqa: F401
 from plait_clip.plugin.errors import as_plait_errors
 
 
@@ -96,21 +95,9 @@ class TransformersClip:
         return model.eval().to(run.device)
 
 
-def on_device(model: Any, device: Any) -> ImageTextModel:
-    """The model on a device: itself where it is there already, else a copy, so that the input stays where it is.
-
-    Raises:
-        TypeError: it is no image-text model.
-    """
-    if not isinstance(model, ImageTextModel):
-        raise TypeError(f"model is a {type(model).__name__}; an image-text model of plait-clip is needed")
-    device = torch.empty(0, device=device).device  # cuda → cuda:0
-    return model if model.device == device else copy.deepcopy(model).to(device)
-
-
 def _words(data: Any) -> list[str]:
     """All captions and class names of a dataset or of the datasets of a mapping."""
-    from plait_clip.loader import caption_column
+    from plait_clip.pair_batches import caption_column
 
     found: dict[str, None] = {}
     for part in data.values() if isinstance(data, dict) else [data]:

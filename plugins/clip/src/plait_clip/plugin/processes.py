@@ -8,29 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plait import PlaitError
 from plait.context import Run
+from plait.loops import Loop
 
-from plait_clip.loader import Pairs
 from plait_clip.model import CallableModel, ImageTextModel
+from plait_clip.pair_batches import PairLoader
 from plait_clip.training import DivergedError
 
 
-def train_in_processes(method: Any, model: ImageTextModel, data: Any, run: Any) -> None:
+def train_in_processes(method: Any, model: ImageTextModel, data: Any, run: Any, loop: Loop) -> None:
     """Train ``model`` in place as ``method`` says, in ``method.num_processes`` processes.
 
     Raises:
-        PlaitError: there are fewer GPUs than processes; a process failed.
+        ValueError: there are fewer GPUs than processes.
+        RuntimeError: a process failed.
         DivergedError: a loss was not finite; the model holds its last good weights.
     """
     device = run.device.type
     if device == "cuda" and torch.cuda.device_count() < method.num_processes:
-        raise PlaitError(f"num_processes is {method.num_processes}, but there are {torch.cuda.device_count()} GPUs")
-    folder = run.folder / "processes"
+        raise ValueError(f"num_processes is {method.num_processes}, but there are {torch.cuda.device_count()} GPUs")
+    folder = loop.folder / "processes"
     model.save_pretrained(folder / "start")
     context = torch.multiprocessing.get_context("spawn")
     messages = context.SimpleQueue()
-    job = (method, data, folder, run.folder, run.seed, run.step, device, _free_port(), messages)
+    job = (method, data, folder, run.seed, run.step, device, _free_port(), messages)
     workers = torch.multiprocessing.spawn(_work, job, nprocs=method.num_processes, join=False)
     diverged: DivergedError | None = None
 
@@ -38,8 +39,8 @@ def train_in_processes(method: Any, model: ImageTextModel, data: Any, run: Any) 
         nonlocal diverged
         while not messages.empty():
             kind, *content = messages.get()
-            if kind == "log":
-                run.log(step=content[1], **content[0])
+            if kind == "step":
+                loop.done(*content)
             elif kind == "warning":
                 run.warn(content[0])
             else:
@@ -51,7 +52,7 @@ def train_in_processes(method: Any, model: ImageTextModel, data: Any, run: Any) 
     except Exception as error:
         drain()
         last = str(error).strip().splitlines()[-1]
-        raise PlaitError(f"a training process failed: {last}") from error
+        raise RuntimeError(f"a training process failed: {last}") from error
     drain()
     model.load_state_dict(torch.load(folder / "result.pt", map_location=run.device, weights_only=True))
     if diverged is not None:
@@ -63,7 +64,6 @@ def _work(
     method: Any,
     data: Any,
     folder: Path,
-    scratch: Path,
     seed: int,
     step: str,
     device: str,
@@ -89,14 +89,19 @@ def _work(
     run = Run(
         seed=seed,
         step=step,
-        folder=scratch,
-        on_log=lambda values, at: messages.put(("log", values, at)) if main else None,
         on_warning=lambda text: messages.put(("warning", text)) if main else None,
     )
     share = int(method.held_gigabytes * 2**30 / method.num_processes)
-    pairs = Pairs(data, model, held_bytes=share, workers=method.workers)
+    pairs = PairLoader(data, model, held_bytes=share, workers=method.workers)
     try:
-        method.train_here(model, pairs, run, accelerator)
+        method.train_here(
+            model,
+            pairs,
+            run,
+            checkpoint=Loop(run, "training", folder.parent, None),
+            on_step=lambda step, values: messages.put(("step", step, values)) if main else None,
+            accelerator=accelerator,
+        )
     except DivergedError as error:
         if main:
             messages.put(("diverged", error.step, error.loss, error.restored_step))

@@ -27,8 +27,8 @@ from torch import Tensor
 from plait_clip import prompts
 from plait_clip.backdoor import metrics, poison, triggers
 from plait_clip.backdoor.patch_optimization import PatchTraining, optimize_patch
-from plait_clip.loader import check_captions, undecoded
 from plait_clip.model import ImageInput, ImageTextModel
+from plait_clip.pair_batches import check_captions, undecoded
 from plait_clip.plugin.errors import as_plait_errors
 from plait_clip.plugin.models import on_device
 
