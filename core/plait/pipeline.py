@@ -133,12 +133,13 @@ def check(document: Document, overrides: Sequence[str], folder: Path) -> Pipelin
     cells = []
     known: dict[str, Step | None] = {}
     texts: list[tuple[Mapping[str, Any], Mapping[str, str]]] = []
+    resolver = _Resolver(data)
     for values in _combinations(matrix):
-        resolved = _resolve(data, values, problems)
+        resolved = resolver.cell(values, problems)
         if resolved is not None:
             cells.append(_check_cell(resolved, values, folder, known, problems))
             texts.append((values, _texts(resolved, values)))
-    axes = _axes_of_steps(data, texts)
+    axes = _axes_of_steps(data, texts, resolver)
     if not problems.found:
         _check_axes_used(matrix, axes, problems)
     if problems.found:
@@ -172,13 +173,13 @@ def _texts(resolved: _Resolved, values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _axes_of_steps(
-    data: Mapping[str, Any], texts: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]]
+    data: Mapping[str, Any], texts: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]], resolver: _Resolver
 ) -> dict[str, frozenset[str]]:
     """Step → the axes whose value changes what it resolves to, however an interpolation reaches them."""
     found: dict[str, set[str]] = {name: set() for _, cell in texts for name in cell}
     for axis, axis_values in (data.get("matrix") or {}).items():
         if len(axis_values) == 1:
-            texts_here = [*texts[:1], *_probe(data, axis, texts[:1])]
+            texts_here = [*texts[:1], *_probe(data, axis, texts[:1], resolver)]
         else:
             texts_here = list(texts)
         for name in found:
@@ -192,7 +193,10 @@ def _axes_of_steps(
 
 
 def _probe(
-    data: Mapping[str, Any], axis: str, first: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]]
+    data: Mapping[str, Any],
+    axis: str,
+    first: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]],
+    resolver: _Resolver,
 ) -> list[tuple[Mapping[str, Any], Mapping[str, str]]]:
     """The first cell with another value of an axis that has only one; empty where it cannot be resolved."""
     if not first:
@@ -202,7 +206,7 @@ def _probe(
     values[axis] = (
         value + 1 if isinstance(value, (int, float)) and not isinstance(value, bool) else f"{value} (another)"
     )
-    resolved = _resolve(data, values, None)
+    resolved = resolver.cell(values, None)
     if resolved is not None:
         return [(values, _texts(resolved, values))]
     mentioning = {name for name, body in data["steps"].items() if f"matrix.{axis}" in str(body)}
@@ -359,35 +363,65 @@ def _combinations(matrix: Mapping[str, list[Any]]) -> Iterator[Mapping[str, Any]
         yield dict(zip(matrix, values, strict=True))
 
 
-def _resolve(data: Mapping[str, Any], values: Mapping[str, Any], problems: _Problems | None) -> _Resolved | None:
-    """One cell of the matrix without interpolations; ``None`` where it has problems."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+class _Resolver:
+    """Resolves the cells of a matrix one after the other; what no interpolation reaches is resolved once."""
 
-    try:
-        whole: Any = OmegaConf.create({**data, "matrix": dict(values)})
-        families, steps = _expand(data["steps"], whole)
-        if families:
-            whole = OmegaConf.create({**data, "matrix": dict(values), "steps": steps})
-        resolved: Any = OmegaConf.to_container(whole, resolve=True, throw_on_missing=True)
-    except EachError as error:
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self._data = data
+        self._configs: dict[str, tuple[Any, dict[str, Any]]] = {}
+
+    def cell(self, values: Mapping[str, Any], problems: _Problems | None) -> _Resolved | None:
+        """One cell without interpolations; ``None`` where it has problems."""
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            return self._cell(values, problems)
+        except EachError as error:
+            path: KeyPath = ("steps", *error.path)
+            sentence = f"step {error.path[0]}: {error}"
+        except OmegaConfBaseException as error:
+            path = tuple(part for part in re.split(r"[.\[\]]+", str(getattr(error, "full_key", None) or "")) if part)
+            sentence = f"{'.'.join(map(str, path)) or 'the file'}: {_first_line(error)}"
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            path, sentence = (), f"an interpolation cannot be resolved: {_first_line(error)}"
         if problems is not None:
-            problems.add(("steps", *error.path), f"step {error.path[0]}: {error}")
+            problems.add(path, sentence)
         return None
-    except OmegaConfBaseException as error:
-        path = tuple(part for part in re.split(r"[.\[\]]+", str(getattr(error, "full_key", None) or "")) if part)
+
+    def _cell(self, values: Mapping[str, Any], problems: _Problems | None) -> _Resolved:
+        families, steps = _expand(self._data["steps"], self._config({}, values)[0])
+        whole, fixed = self._config(steps if families else {}, values)
+        family_of = {f"{name}.{label}": name for name, family in families.items() for label in family.members}
         if problems is not None:
-            problems.add(path, f"{'.'.join(path) or 'the file'}: {_first_line(error)}")
-        return None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        if problems is not None:
-            problems.add((), f"an interpolation cannot be resolved: {_first_line(error)}")
-        return None
-    family_of = {f"{name}.{label}": name for name, family in families.items() for label in family.members}
-    if problems is not None:
-        problems.origins.update(family_of)
-    steps = {name: body for name, body in resolved["steps"].items() if name not in families}
-    return _Resolved(resolved.get("seed", 0), steps, families, family_of)
+            problems.origins.update(family_of)
+        seed = _plain(whole, "seed") if "seed" in whole else 0
+        bodies = {
+            name: fixed[name] if name in fixed else _plain(whole.steps, name) for name in steps if name not in families
+        }
+        return _Resolved(seed, bodies, families, family_of)
+
+    def _config(self, steps: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """OmegaConf's view of the file with these values of the matrix, and the steps that hold no interpolation."""
+        from omegaconf import OmegaConf
+
+        text = json.dumps(steps, default=str)
+        if text not in self._configs:
+            data = {**self._data, "matrix": dict(values), **({"steps": dict(steps)} if steps else {})}
+            fixed = {name: body for name, body in data["steps"].items() if "${" not in json.dumps(body, default=str)}
+            self._configs[text] = (OmegaConf.create(data), fixed)
+        whole, fixed = self._configs[text]
+        OmegaConf.update(whole, "matrix", dict(values), merge=False, force_add=True)
+        return whole, fixed
+
+
+def _plain(config: Any, key: str) -> Any:
+    from omegaconf import OmegaConf
+
+    node = config._get_node(key)
+    if OmegaConf.is_config(node) and not node._is_interpolation():
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    value = config[key]
+    return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
 
 
 def _expand(written: Mapping[str, Any], whole: Any) -> tuple[dict[str, Family], dict[str, Any]]:

@@ -110,7 +110,6 @@ def run_pipeline(
 
     started = time.monotonic()
     write_provenance(folder, pipeline, plan, store)
-    progress = _progress(plan, store)
     with interrupts() as asked:
 
         def emit_and_heed(name: str, **facts: Any) -> None:
@@ -119,6 +118,7 @@ def run_pipeline(
 
         executor = Processes(jobs, emit_and_heed) if jobs > 1 else InProcess(emit_and_heed)
         emit("run_started", folder=folder, pipeline=plain(pipeline.data), steps=[task.label for task in plan.tasks])
+        progress = _progress(plan, store, emit)
         ended_by: KeyboardInterrupt | None = None
         try:
             _carry_out_all(progress, pipeline, store, executor, emit_and_heed, asked, device)
@@ -176,11 +176,27 @@ def _write_report(
     return document
 
 
-def _progress(plan: Plan, store: Store) -> Progress:
+def _progress(plan: Plan, store: Store, emit: Emit) -> Progress:
     lost = {task.key for task in plan.tasks if lost_outputs(task.step.instance)}
     for key in lost:
         store.remove(key)  # only a new run writes them again
-    return Progress(plan, {task.key for task in plan.tasks if store.has(task.key)}, lost)
+    stored = {task.key for task in plan.tasks if store.has(task.key)}
+    intact: set[str] = set()
+    while True:
+        progress = Progress(plan, stored, lost)
+        unchecked = [task for task in progress.to_be_loaded if task.key not in intact]
+        if not unchecked:
+            return progress
+        for task in unchecked:
+            if changed := store.changed_files(task.key):
+                emit(
+                    "step_warned",
+                    step=task.label,
+                    message=f"its stored result is damaged ({', '.join(changed[:3])}); it is computed anew",
+                )
+                store.remove(task.key)
+                stored.discard(task.key)
+            intact.add(task.key)
 
 
 def _carry_out_all(

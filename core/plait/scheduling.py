@@ -22,6 +22,7 @@ class Progress:
 
     def __init__(self, plan: Plan, stored: set[str], wanted: Set[str] = frozenset()) -> None:
         self._tasks = {task.key: task for task in plan.tasks}
+        self._stored = frozenset(stored)
         self._behind: dict[str, list[Task]] = {}
         for task in plan.tasks:
             for key in task.needs:
@@ -58,6 +59,12 @@ class Progress:
     def settled(self) -> list[Task]:
         """The tasks that had not to be run from the start."""
         return [task for task in self._tasks.values() if task.key in self._settled]
+
+    @property
+    def to_be_loaded(self) -> list[Task]:
+        """Stored results that will be read: by tasks that are to run, and evaluations by the report."""
+        inputs = {key for key in self._missing for key in self._tasks[key].needs}
+        return [t for t in self.settled if t.key in self._stored and (t.key in inputs or t.step.hook == "evaluate")]
 
     @property
     def not_run(self) -> dict[str, str]:

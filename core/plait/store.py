@@ -164,16 +164,20 @@ class Store:
                     _remove(aside)
         return count, freed
 
+    def changed_files(self, key: str) -> list[str]:
+        """The files of a complete result that differ from the checksums they were written with."""
+        entry = self.entry(key)
+        if entry is None:
+            return []
+        return [name for name, fact in entry.meta["files"].items() if _sha256(entry.folder / name) != fact["sha256"]]
+
     def verify(self) -> dict[str, str]:
         """Key → what is wrong, for every result whose files differ from their checksums."""
         broken = {}
         for folder in sorted((self.root / "objects").glob("*/*")):
-            entry = self.entry(folder.name)
-            if entry is None:
+            if self.entry(folder.name) is None:
                 broken[folder.name] = "incomplete"
-                continue
-            changed = [name for name, fact in entry.meta["files"].items() if _sha256(folder / name) != fact["sha256"]]
-            if changed:
+            elif changed := self.changed_files(folder.name):
                 broken[folder.name] = f"changed: {', '.join(changed)}"
         return broken
 

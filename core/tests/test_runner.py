@@ -561,3 +561,35 @@ class Wide:
     Path("m.py").write_text(Path("m.py").read_text().replace("10**400", "1.0"))
     result = plait.run("p.yaml")
     assert len(list(result.folder.glob("*.csv"))) == 1
+
+
+def test_flipped_bytes_are_never_used(demo):
+    first = plait.run("demo.yaml", ["matrix.seed=[0]"])
+    tables = first.tables
+    key = next(task.key for task in first.plan.tasks if task.label == "numbers[seed=0]")
+    file = next(path for path in (Store().folder(key) / "artifact").rglob("value.json"))
+    file.chmod(0o644)
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"0.", b"1.", 1))
+    listener = Warned()
+    again = plait.run("demo.yaml", ["matrix.seed=[0]", "matrix.amount=[1, 2, 5]"], listeners=[listener])
+    assert listener.seen == [
+        (
+            "numbers[seed=0]",
+            "its stored result is damaged (artifact/content/value.json); it is computed anew",
+        )
+    ]
+    assert file.read_bytes() == content
+    assert again.tables["score"].value("mean", amount="1", name="after") == tables["score"].value(
+        "mean", amount="1", name="after"
+    )
+    assert Store().verify() == {}
+
+
+class Warned:
+    def __init__(self):
+        self.seen = []
+
+    @hookimpl
+    def step_warned(self, step, message):
+        self.seen.append((step, message))
