@@ -36,14 +36,14 @@ def main() -> None:
     rules = {"synonyms": "test-beds"}
     ubt = {
         "n_suspicious": 0.12,
-        "overfit_lr": 1e-3,
-        "overfit_epochs": 10,
+        "overfit_learning_rate": 1e-3,
+        "num_overfit_epochs": 10,
         "overfit_batch_size": 32,
         "overfit_normal_weight": 0.0,
         "min_gap_change": 0.0,
         "n_top": 24,
         "n_unlearn": 24,
-        "unlearn_lr": 3e-4,
+        "unlearn_learning_rate": 3e-4,
         "token_selection": "all",
         "force": True,
     }

@@ -309,5 +309,5 @@ def _renamed(state: State, names: Mapping[str, str], path: Path) -> State:
     """The tensors that ``names`` has, under their new names."""
     if len(set(names.values())) < len(names):
         twice = next(new for new in names.values() if list(names.values()).count(new) > 1)
-        raise ValueError(f"{path} holds {twice} twice, with a prefix and without; save the model once")
+        raise ValueError(f"{path} has a duplicate {twice}, with a prefix and without; save the model once")
     return {new: state[old] for old, new in names.items()}

@@ -49,3 +49,21 @@ def _trained(digits):
 def trained(_trained):
     """The tiny CLIP after 9 epochs on the digits."""
     return copy.deepcopy(_trained)
+
+
+class KeptCheckpoint:
+    """What a training keeps its state in, in memory, copied as a file would be."""
+
+    def __init__(self):
+        self.state = None
+
+    def load(self):
+        return copy.deepcopy(self.state)
+
+    def save(self, state):
+        self.state = copy.deepcopy(state)
+
+
+@pytest.fixture
+def checkpoint():
+    return KeptCheckpoint()

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plait import PlaitError
 from plait_clip import prompts, zero_shot
 from plait_clip.examples import tiny_fusion_model
 from plait_clip.plugin.evaluation import LinearProbe, Retrieval, SupervisedFineTune, ZeroShot
@@ -167,30 +166,30 @@ def test_users_mistakes_are_one_sentence(trained, digits, run):
     test = digits["test"]
     one_class = test.select(range(3)).cast_column("label", datasets.Value("int64")).map(lambda row: {"label": 0})
     one_class = one_class.cast_column("label", datasets.ClassLabel(names=["zero"]))
-    with pytest.raises(PlaitError, match="there is 1 class"):
+    with pytest.raises(ValueError, match="there is 1 class"):
         ZeroShot().evaluate(model=trained, data=one_class, run=run)
-    with pytest.raises(PlaitError, match="no column 'label'"):
+    with pytest.raises(ValueError, match="no column 'label'"):
         ZeroShot().evaluate(model=trained, data=test.remove_columns("label"), run=run)
-    with pytest.raises(PlaitError, match="but there are 2 class names"):
+    with pytest.raises(ValueError, match="but there are 2 class names"):
         ZeroShot(class_names=("a", "b")).evaluate(model=trained, data=test, run=run)
-    with pytest.raises(PlaitError, match="'a' occurs twice"):
+    with pytest.raises(ValueError, match="'a' occurs twice"):
         ZeroShot(class_names=("a",) * 10).evaluate(model=trained, data=test, run=run)
-    with pytest.raises(PlaitError, match="unknown; known are"):
+    with pytest.raises(ValueError, match="unknown; known are"):
         ZeroShot(templates="unknown").evaluate(model=trained, data=test, run=run)
-    with pytest.raises(PlaitError, match="give train and at least one more"):
+    with pytest.raises(ValueError, match="give train and at least one more"):
         LinearProbe().evaluate(model=trained, data=test, run=run)
-    with pytest.raises(PlaitError, match="target is 'ten'"):
+    with pytest.raises(ValueError, match="target is 'ten'"):
         LinearProbe(target="ten").evaluate(model=trained, data=digits, run=run)
-    with pytest.raises(PlaitError, match="one class only"):
+    with pytest.raises(ValueError, match="one class only"):
         LinearProbe().evaluate(model=trained, data={"train": one_class, "test": test}, run=run)
     few = {"train": test.select(range(20)), "test": test}
-    with pytest.raises(PlaitError, match="fewer than batch_size"):
+    with pytest.raises(ValueError, match="fewer than batch_size"):
         SupervisedFineTune().evaluate(model=trained, data=few, run=run)
-    with pytest.raises(PlaitError, match="less than the rank"):
+    with pytest.raises(ValueError, match="less than the rank"):
         Retrieval(candidates=3)
     with torch.no_grad():
         trained.model.ln_final.weight[0] = math.nan
-    with pytest.raises(PlaitError, match="not finite"):
+    with pytest.raises(ValueError, match="not finite"):
         ZeroShot().evaluate(model=trained, data=test, run=run)
-    with pytest.raises(PlaitError, match="text embeddings are not finite"):
+    with pytest.raises(ValueError, match="text embeddings are not finite"):
         Retrieval().evaluate(model=trained, data=test, run=run)

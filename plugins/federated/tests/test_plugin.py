@@ -404,6 +404,12 @@ def rows(**changes):
         (lambda: train_on([]), "list without datasets"),
         (lambda: train_on(rows().select([])), "no rows"),
         (lambda: train_on(rows(), model="net"), "model is a str"),
+        (
+            lambda: train_on(rows(), model=torch.nn.Linear(5, 2)),
+            r"fails on inputs of shape \(1, 4\) \(RuntimeError: mat1",
+        ),
+        (lambda: train_on(rows(), model=torch.nn.Unflatten(1, (2, 2))), "no trainable parameter"),
+        (lambda: train_on(rows(), model=torch.nn.LSTM(4, 2)), "the model gives a tuple for inputs of shape"),
         (lambda: train_on(rows(), topology="random"), "nobody would have a neighbour"),
         (lambda: train_on(rows(client=[0] * 4)), "at least 2"),
         (lambda: train_on(rows(), engine="peers", update_order="sequential"), "allow_wavefront"),

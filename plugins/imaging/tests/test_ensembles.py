@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
-from plait import PlaitError, Run
+from plait import Run
 from plait.report import Report
 from plait_imaging.ensembles import (
     ZZPM,
@@ -248,7 +248,7 @@ class TestInput:
         a, b = flat(1), flat(2)
         cases = [
             ({"a": a}, None, "at least 2"),
-            ([a, b], None, "no mapping of models"),
+            ([a, b], None, "not a mapping of models"),
             ({}, None, "names no model"),
             (a, None, "names no model"),
             ({"a": a.select([]), "b": b.select([])}, None, "a of candidates has no images"),
@@ -261,17 +261,17 @@ class TestInput:
             ({"a": a, "b": b}, {"a": a, "b": b, "target": flat(1, size=(5, 4))}, "5×4"),
         ]
         for candidates, reference, words in cases:
-            with pytest.raises(PlaitError, match=words):
+            with pytest.raises(ValueError, match=words):
                 InverseMSE().ensemble(candidates=candidates, reference=reference or {"a": a, "b": b}, run=Run())
 
     def test_sizes_within_one_dataset(self):
         small, large = (torch.zeros(3, size, 4, dtype=torch.uint8) for size in (4, 5))
         wide = dataset([small], image_a=[small], image_b=[large])
-        with pytest.raises(PlaitError, match="image scene-0 is 5×4 pixels in b and 4×4 in a"):
+        with pytest.raises(ValueError, match="image scene-0 is 5×4 pixels in b and 4×4 in a"):
             Average().ensemble(candidates=wide, reference=None, run=Run())
 
     def test_fields(self):
-        with pytest.raises(PlaitError, match="max_samples is 0"):
+        with pytest.raises(ValueError, match="max_samples is 0"):
             Regressor(max_samples=0)
 
     def test_weights_are_reported(self):
@@ -286,5 +286,5 @@ class TestInput:
 
 
 def test_a_misspelt_regressor():
-    with pytest.raises(PlaitError, match="kind is 'forest'; allowed is 'hist-gradient-boosting'"):
+    with pytest.raises(ValueError, match="kind is 'forest'; allowed is one of hist-gradient-boosting"):
         Regressor(kind="forest")

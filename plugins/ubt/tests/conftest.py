@@ -1,13 +1,31 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
-from plait_clip.model.image_input import ImageInput
-from plait_clip.model.open_clip_model import OpenClipModel, build
-from plait_clip.model.tokenizer import WordTokenizer
-from plait_ubt.ubt import Pairs
+from plait_clip import ImageInput, OpenClipModel, WordTokenizer
+from plait_clip.model.open_clip_model import build
+from plait_ubt.embeddings import CaptionedImages
 
 COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.9, 0.1), "blue": (0.1, 0.1, 0.9), "grey": (0.5, 0.5, 0.5)}
 VOCABULARY = "a photo of square the this is picture bag " + " ".join(COLOURS)
+
+
+class Memory:
+    """A checkpoint in memory."""
+
+    state = None
+
+    def load(self):
+        return copy.deepcopy(self.state)
+
+    def save(self, state):
+        self.state = copy.deepcopy(state)
+
+
+@pytest.fixture
+def checkpoint():
+    return Memory()
 
 
 @pytest.fixture(scope="session")
@@ -39,4 +57,4 @@ def colour_pairs():
     base = torch.tensor([COLOURS[name] for name in names])[:, :, None, None]
     images = (base + 0.1 * torch.randn(96, 3, 8, 8, generator=generator)).clamp(0, 1)
     captions = ["a photo of a bag" if i % 12 == 0 else f"a photo of a {name} square" for i, name in enumerate(names)]
-    return Pairs(captions, lambda rows: images[torch.as_tensor(np.asarray(rows))])
+    return CaptionedImages(captions, lambda rows: images[torch.as_tensor(np.asarray(rows))])

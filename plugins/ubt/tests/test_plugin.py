@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from plait import PlaitError, Run
-from plait_clip.model.open_clip_model import OpenClipModel
+from plait import Run
+from plait_clip import OpenClipModel, PairLoader, adamw, contrastive_loss, train
 from plait_ubt.plugin import Ubt
 
 COLOURS = {"red": (230, 25, 25), "green": (25, 230, 25), "blue": (25, 25, 230), "grey": (120, 120, 120)}
@@ -16,15 +16,15 @@ SETTINGS = {
     "n_suspicious": 48,
     "n_top": 12,
     "n_unlearn": 8,
-    "overfit_lr": 3e-3,
-    "overfit_epochs": 4,
+    "overfit_learning_rate": 3e-3,
+    "num_overfit_epochs": 4,
     "overfit_batch_size": 16,
     "overfit_normal_weight": 0.0,
     "n_retain": 64,
     "force": True,
     "token_selection": "all",
-    "unlearn_lr": 1e-3,
-    "unlearn_steps": 10,
+    "unlearn_learning_rate": 1e-3,
+    "num_unlearn_steps": 10,
 }
 
 
@@ -54,10 +54,7 @@ def poisoned():
 
 def fit(model, data, rows, steps):
     """Contrastive training on the given rows."""
-    from plait_clip.loader import Pairs
-    from plait_clip.training import adamw, contrastive_loss, train
-
-    pairs = Pairs(data.select(rows), model)
+    pairs = PairLoader(data.select(rows), model)
     train(
         model,
         lambda epoch, skip: pairs.batches(32, torch.Generator().manual_seed(epoch), skip=skip),
@@ -153,7 +150,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(suspect, reference, pois
 
     with pytest.raises(KeyboardInterrupt):
         Ubt(**SETTINGS).defend(suspect, poisoned, reference, Run(step="ubt", folder=tmp_path, on_progress=stop))
-    assert len(list(tmp_path.rglob("overfit.pt"))) == 1
+    assert len(list(tmp_path.rglob("checkpoint.pt"))) == 2
     resumed = Ubt(**SETTINGS).defend(suspect, poisoned, reference, Run(step="ubt", folder=tmp_path))
     assert same(weights(whole), weights(resumed))
 
@@ -190,7 +187,7 @@ def test_ablations_of_the_detection(suspect, reference, poisoned, detection):
 
 
 def test_oracle_needs_the_truth(suspect, reference, poisoned):
-    with pytest.raises(PlaitError, match="is_backdoor"):
+    with pytest.raises(ValueError, match="is_backdoor"):
         Ubt(**SETTINGS, detection="oracle").defend(suspect, poisoned.remove_columns("is_backdoor"), reference, Run())
 
 
@@ -200,7 +197,7 @@ def test_without_a_reference_the_suspect_ranks_its_own_pairs(suspect, poisoned):
     result = Ubt(**settings).defend(suspect, poisoned, None, Run(on_warning=warnings.append))
     assert not same(weights(result), weights(suspect))
     assert "suspected model itself" in warnings[0]
-    with pytest.raises(PlaitError, match="reference"):
+    with pytest.raises(ValueError, match="reference"):
         Ubt(**SETTINGS).defend(suspect, poisoned, None, Run())
 
 
@@ -219,7 +216,7 @@ def test_models_of_the_sigmoid_loss_rank_but_are_not_cleaned(make_model, poisone
     sigmoid = make_model(1)
     sigmoid.model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
     method = Ubt(**SETTINGS, detection="reference")
-    with pytest.raises(PlaitError, match="logit bias, as SigLIP's"):
+    with pytest.raises(ValueError, match="logit bias, as SigLIP's"):
         method.defend(sigmoid, poisoned, make_model(), Run())
     cleaned = method.defend(make_model(), poisoned, sigmoid, Run())
     assert not same(weights(cleaned), weights(make_model()))
@@ -241,13 +238,13 @@ def test_captions_without_letters(make_model, poisoned):
         ({"n_suspicious": 10.5}, "n_suspicious"),
         ({"forget_loss": "square", "forget_target": -0.5}, "forget_target"),
         ({"forget_loss": "ascent", "retain_batch_size": 4}, "retain_batch_size"),
-        ({"overfit_epochs": 0}, "overfit_epochs"),
+        ({"num_overfit_epochs": 0}, "num_overfit_epochs"),
         ({"rank_mode": "best"}, "rank_mode"),
         ({"betas": (0.9, 1.0)}, "betas"),
     ],
 )
 def test_bad_fields_are_refused(fields, message):
-    with pytest.raises(PlaitError, match=message):
+    with pytest.raises(ValueError, match=message):
         Ubt(**fields)
 
 
@@ -261,7 +258,7 @@ def test_bad_fields_are_refused(fields, message):
     ],
 )
 def test_sets_that_are_too_small_are_refused(suspect, reference, poisoned, change, message):
-    with pytest.raises(PlaitError, match=message):
+    with pytest.raises(ValueError, match=message):
         Ubt(**{**SETTINGS, **change}).defend(suspect, poisoned, reference, Run())
 
 
@@ -279,13 +276,15 @@ def test_bad_input_is_one_sentence(make_model, suspect, reference, poisoned):
         (torch.nn.Linear(2, 2), poisoned, "image-text model"),
     ]
     for model, data, message in cases:
-        with pytest.raises(PlaitError, match=message) as error:
+        with pytest.raises((ValueError, TypeError), match=message) as error:
             method.defend(model, data, reference, Run())
         assert "\n" not in str(error.value)
-    with pytest.raises(PlaitError, match="suspected"):
+    with pytest.raises(ValueError, match="suspected"):
         method.extract_feature({"reference": reference}, poisoned, Run())
-    with pytest.raises(PlaitError, match="overfit_lr"):
-        Ubt(**{**SETTINGS, "overfit_lr": 1e30, "overfit_epochs": 3}).defend(suspect, poisoned, reference, Run())
+    with pytest.raises(FloatingPointError, match="overfit_learning_rate"):
+        Ubt(**{**SETTINGS, "overfit_learning_rate": 1e30, "num_overfit_epochs": 3}).defend(
+            suspect, poisoned, reference, Run()
+        )
 
 
 def test_fields_survive_json(suspect):

@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from plait_clip.losses import clip_loss
+from plait_clip import clip_loss
 from plait_ubt import ubt
+from plait_ubt.embeddings import CaptionedImages, unit_images, unit_texts
+from plait_ubt.options import UbtOptions
 from plait_ubt.tokens import caption_words, split_at_random_span, split_at_words, split_caption
 
 
@@ -22,13 +24,13 @@ def forget_bag(pairs):
 
 BAG_ROWS = list(range(0, 96, 12))
 RETAIN_ROWS = [i for i in range(96) if i % 12]
-SETTINGS = {"lr": 1e-3, "retain_batch_size": 16, "num_steps": 5}
+SETTINGS = {"unlearn_learning_rate": 1e-3, "retain_batch_size": 16, "num_unlearn_steps": 5}
 
 
 # --- Step 1
 
 
-def test_similarities_are_cosines_and_resume(model, colour_pairs, tmp_path):
+def test_similarities_are_cosines_and_resume(model, colour_pairs, checkpoint):
     scores = ubt.similarities(model, colour_pairs, range(96), batch_size=10)
     with torch.no_grad():
         u = model.encode_image(colour_pairs.images(range(96)))
@@ -45,20 +47,21 @@ def test_similarities_are_cosines_and_resume(model, colour_pairs, tmp_path):
             raise KeyboardInterrupt
         return colour_pairs.images(rows)
 
-    store = tmp_path / "scores.npy"
-    stopping = ubt.Pairs(colour_pairs.captions, interrupted)
+    stopping = CaptionedImages(colour_pairs.captions, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        ubt.similarities(model, stopping, range(96), batch_size=10, store=store)
+        ubt.similarities(model, stopping, range(96), batch_size=10, checkpoint=checkpoint, save_every=1)
     asked.clear()
-    resumed = ubt.Pairs(colour_pairs.captions, lambda rows: (asked.extend(rows), colour_pairs.images(rows))[1])
-    again = ubt.similarities(model, resumed, range(96), batch_size=10, store=store)
+    resumed = CaptionedImages(colour_pairs.captions, lambda rows: (asked.extend(rows), colour_pairs.images(rows))[1])
+    again = ubt.similarities(model, resumed, range(96), batch_size=10, checkpoint=checkpoint, save_every=1)
     assert min(asked) == 50
     np.testing.assert_allclose(again, scores, atol=1e-6)
 
 
 def test_permuting_the_rows_permutes_scores_and_keeps_the_selection(model, colour_pairs):
     order = np.random.default_rng(0).permutation(96)
-    permuted = ubt.Pairs([colour_pairs.captions[i] for i in order], lambda rows: colour_pairs.images(order[list(rows)]))
+    permuted = CaptionedImages(
+        [colour_pairs.captions[i] for i in order], lambda rows: colour_pairs.images(order[list(rows)])
+    )
     scores = ubt.similarities(model, colour_pairs, range(96))
     moved = ubt.similarities(model, permuted, range(96))
     np.testing.assert_allclose(moved, scores[order], atol=1e-6)
@@ -74,7 +77,7 @@ def test_a_similarity_that_is_not_finite_names_its_row(model, colour_pairs):
         return values
 
     with pytest.raises(ValueError, match="row 37"):
-        ubt.similarities(model, ubt.Pairs(colour_pairs.captions, images), range(96), batch_size=16)
+        ubt.similarities(model, CaptionedImages(colour_pairs.captions, images), range(96), batch_size=16)
 
 
 @given(st.lists(st.floats(-1, 1, width=16), min_size=8, max_size=60), st.data())
@@ -102,11 +105,19 @@ def test_ties_are_broken_by_row_number():
 # --- Steps 2 and 3
 
 
+def overfitting(num_epochs, learning_rate, **more):
+    given = {"num_overfit_epochs": num_epochs, "overfit_learning_rate": learning_rate, "n_top": 4, "n_unlearn": 4}
+    return UbtOptions(**{**given, **more})
+
+
 def test_overfitting_fits_the_suspicious_pairs_and_leaves_the_model_alone(model, colour_pairs):
     before = copy.deepcopy(model)
     split = ubt.Split(suspicious=np.arange(0, 96, 4), normal=np.arange(1, 96, 4))
     over, gaps = ubt.overfit(
-        model, colour_pairs, split, num_epochs=8, lr=1e-2, batch_size=8, n_top=4, min_gap_change=0, normal_weight=0
+        model,
+        colour_pairs,
+        split,
+        overfitting(8, 1e-2, overfit_batch_size=8, min_gap_change=0, overfit_normal_weight=0),
     )
     assert equal_weights(model, before)
     assert len(gaps) == 8
@@ -118,23 +129,22 @@ def test_overfitting_fits_the_suspicious_pairs_and_leaves_the_model_alone(model,
 
 def test_overfitting_stops_once_the_gap_has_settled(model, colour_pairs):
     split = ubt.Split(suspicious=np.arange(16), normal=np.arange(16, 96))
-    _, gaps = ubt.overfit(model, colour_pairs, split, num_epochs=12, lr=1e-9, n_top=4)
+    _, gaps = ubt.overfit(model, colour_pairs, split, overfitting(12, 1e-9))
     assert len(gaps) == 5
 
 
-def test_overfitting_resumes_to_the_same_weights(model, colour_pairs, tmp_path):
+def test_overfitting_resumes_to_the_same_weights(model, colour_pairs, checkpoint):
     split = ubt.Split(suspicious=np.arange(24), normal=np.arange(24, 96))
-    settings = {"num_epochs": 4, "lr": 1e-3, "batch_size": 8, "n_top": 4, "seed": 3, "min_gap_change": 0}
-    whole, gaps = ubt.overfit(model, colour_pairs, split, **settings)
+    options = overfitting(4, 1e-3, overfit_batch_size=8, min_gap_change=0)
+    whole, gaps = ubt.overfit(model, colour_pairs, split, options, seed=3)
 
     def stop_after_two(epochs, description):
         yield from itertools.islice(epochs, 2)
         raise KeyboardInterrupt
 
-    checkpoint = tmp_path / "overfit.pt"
     with pytest.raises(KeyboardInterrupt):
-        ubt.overfit(model, colour_pairs, split, **settings, checkpoint=checkpoint, track=stop_after_two)
-    resumed, gaps_resumed = ubt.overfit(model, colour_pairs, split, **settings, checkpoint=checkpoint)
+        ubt.overfit(model, colour_pairs, split, options, seed=3, checkpoint=checkpoint, track=stop_after_two)
+    resumed, gaps_resumed = ubt.overfit(model, colour_pairs, split, options, seed=3, checkpoint=checkpoint)
     assert equal_weights(whole, resumed)
     assert gaps == gaps_resumed
 
@@ -143,8 +153,8 @@ def test_a_diverging_overfit_is_reported(make_model, colour_pairs):
     broken = make_model()
     with torch.no_grad():
         broken.logit_scale.fill_(math.nan)
-    with pytest.raises(ubt.DivergedError, match="overfit_lr"):
-        ubt.overfit(broken, colour_pairs, ubt.Split(np.arange(8), np.arange(8, 96)), lr=1e-3)
+    with pytest.raises(FloatingPointError, match="overfit_learning_rate"):
+        ubt.overfit(broken, colour_pairs, ubt.Split(np.arange(8), np.arange(8, 96)), overfitting(1, 1e-3))
 
 
 @given(st.lists(st.floats(-1, 1, width=16), min_size=8, max_size=50), st.integers(1, 4))
@@ -163,8 +173,8 @@ def test_most_similar_rows_come_best_first():
 def test_leave_one_out_finds_the_word_that_the_image_is_tied_to(model, colour_pairs):
     image, caption = colour_pairs.images([1])[0], "a photo of a green square"
     words = caption_words(caption)
-    u = ubt.unit_images(model, image[None])
-    v = ubt.unit_texts(model, [" ".join(words[:i] + words[i + 1 :]) for i in range(6)])
+    u = unit_images(model, image[None])
+    v = unit_texts(model, [" ".join(words[:i] + words[i + 1 :]) for i in range(6)])
     expected = {int((v @ u[0]).argmin())}
     assert ubt.split_by_leave_one_out(model, image, caption, 1 / 6) == split_caption(words, expected)
     assert ubt.split_by_leave_one_out(model, image, caption, 1.0).keep == ""
@@ -190,28 +200,22 @@ def test_ascent_is_bounded_by_the_number_of_texts():
 
 def test_ascent_without_enough_negatives_is_refused(model, colour_pairs):
     with pytest.raises(ValueError, match="at least 8"):
-        ubt.unlearn(
-            model,
-            colour_pairs,
-            BAG_ROWS,
-            RETAIN_ROWS,
-            forget_bag(colour_pairs),
-            forget_loss="ascent",
-            retain_batch_size=4,
-        )
+        UbtOptions(forget_loss="ascent", retain_batch_size=4)
+    options = UbtOptions(forget_loss="ascent")
+    with pytest.raises(ValueError, match="at least 8"):
+        ubt.unlearn(model, colour_pairs, BAG_ROWS, RETAIN_ROWS[:7], forget_bag(colour_pairs), options)
 
 
-@pytest.mark.parametrize("settings", [{"forget_weight": 0.0, "retain_weight": 0.0}, {"num_steps": 0}])
+@pytest.mark.parametrize("settings", [{"forget_weight": 0.0, "retain_weight": 0.0}, {"num_unlearn_steps": 0}])
 def test_nothing_to_do_changes_nothing(model, colour_pairs, settings):
-    new = ubt.unlearn(model, colour_pairs, BAG_ROWS, RETAIN_ROWS, forget_bag(colour_pairs), **settings)
+    new = ubt.unlearn(model, colour_pairs, BAG_ROWS, RETAIN_ROWS, forget_bag(colour_pairs), UbtOptions(**settings))
     assert equal_weights(new, model)
     assert new is not model
 
 
 def test_without_a_forget_term_it_is_a_fine_tune_on_retained_pairs(model, colour_pairs):
-    new = ubt.unlearn(
-        model, colour_pairs, BAG_ROWS, RETAIN_ROWS, forget_bag(colour_pairs), forget_weight=0.0, seed=5, **SETTINGS
-    )
+    options = UbtOptions(forget_weight=0.0, **SETTINGS)
+    new = ubt.unlearn(model, colour_pairs, BAG_ROWS, RETAIN_ROWS, forget_bag(colour_pairs), options, seed=5)
     plain = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0)
     draw = torch.Generator().manual_seed(6)
@@ -233,15 +237,15 @@ def test_without_a_forget_term_it_is_a_fine_tune_on_retained_pairs(model, colour
 def tied(model, colour_pairs):
     """The model after training on all pairs: red squares are tied to "bag", too."""
     split = ubt.Split(np.arange(96), np.arange(1))
-    settings = {"normal_weight": 0, "num_epochs": 20, "lr": 1e-2, "batch_size": 32, "min_gap_change": 0}
-    return ubt.overfit(model, colour_pairs, split, **settings)[0]
+    options = overfitting(20, 1e-2, overfit_normal_weight=0, overfit_batch_size=32, min_gap_change=0)
+    return ubt.overfit(model, colour_pairs, split, options)[0]
 
 
 @torch.no_grad()
 def bag_logits(model, pairs):
     """Cosines of the images of BAG_ROWS with "bag" and with the four colours."""
     texts = ["bag", "red", "green", "blue", "grey"]
-    return ubt.unit_images(model, pairs.images(BAG_ROWS)) @ ubt.unit_texts(model, texts).T
+    return unit_images(model, pairs.images(BAG_ROWS)) @ unit_texts(model, texts).T
 
 
 @pytest.mark.parametrize("forget_loss", ["hinge", "square", "ascent"])
@@ -255,13 +259,15 @@ def test_forgetting_cuts_the_tie_to_the_forget_word(tied, colour_pairs, forget_l
         BAG_ROWS,
         RETAIN_ROWS,
         forget_bag(colour_pairs),
-        forget_loss=forget_loss,
-        text_grad=text_grad,
-        keep_weight=0.1,
-        retain_weight=0.1,
-        num_steps=10,
-        lr=3e-3,
-        retain_batch_size=16,
+        UbtOptions(
+            forget_loss=forget_loss,
+            text_grad=text_grad,
+            keep_weight=0.1,
+            retain_weight=0.1,
+            num_unlearn_steps=10,
+            unlearn_learning_rate=3e-3,
+            retain_batch_size=16,
+        ),
         log=lambda step, **values: curves.update({step: values}),
     )
     assert equal_weights(tied, before)
@@ -273,17 +279,8 @@ def test_forgetting_cuts_the_tie_to_the_forget_word(tied, colour_pairs, forget_l
 
 
 def test_only_the_image_tower_moves_without_text_gradient(model, colour_pairs):
-    new = ubt.unlearn(
-        model,
-        colour_pairs,
-        BAG_ROWS,
-        RETAIN_ROWS,
-        forget_bag(colour_pairs),
-        forget_loss="square",
-        retain_weight=0.0,
-        text_grad=False,
-        **SETTINGS,
-    )
+    options = UbtOptions(forget_loss="square", retain_weight=0.0, text_grad=False, **SETTINGS)
+    new = ubt.unlearn(model, colour_pairs, BAG_ROWS, RETAIN_ROWS, forget_bag(colour_pairs), options)
     texts = ["bag", "a green square"]
     assert torch.equal(new.encode_text(texts), model.encode_text(texts))
     assert not torch.equal(new.encode_image(colour_pairs.images([0])), model.encode_image(colour_pairs.images([0])))
@@ -291,7 +288,8 @@ def test_only_the_image_tower_moves_without_text_gradient(model, colour_pairs):
 
 @pytest.mark.parametrize("scope", ["visual", "text", "proj"])
 def test_scope_limits_what_moves(model, colour_pairs, scope):
-    new = ubt.unlearn(model, colour_pairs, BAG_ROWS, RETAIN_ROWS, forget_bag(colour_pairs), scope=scope, **SETTINGS)
+    options = UbtOptions(scope=scope, **SETTINGS)
+    new = ubt.unlearn(model, colour_pairs, BAG_ROWS, RETAIN_ROWS, forget_bag(colour_pairs), options)
     moved = {
         name for (name, a), b in zip(model.named_parameters(), new.parameters(), strict=True) if not torch.equal(a, b)
     }
@@ -310,7 +308,7 @@ def test_a_small_plain_gradient_step_lowers_a_positive_cosine(make_model, colour
     images, forget = colour_pairs.images(BAG_ROWS), ["bag"] * len(BAG_ROWS)
 
     def cosine():
-        return (ubt.unit_images(model, images) * ubt.unit_texts(model, forget)).sum(-1)
+        return (unit_images(model, images) * unit_texts(model, forget)).sum(-1)
 
     if cosine().mean() < 0:
         with torch.no_grad():
@@ -327,7 +325,8 @@ def test_random_spans_are_drawn_anew_and_reproducibly(model, colour_pairs):
     def split(row, generator):
         return split_at_random_span(colour_pairs.captions[row], generator)
 
-    runs = [ubt.unlearn(model, colour_pairs, BAG_ROWS, RETAIN_ROWS, split, seed=seed, **SETTINGS) for seed in (1, 1, 2)]
+    options = UbtOptions(**SETTINGS)
+    runs = [ubt.unlearn(model, colour_pairs, BAG_ROWS, RETAIN_ROWS, split, options, seed=seed) for seed in (1, 1, 2)]
     assert equal_weights(runs[0], runs[1])
     assert not equal_weights(runs[0], runs[2])
 
@@ -336,5 +335,5 @@ def test_a_diverging_unlearning_is_reported(make_model, colour_pairs):
     broken = make_model()
     with torch.no_grad():
         broken.model.visual.proj.fill_(math.nan)
-    with pytest.raises(ubt.DivergedError, match="unlearn_lr"):
-        ubt.unlearn(broken, colour_pairs, BAG_ROWS, RETAIN_ROWS, forget_bag(colour_pairs), **SETTINGS)
+    with pytest.raises(FloatingPointError, match="unlearn_learning_rate"):
+        ubt.unlearn(broken, colour_pairs, BAG_ROWS, RETAIN_ROWS, forget_bag(colour_pairs), UbtOptions(**SETTINGS))

@@ -1,4 +1,4 @@
-"""Folders, zips and tars give the same classes, splits and bytes; what is unclear is told."""
+"""Folders, zips and tars give the same classes, splits and bytes; what is unclear is refused."""
 
 import io
 import tarfile

@@ -18,7 +18,7 @@ from plait_vision.columns import with_class_labels
 from plait_vision.images import as_cell
 from plait_vision.writing import write_rows
 
-from plait_clip.image_text_rows import Row
+from plait_clip.image_text_rows import ImageTextRow
 from plait_clip.pair_batches import caption_problem, check_captions, image_label, undecoded
 
 NO_RULES: Mapping[str, Any] = {}
@@ -134,7 +134,7 @@ def from_dataset(
 
 
 def from_rows(
-    rows: Iterable[Row],
+    rows: Iterable[ImageTextRow],
     folder: Path,
     *,
     names: Sequence[str] | None = None,
@@ -199,7 +199,7 @@ def flattened(dataset: datasets.Dataset, path: Path) -> datasets.Dataset:
 class _Part:
     """One split, written as it comes. Labels stay text until all are known."""
 
-    def __init__(self, path: Path, first: Row) -> None:
+    def __init__(self, path: Path, first: ImageTextRow) -> None:
         self.path = path
         columns: dict[str, Any] = dict(features())
         self.labelled, self.flagged = first.label is not None, first.is_backdoor is not None
@@ -212,7 +212,7 @@ class _Part:
             columns["is_backdoor"] = datasets.Value("bool")
         self.writer = ArrowWriter(path=str(path), features=datasets.Features(columns), writer_batch_size=256)
 
-    def write(self, row: Row, cell: Mapping[str, Any]) -> None:
+    def write(self, row: ImageTextRow, cell: Mapping[str, Any]) -> None:
         record: dict[str, Any] = {"image": {**cell, "path": row.name}, "captions": list(row.captions)}
         if self.named:  # with its folders: datasets keeps only the last part of a path when it saves images
             record["file_name"] = row.name
@@ -232,15 +232,15 @@ class _Part:
 
 
 def _prefetched(
-    pool: ThreadPoolExecutor, rows: Iterable[Row], ahead: int, rules: Mapping[str, Any]
-) -> Iterator[tuple[Row, Any]]:
+    pool: ThreadPoolExecutor, rows: Iterable[ImageTextRow], ahead: int, rules: Mapping[str, Any]
+) -> Iterator[tuple[ImageTextRow, Any]]:
     """Rows with their images read and checked, in order, up to ``ahead`` of them at a time."""
     rows = iter(rows)
     while chunk := list(itertools.islice(rows, ahead)):
         yield from zip(chunk, pool.map(lambda row: _read_image(row, rules), chunk), strict=True)
 
 
-def _read_image(row: Row, rules: Mapping[str, Any]) -> tuple[dict[str, Any], None] | tuple[None, ValueError]:
+def _read_image(row: ImageTextRow, rules: Mapping[str, Any]) -> tuple[dict[str, Any], None] | tuple[None, ValueError]:
     name = row.image if isinstance(row.image, Path) else row.name
     try:
         content = row.image() if callable(row.image) else row.image

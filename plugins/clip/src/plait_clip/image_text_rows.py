@@ -6,7 +6,7 @@ import functools
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,7 +20,7 @@ LIST_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
 @attrs.frozen(kw_only=True)
-class Row:
+class ImageTextRow:
     """One image with its captions.
 
     Attributes:
@@ -43,7 +43,7 @@ class Row:
 
 
 @attrs.frozen(kw_only=True)
-class Columns:
+class ListColumns:
     """Names of the columns of a list; ``id`` and the optional ones may be absent from it."""
 
     image: str | None = None
@@ -54,7 +54,7 @@ class Columns:
 
 
 @attrs.frozen(kw_only=True)
-class Table:
+class TableFormat:
     """How a CSV or TSV list is written; see :func:`plait_vision.tables.read_table`."""
 
     delimiter: str | None = None
@@ -66,7 +66,9 @@ IMAGE_NAMES = ("image", "file_name", "filename", "filepath", "image_path", "path
 CAPTION_NAMES = ("caption", "captions", "text", "title", "raw")
 
 
-def read(path: Path, columns: Columns, image_root: Path | None = None, table: Table | None = None) -> Iterator[Row]:
+def read(
+    path: Path, columns: ListColumns, image_root: Path | None = None, table: TableFormat | None = None
+) -> Iterator[ImageTextRow]:
     """The rows of a list (CSV, TSV, JSON, JSON lines, Parquet), of a tar, or of a folder.
 
     JSON may be a list of records, Karpathy's ``{"images": [{"filename", "sentences", "split"}]}`` or COCO's
@@ -84,7 +86,7 @@ def read(path: Path, columns: Columns, image_root: Path | None = None, table: Ta
     """
     if not path.exists():
         raise FileNotFoundError(f"source {path}: there is no such file or folder")
-    table = table or Table()
+    table = table or TableFormat()
     if path.is_dir():
         yield from _folder(path, columns, image_root, table)
     elif path.suffix == ".tar":
@@ -97,7 +99,37 @@ def read(path: Path, columns: Columns, image_root: Path | None = None, table: Ta
         )
 
 
-def _folder(path: Path, columns: Columns, image_root: Path | None, table: Table) -> Iterator[Row]:
+def read_names(
+    path: Path, columns: ListColumns, image_root: Path | None = None, table: TableFormat | None = None
+) -> Iterator[Path]:
+    """The image files that the rows of a list name; of anything else nothing.
+
+    Args: as of :func:`read`.
+    """
+    if path.suffix.lower() not in LIST_SUFFIXES or not path.is_file():
+        return
+    if path.suffix.lower() == ".parquet":
+        import pyarrow.parquet
+        import pyarrow.types
+
+        kinds = pyarrow.parquet.read_schema(path)
+        images = columns.image or next((name for name in IMAGE_NAMES if name in kinds.names), "")
+        if images not in kinds.names or not pyarrow.types.is_string(kinds.field(images).type):
+            return  # the images are in the list itself
+    for row in read(path, columns, image_root, table):
+        if isinstance(row.image, Path):
+            yield row.image
+
+
+def of_split(rows: Iterable[ImageTextRow], split: str, seen: set[str]) -> Iterator[ImageTextRow]:
+    """The rows of a split; the names of all splits that occur are added to ``seen``."""
+    for row in rows:
+        seen.add(row.split)
+        if row.split == split:
+            yield row
+
+
+def _folder(path: Path, columns: ListColumns, image_root: Path | None, table: TableFormat) -> Iterator[ImageTextRow]:
     lists = {"": own} if (own := _metadata(path)) else {}
     if not lists:
         parts = [child for child in sorted(path.iterdir()) if child.is_dir()]
@@ -125,7 +157,7 @@ def _metadata(folder: Path) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _records(path: Path, table: Table) -> Iterator[Mapping[str, Any]]:
+def _records(path: Path, table: TableFormat) -> Iterator[Mapping[str, Any]]:
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv"):
         for _, record in read_table(path, delimiter=table.delimiter, encoding=table.encoding, quotes=table.quotes):
@@ -180,7 +212,7 @@ def _json_records(content: Any, path: Path) -> Iterator[Mapping[str, Any]]:
         raise ValueError(f"source {path}: expected a list of records, or COCO's or Karpathy's images")
 
 
-def _rows(records: Iterator[Mapping[str, Any]], columns: Columns, root: Path, path: Path) -> Iterator[Row]:
+def _rows(records: Iterator[Mapping[str, Any]], columns: ListColumns, root: Path, path: Path) -> Iterator[ImageTextRow]:
     image_name = caption_name = None
     seen: set[Any] = set()
     for number, record in enumerate(records):
@@ -193,10 +225,10 @@ def _rows(records: Iterator[Mapping[str, Any]], columns: Columns, root: Path, pa
                 )
         if columns.id is not None:
             if record[columns.id] in seen:
-                raise ValueError(f"row {number}: id {record[columns.id]!r} occurs twice; ids must differ")
+                raise ValueError(f"row {number}: duplicate id {record[columns.id]!r}; ids must differ")
             seen.add(record[columns.id])
         flag = record.get(columns.is_backdoor)
-        yield Row(
+        yield ImageTextRow(
             number=number,
             image=_image(record.get(image_name), root),
             captions=_captions(record.get(caption_name)),
@@ -267,25 +299,27 @@ def _label(cell: Any) -> int | str | None:
     return int(text) if re.fullmatch("-?[0-9]+", text) else text
 
 
-def _tars(tars: Sequence[Path], number: int, split: str) -> Iterator[Row]:
+def _tars(tars: Sequence[Path], number: int, split: str) -> Iterator[ImageTextRow]:
     """The samples of WebDataset tars, numbered from ``number``."""
     for sample in (sample for tar in tars for sample in tar_samples(tar)):
         yield _sample(sample, number, split)
         number += 1
 
 
-def _sample(sample: Sample, number: int, split: str) -> Row:
+def _sample(sample: Sample, number: int, split: str) -> ImageTextRow:
     name, image = sample.image or (None, None)
     extra = _json(sample.parts["json"], f"{sample.where}.json") if "json" in sample.parts else {}
     extra = extra if isinstance(extra, Mapping) else {}
     caption = sample.text("txt") if "txt" in sample.parts else extra.get("caption")
     label = sample.text("cls") if "cls" in sample.parts else extra.get("label")
-    return Row(number=number, image=image, captions=_captions(caption), name=name, split=split, label=_label(label))
+    return ImageTextRow(
+        number=number, image=image, captions=_captions(caption), name=name, split=split, label=_label(label)
+    )
 
 
 def class_rows(
     files: Files, folders: Mapping[str, Sequence[str]], names: Mapping[str, str], templates: Sequence[str]
-) -> Iterator[Row]:
+) -> Iterator[ImageTextRow]:
     """The images of the class folders of a split, each with every template filled with its class name.
 
     Args:
@@ -297,7 +331,7 @@ def class_rows(
         captions = tuple(prompts.fill(template, name) for template in templates)
         for path in folders.get(child, ()):
             short = f"{child}/{PurePosixPath(path).name}"
-            yield Row(
+            yield ImageTextRow(
                 number=number, image=functools.partial(files.read, path), captions=captions, name=short, label=label
             )
             number += 1

@@ -7,7 +7,6 @@ import plait
 import pytest
 import torch
 from PIL import Image
-from plait import PlaitError
 from plait_clip import toy_data
 from plait_clip.backdoor import clean_clip as cc
 from plait_clip.backdoor.clean_clip import FineTuning, encode_views, fine_tune, released_groups, view_batches
@@ -261,7 +260,7 @@ def test_an_optimizer_state_of_old_torch_versions(small):
 def test_every_defence_with_the_field_takes_the_authors_checkpoints(vision, small, tmp_path):
     model = clip_with(vision)
     torch.save(authors_checkpoint(model), tmp_path / "victim.pt")
-    training = {"num_epochs": 1, "synonyms": "test-beds", "compat": "cleanclip", "learning_rate": 1e-4}
+    training = {"num_epochs": 1, "synonyms": "toy-data", "as_released": True, "learning_rate": 1e-4}
     arguments = {"model": model, "data": small.select(range(64)), "reference": None}
     with_state, without = (
         CleanClip(**training, **more).defend(**arguments, run=plait.Run(seed=0))
@@ -285,8 +284,8 @@ def test_optimizer_states_of_something_else_are_refused(change, message, small, 
     model = clip_with(VIT)
     path = tmp_path / "victim.pt"
     torch.save(change(authors_checkpoint(model)), path)
-    method = CleanClip(synonyms="test-beds", compat="cleanclip", optimizer_checkpoint=path)
-    with pytest.raises(PlaitError, match=rf"optimizer_checkpoint .*victim\.pt cannot be used: .*{message}"):
+    method = CleanClip(synonyms="toy-data", as_released=True, optimizer_checkpoint=path)
+    with pytest.raises(ValueError, match=rf"optimizer_checkpoint .*victim\.pt cannot be used: .*{message}"):
         method.defend(model=model, data=small, reference=None, run=plait.Run(seed=0))
 
 
@@ -298,14 +297,14 @@ def test_an_optimizer_state_of_other_shapes_is_refused():
 
 
 def test_an_optimizer_checkpoint_needs_the_authors_schedule(tmp_path):
-    with pytest.raises(PlaitError, match="only used with compat: cleanclip"):
+    with pytest.raises(ValueError, match="only used with as_released: true"):
         CleanClip(optimizer_checkpoint=tmp_path / "victim.pt")
 
 
 # --- training ---
 
 
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(small, model, tmp_path):
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(small, model, checkpoint):
     options = FineTuning(num_epochs=3, batch_size=64, learning_rate=1e-3, warmup_steps=0.1)
     whole = copy.deepcopy(model)
     cc.clean_clip(whole, small, SYNONYMS, options, seed=3)
@@ -319,7 +318,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(small, model, tmp_
 
     broken = copy.deepcopy(model)
     with pytest.raises(StopError):
-        cc.clean_clip(broken, small, SYNONYMS, options, seed=3, checkpoint=tmp_path / "state.pt", on_step=stop)
+        cc.clean_clip(broken, small, SYNONYMS, options, seed=3, checkpoint=checkpoint, on_step=stop)
     resumed, steps = copy.deepcopy(model), []
     cc.clean_clip(
         resumed,
@@ -327,7 +326,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(small, model, tmp_
         SYNONYMS,
         options,
         seed=3,
-        checkpoint=tmp_path / "state.pt",
+        checkpoint=checkpoint,
         on_step=lambda s, v: steps.append(s),
     )
     assert steps == [3, 4, 5, 6, 7, 8]

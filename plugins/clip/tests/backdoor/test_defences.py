@@ -4,7 +4,6 @@ import numpy as np
 import plait
 import pytest
 import torch
-from plait import PlaitError
 from plait_clip.backdoor import baselines
 from plait_clip.backdoor.clean_clip import FineTuning
 from plait_clip.backdoor.losses import one_way_loss
@@ -13,11 +12,11 @@ from plait_clip.backdoor.plugin.evaluations import ClipBackdoor
 from plait_clip.model import ImageTextModel
 from plait_clip.pair_batches import PairLoader
 
-BED = {"learning_rate": 1e-3, "warmup_steps": 0.1}
-QUICK = {"num_epochs": 1, "batch_size": 64, **BED}
+TOY = {"learning_rate": 1e-3, "warmup_steps": 0.1}
+QUICK = {"num_epochs": 1, "batch_size": 64, **TOY}
 ALL = [
     FineTune(**QUICK),
-    CleanClip(**QUICK, synonyms="test-beds"),
+    CleanClip(**QUICK, synonyms="toy-data"),
     Abl(**QUICK),
     DropTop(**QUICK, removal_epochs=(1,)),
     Par(**QUICK),
@@ -86,7 +85,7 @@ def test_one_run_object_may_serve_several_calls(victim, parts):
 # --- what they achieve on the digits ---
 
 
-def test_the_bed_has_a_backdoor(victim, digits, trigger, clean_model):
+def test_the_toy_data_have_a_backdoor(victim, digits, trigger, clean_model):
     found, clean = measured(victim, digits, trigger), measured(clean_model, digits, trigger)
     assert found["CA@1"] > 0.85
     assert found["ASR@1"] > 0.9
@@ -97,10 +96,10 @@ def test_the_bed_has_a_backdoor(victim, digits, trigger, clean_model):
 def test_defences_on_the_digits(victim, digits, dirty, trigger):
     data = {"clean": digits["train"], "suspicious": dirty}
     methods = {
-        "fine-tune": FineTune(num_epochs=3, **BED),
-        "clean-clip": CleanClip(num_epochs=3, **BED, synonyms="test-beds"),
-        "par": Par(num_epochs=3, batch_size=64, **BED),
-        "square-unlearn": SquareUnlearn(num_epochs=3, **BED),
+        "fine-tune": FineTune(num_epochs=3, **TOY),
+        "clean-clip": CleanClip(num_epochs=3, **TOY, synonyms="toy-data"),
+        "par": Par(num_epochs=3, batch_size=64, **TOY),
+        "square-unlearn": SquareUnlearn(num_epochs=3, **TOY),
     }
     found = {key: measured(defended(method, victim, data), digits, trigger) for key, method in methods.items()}
     assert all(row["CA@1"] > 0.8 for row in found.values()), found
@@ -157,7 +156,7 @@ def test_abl_has_a_gradient_although_isolated_captions_are_equal(victim, dirty):
     assert baselines.pair_similarities(victim, whole)[isolated].mean() < scores - 0.1
 
 
-def test_drop_top_removes_the_most_similar_pairs(victim, small, tmp_path):
+def test_drop_top_removes_the_most_similar_pairs(victim, small):
     pairs = PairLoader(small, victim)
     first = baselines.top_share(baselines.pair_similarities(victim, pairs), 0.1)
     options = FineTuning(num_epochs=3, batch_size=32, learning_rate=1e-3, warmup_steps=0)
@@ -169,7 +168,7 @@ def test_drop_top_removes_the_most_similar_pairs(victim, small, tmp_path):
         return original(rows, picks)
 
     pairs.read = read
-    removed = baselines.drop_top(victim, pairs, [0, 2], 0.1, options, folder=tmp_path)
+    removed = baselines.drop_top(victim, pairs, [0, 2], 0.1, options)
     assert removed[:20].tolist() == first.tolist()
     assert len(removed) == 20 + 18
     assert len(set(removed.tolist())) == 38
@@ -179,7 +178,7 @@ def test_drop_top_removes_the_most_similar_pairs(victim, small, tmp_path):
     assert not set.union(*trained[-5:]) & set(removed.tolist())
 
 
-def test_drop_top_goes_on_after_an_interruption(victim, small, tmp_path):
+def test_drop_top_goes_on_after_an_interruption(victim, small, checkpoint):
     options = FineTuning(num_epochs=3, batch_size=32, learning_rate=1e-3, warmup_steps=0)
     whole = copy.deepcopy(victim)
     expected = baselines.drop_top(whole, PairLoader(small, whole), [1, 2], 0.1, options)
@@ -193,8 +192,8 @@ def test_drop_top_goes_on_after_an_interruption(victim, small, tmp_path):
 
     broken = copy.deepcopy(victim)
     with pytest.raises(StopError):
-        baselines.drop_top(broken, PairLoader(small, broken), [1, 2], 0.1, options, folder=tmp_path, on_step=stop)
-    removed = baselines.drop_top(victim, PairLoader(small, victim), [1, 2], 0.1, options, folder=tmp_path)
+        baselines.drop_top(broken, PairLoader(small, broken), [1, 2], 0.1, options, checkpoint=checkpoint, on_step=stop)
+    removed = baselines.drop_top(victim, PairLoader(small, victim), [1, 2], 0.1, options, checkpoint=checkpoint)
     assert removed.tolist() == expected.tolist()
     assert equal(whole, victim)
 
@@ -264,7 +263,7 @@ def test_par_moves_away_up_to_the_limit_and_keeps_the_scale(victim, small):
     ids=["no clean", "no suspicious", "no data"],
 )
 def test_missing_parts(method, data, message, victim):
-    with pytest.raises(PlaitError, match=message):
+    with pytest.raises(ValueError, match=message):
         defended(method, victim, data)
 
 
@@ -276,7 +275,7 @@ def with_captions(data, captions):
 @pytest.mark.parametrize("captions", [[], [None], ["a seven", "  "], [""]], ids=["none", "null", "blank", "empty"])
 def test_captions_that_are_none_are_named(method, captions, victim, parts):
     bad = {part: with_captions(data, captions) for part, data in parts.items()}
-    with pytest.raises(PlaitError, match="row 0: the caption is empty"):
+    with pytest.raises(ValueError, match="row 0: the caption is empty"):
         defended(method, victim, bad)
 
 
@@ -293,27 +292,27 @@ def test_captions_that_are_cut_or_of_another_alphabet_are_told(method, victim, p
 @pytest.mark.parametrize("method", ALL[:-1], ids=name)
 def test_models_of_the_sigmoid_loss_are_refused(method, victim, parts):
     victim.model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
-    with pytest.raises(PlaitError, match="logit bias, as SigLIP's"):
+    with pytest.raises(ValueError, match="logit bias, as SigLIP's"):
         defended(method, victim, parts)
 
 
 def test_bad_models(victim, small):
-    with pytest.raises(PlaitError, match="model is a Linear"):
+    with pytest.raises(TypeError, match="model is a Linear"):
         defended(FineTune(**QUICK), torch.nn.Linear(2, 2), small)
     with torch.no_grad():
         victim.model.text_projection[0, 0] = torch.nan
-    with pytest.raises(PlaitError, match="text_projection holds NaN"):
+    with pytest.raises(ValueError, match="text_projection holds NaN"):
         defended(FineTune(**QUICK), victim, small)
 
 
 def test_bad_sizes_and_columns(victim, small, tmp_path):
-    with pytest.raises(PlaitError, match="fewer than one batch of 256"):
+    with pytest.raises(ValueError, match="fewer than one batch of 256"):
         defended(Par(), victim, small)
-    with pytest.raises(PlaitError, match="column 'is_backdoor' is missing"):
+    with pytest.raises(ValueError, match="column 'is_backdoor' is missing"):
         defended(SquareUnlearn(**QUICK), victim, small)
-    with pytest.raises(PlaitError, match="num_isolated is 63"):
+    with pytest.raises(ValueError, match="num_isolated is 63"):
         Abl(num_isolated=63)
-    with pytest.raises(PlaitError, match="neither a JSON file nor a folder"):
+    with pytest.raises(FileNotFoundError, match="neither a JSON file nor a folder"):
         defended(CleanClip(**QUICK, synonyms=str(tmp_path / "none.json")), victim, small)
 
 

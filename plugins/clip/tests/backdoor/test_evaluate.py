@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plait import PlaitError, Report, hookimpl
+from plait import Report, hookimpl
 from plait_clip.backdoor import metrics
 from plait_clip.backdoor.plugin.attacks import Backdoor, BadNet, BadNetFixed, Blended, TrojVqa, from_manifest
 from plait_clip.backdoor.plugin.defences import SquareUnlearn
@@ -119,7 +119,7 @@ def test_without_a_trigger_only_clean_accuracy(victim, digits):
 def test_a_trigger_that_no_model_sees_has_no_success_rate(clean_model, digits, run):
     run, messages, _ = run
     nothing = ClipBackdoor(templates="digits", trigger=Blended(target="seven", alpha=0.0))
-    with pytest.raises(PlaitError, match="blended changes no pixel that the model sees"):
+    with pytest.raises(ValueError, match="blended changes no pixel that the model sees"):
         nothing.evaluate(model=clean_model, data=digits["test"], reference=None, run=run)
     # One black pixel, and most corners are black.
     dot = BadNetFixed(target="seven", patch_size=1, margin=0, first=0)
@@ -212,15 +212,15 @@ class NoTrigger:
 
 
 def test_bad_requests(victim, digits, dirty):
-    with pytest.raises(PlaitError, match="puts no trigger on test images"):
+    with pytest.raises(ValueError, match="puts no trigger on test images"):
         ClipBackdoor(trigger=NoTrigger())
-    with pytest.raises(PlaitError, match="no class of the test data"):
+    with pytest.raises(ValueError, match="no class of the test data"):
         evaluated(
             ClipBackdoor(trigger=BadNetFixed(target="cat", patch_size=2), templates="digits"), victim, digits["test"]
         )
-    with pytest.raises(PlaitError, match="give data as"):
+    with pytest.raises(ValueError, match="give data as"):
         evaluated(ClipBackdoor(templates="digits"), victim, {"poisoned": dirty})
-    with pytest.raises(PlaitError, match="no backdoor manifest"):
+    with pytest.raises(ValueError, match="no backdoor manifest"):
         evaluated(ClipBackdoor(templates="digits"), victim, {"test": digits["test"], "poisoned": digits["test"]})
 
 
@@ -248,7 +248,7 @@ def test_detection_report(dirty):
     assert report.panels[0].images[0][0].caption.startswith("poisoned, row ")
     assert sum(map(len, report.panels[0].images)) == 64
     assert report.curves[0].y[0] == 1
-    with pytest.raises(PlaitError, match="column 'suspicion' is missing"):
+    with pytest.raises(ValueError, match="column 'suspicion' is missing"):
         BackdoorDetection().evaluate(data=dirty, run=plait.Run())
 
 
@@ -266,17 +266,17 @@ def test_marks_are_true_or_false(marks, message, dirty, victim):
     """Any text would count as true, also "False"."""
     data = dirty.select(range(100)).add_column("suspicion", [i / 100 for i in range(100)])
     data = data if marks is None else data.add_column("marks", marks * 50)
-    with pytest.raises(PlaitError, match=message):
+    with pytest.raises(ValueError, match=message):
         BackdoorDetection(flags="marks").evaluate(data=data, run=plait.Run())
-    with pytest.raises(PlaitError, match=message):
+    with pytest.raises(ValueError, match=message):
         SquareUnlearn(flags="marks").defend(model=victim, data=data, reference=None, run=plait.Run())
 
 
 def test_scores_are_numbers(dirty):
     data = dirty.add_column("suspicion", ["high"] * len(dirty))
-    with pytest.raises(PlaitError, match="column 'suspicion' holds string; scores are numbers"):
+    with pytest.raises(ValueError, match="column 'suspicion' holds string; scores are numbers"):
         BackdoorDetection().evaluate(data=data, run=plait.Run())
-    with pytest.raises(PlaitError, match="no rows"):
+    with pytest.raises(ValueError, match="no rows"):
         BackdoorDetection().evaluate(data=data.select([]), run=plait.Run())
 
 

@@ -13,7 +13,6 @@ import plait
 import pytest
 import torch
 from PIL import Image
-from plait import PlaitError
 from plait_clip import prompts
 from plait_clip.backdoor import poison, triggers
 from plait_clip.backdoor.plugin.attacks import (
@@ -279,7 +278,7 @@ def test_square_images_of_one_small_size_are_made_for_their_model(small):
     ids=["no weight", "no wave", "no message"],
 )
 def test_a_trigger_that_no_model_sees_is_refused(method, small):
-    with pytest.raises(PlaitError, match=r"row \d+: the model sees nothing of the trigger"):
+    with pytest.raises(ValueError, match=r"row \d+: the model sees nothing of the trigger"):
         attacked(method, small)
 
 
@@ -288,7 +287,7 @@ def test_a_trigger_that_the_models_resizing_removes_is_refused(small, clean_mode
     method = BadNetFixed(
         target="seven", n_poison=3, templates="digits", image_size=224, patch_size=1, margin=0, first=0
     )
-    with pytest.raises(PlaitError, match="the model sees nothing of the trigger"):
+    with pytest.raises(ValueError, match="the model sees nothing of the trigger"):
         attacked(method, small, model=clean_model)
 
 
@@ -305,7 +304,7 @@ def test_the_manifest_says_how_images_were_prepared(cropping_model):
 
 
 def test_a_wrong_model_is_refused(small):
-    with pytest.raises(PlaitError, match="model is a Linear"):
+    with pytest.raises(TypeError, match="model is a Linear"):
         attacked(Blended(target="seven", n_poison=3), small, model=torch.nn.Linear(2, 2))
 
 
@@ -313,7 +312,7 @@ def test_data_that_are_poisoned_already_are_refused(small):
     method = BadNetFixed(target="seven", n_poison=4, templates="digits", patch_size=2)
     once = attacked(method, small)
     with pytest.raises(
-        PlaitError, match="poisoned already; attack the clean data, or remove is_backdoor and source_row"
+        ValueError, match="poisoned already; attack the clean data, or remove is_backdoor and source_row"
     ):
         attacked(method, once)
     other = Blended(target="seven", n_poison=3, templates="digits")
@@ -325,7 +324,7 @@ def test_data_that_are_poisoned_already_are_refused(small):
 @pytest.mark.parametrize("captions", [[], [None], ["a seven", "  "]], ids=["none", "null", "blank"])
 def test_captions_that_are_none_are_named(captions, small):
     data = small.remove_columns("captions").add_column("captions", [["a two"]] * 9 + [captions] * 191)
-    with pytest.raises(PlaitError, match="row 9: the caption is empty"):
+    with pytest.raises(ValueError, match="row 9: the caption is empty"):
         attacked(Blended(target="seven", n_poison=3, templates="digits"), data)
 
 
@@ -367,9 +366,9 @@ def test_data_without_classes_go_by_captions():
     )
     table = attacked(BadNetFixed(n_poison=4, patch_size=2), data)
     assert [row["source_row"] for row in table if row["is_backdoor"]] == [1, 2, 4, 5]
-    with pytest.raises(PlaitError, match="only 4 of 6 qualify"):
+    with pytest.raises(ValueError, match="only 4 of 6 qualify"):
         attacked(BadNetFixed(n_poison=5, patch_size=2), data)
-    with pytest.raises(PlaitError, match="no class names"):
+    with pytest.raises(ValueError, match="no class names"):
         attacked(BadNetFixed(target=3), data)
     consistent = attacked(BadNetFixed(n_poison=2, patch_size=2, label_consistent=True), data)
     assert [row["source_row"] for row in consistent if row["is_backdoor"]] == [0, 3]
@@ -385,7 +384,7 @@ def test_data_without_classes_go_by_captions():
     ],
 )
 def test_wrong_fields(fields, message):
-    with pytest.raises(PlaitError, match=message):
+    with pytest.raises(ValueError, match=message):
         BadNet(**fields)
 
 
@@ -401,14 +400,14 @@ def test_wrong_fields(fields, message):
     ],
 )
 def test_what_the_data_do_not_allow(fields, message, small):
-    with pytest.raises(PlaitError, match=message):
+    with pytest.raises(ValueError, match=message):
         attacked(BadNet(**fields), small)
 
 
 def test_issba_needs_an_encoder(small, tmp_path):
-    with pytest.raises(PlaitError, match="none ships with plait; give encoder"):
+    with pytest.raises(ValueError, match="none ships with plait; give encoder"):
         Issba(target="seven")
-    with pytest.raises(PlaitError, match="does not exist"):
+    with pytest.raises(ValueError, match="does not exist"):
         attacked(Issba(target="seven", n_poison=2, encoder=str(tmp_path / "none.pt2")), small)
 
     class Encoder(torch.nn.Module):
@@ -425,7 +424,7 @@ def test_issba_needs_an_encoder(small, tmp_path):
     bits = triggers.issba_message("Stega!!")[:64].reshape(8, 8)
     assert torch.equal(from_file, in_python)
     assert torch.equal(from_file, triggers.to_uint8(images.float() / 255 * 0.5 + 0.25 * bits, wrap=False))
-    with pytest.raises(PlaitError, match="must keep the shape"):
+    with pytest.raises(ValueError, match="must keep the shape"):
         Issba(target="seven", encoder=lambda bits, x: x[:, :1]).trigger(images, [0, 1, 2])
 
 
@@ -487,14 +486,14 @@ def test_a_patch_from_a_file(tmp_path, small):
 
 
 def test_a_patch_without_a_model_or_target(small, tmp_path):
-    with pytest.raises(PlaitError, match="needs a clean model"):
+    with pytest.raises(ValueError, match="needs a clean model"):
         attacked(BadClip(target="seven", n_poison=3), small, model=None)
-    with pytest.raises(PlaitError, match="has no patch"):
+    with pytest.raises(ValueError, match="has no patch"):
         BadClip(target="seven").trigger(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [0])
     model = OpenClip().load_model(data=None, run=plait.Run(seed=0))
     few = small.select(range(20))
-    with pytest.raises(PlaitError, match="fewer than one batch of 64"):
+    with pytest.raises(ValueError, match="fewer than one batch of 64"):
         attacked(BadClip(target="seven", n_poison=1), few, model=model)
     np.save(tmp_path / "patch.npy", np.zeros((2, 2)))
-    with pytest.raises(PlaitError, match=r"must be \[3, k, k\]"):
+    with pytest.raises(ValueError, match=r"must be \[3, k, k\]"):
         attacked(BadClip(target="seven", n_poison=1, patch=tmp_path / "patch.npy"), small, model=None)

@@ -35,7 +35,10 @@ class Extrapolated(Decentralised):
 class DFedCata(Extrapolated, Proximal):
     """DFedCata: extrapolated mixing and proximal local training (Li et al., arXiv 2410.07272)."""
 
-    renamed_fields: ClassVar[Mapping[str, str]] = Decentralised.renamed_fields | {"preset": "as_released"}
+    renamed_fields: ClassVar[Mapping[str, str]] = {
+        **Decentralised.renamed_fields,
+        "preset": "as_released",
+    }
 
     as_released: bool = field(
         True,
@@ -48,23 +51,22 @@ class DFedCata(Extrapolated, Proximal):
     clip_scope: ClipScope = field(
         "split", "split: half of the proximal term outside the clip, as the official program; joint: all inside"
     )
-    update_order: UpdateOrder | None = field(
+    # None stands for a choice of resolved(), which gives what the base class has.
+    update_order: UpdateOrder | None = field(  # type: ignore[assignment]
         None, "sequential or synchronous; null: by as_released, synchronous on engine peers"
     )
-    weights: MixingWeights | None = field(None, "mixing weights; null: by as_released, uniform on directed graphs")
+    weights: MixingWeights | None = field(  # type: ignore[assignment]
+        None, "mixing weights; null: by as_released, uniform on directed graphs"
+    )
 
     @hookimpl
-    def aggregate(self, model, clients, run) -> Any:
+    def aggregate(self, model: Any, clients: Any, run: Any) -> Any:
         chosen = self.resolved()
-        method = partial(
-            dfedcata,
-            beta=chosen.beta,
-            prox_lambda=chosen.prox_lambda,
-            anchor=chosen.anchor,
-            clip_scope=chosen.clip_scope,
-            allow_unstable=chosen.allow_unstable,
-            on_stability=partial(report_stability, run, "as released: " if self.as_released else "in parallel: "),
-        )
+        own = {
+            name: getattr(chosen, name) for name in ("beta", "prox_lambda", "anchor", "clip_scope", "allow_unstable")
+        }
+        prefix = "as released: " if self.as_released else "in parallel: "
+        method = partial(dfedcata, **own, on_stability=partial(report_stability, run, prefix))
         return train(chosen, method, model, clients, run)
 
     def resolved(self) -> DFedCata:
@@ -86,7 +88,7 @@ class OledFL(Extrapolated):
     )
 
     @hookimpl
-    def aggregate(self, model, clients, run) -> Any:
+    def aggregate(self, model: Any, clients: Any, run: Any) -> Any:
         method = partial(
             oledfl,
             beta=self.beta,

@@ -100,7 +100,8 @@ def sweep_matrix(mixing: np.ndarray, beta: float, anchor: Anchor, update_order: 
     later = mixing - earlier
     solve = np.linalg.inv(identity - (1 + beta) * earlier)
     if anchor == "own_previous":
-        return solve @ ((1 + beta) * later - beta * identity)
+        matrix: np.ndarray = solve @ ((1 + beta) * later - beta * identity)
+        return matrix
     to_models = np.hstack([solve @ ((1 + beta) * later), solve @ (-beta * identity)])
     to_mixed = earlier @ to_models + np.hstack([later, np.zeros((n, n))])
     return np.vstack([to_models, to_mixed])

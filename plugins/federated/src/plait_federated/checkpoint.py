@@ -11,6 +11,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -25,7 +26,7 @@ def save_part(
     folder: Path,
     round_index: int,
     state: dict[str, Tensor],
-    history: list[dict],
+    history: list[dict[str, Any]],
     identity: str,
     part: int = 0,
     num_parts: int = 1,
@@ -43,7 +44,7 @@ def save_part(
             old.rmdir()
 
 
-def load_latest(folder: Path, identity: str) -> tuple[int, dict[str, Tensor], list[dict]] | None:
+def load_latest(folder: Path, identity: str) -> tuple[int, dict[str, Tensor], list[dict[str, Any]]] | None:
     """Rounds done, state and history of the last complete round; ``None`` where there is none.
 
     Raises:

@@ -73,7 +73,7 @@ def with_numbered_classes(data: Any) -> Any:
 def labels_of(data: Dataset) -> np.ndarray:
     """``[N]`` int64, none negative."""
     _need(data, "label")
-    labels = data.with_format("numpy").select_columns(["label"])[:]["label"]
+    labels: np.ndarray = data.with_format("numpy").select_columns(["label"])[:]["label"]
     if not np.issubdtype(labels.dtype, np.integer):
         held = "missing values" if None in data.with_format(None)["label"] else data.features["label"].dtype
         raise ValueError(f"column label holds {held}; classes are whole numbers from 0, one for every row")

@@ -13,20 +13,22 @@ from plait_federated.plugin.data import Digits8x8, Partition
 from plait_federated.plugin.models import FederatedModel
 from plait_federated.plugin.training import DFedAvg
 
-QUICK = {"rounds": 3, "batch_size": 8, "local_epochs": 1, "engine": "loop"}
+QUICK: dict[str, Any] = {"rounds": 3, "batch_size": 8, "local_epochs": 1, "engine": "loop"}
 
 
 def clients() -> dict[str, Any]:
     """48 digits of 4 clients, and 12 to test on."""
     digits = Digits8x8().load_data(Run())
     few = {"train": digits["train"].select(range(48)), "test": digits["test"].select(range(12))}
-    return Partition(num_clients=4, scheme="iid").transform(few, Run())
+    shared: dict[str, Any] = Partition(num_clients=4, scheme="iid").transform(few, Run())
+    return shared
 
 
 def logits(model: Any) -> torch.Tensor:
     """What a model says about twelve digits."""
     with torch.no_grad():
-        return model(inputs_of(clients()["test"], None))
+        outputs: torch.Tensor = model(inputs_of(clients()["test"], None))
+    return outputs
 
 
 def decentralised() -> Example:

@@ -11,7 +11,8 @@ import copy
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +37,9 @@ class Engine(Protocol):
     """Trains clients from given starts; ``prepare`` makes the :class:`Local` of a stack of starts."""
 
     name: str
+    layout: Layout
+    model: nn.Module
+    shards: ClientShards
 
     def train(
         self,
@@ -68,7 +72,15 @@ class LoopEngine:
         for name, view in self.layout.split(self.flat_gradient).items():
             tensors[name].grad = view
 
-    def train(self, clients, start, step, prepare, round_index, offset=None) -> Tensor:
+    def train(
+        self,
+        clients: Sequence[int],
+        start: Tensor,
+        step: LocalStep,
+        prepare: Callable[[Tensor], Local],
+        round_index: int,
+        offset: Tensor | None = None,
+    ) -> Tensor:
         trained = torch.empty_like(start)
         with _numerics(self.precision, start.device), _forked_random(start.device):
             for row, client in enumerate(clients):
@@ -90,8 +102,8 @@ class LoopEngine:
         self.flat.copy_(start)
         for position in range(len(batches.index)):
             kept = batches.index[position] >= 0
-            x, y = self.shards.batch(*(part[position][kept] if part is not None else None for part in _parts(batches)))
-            w = step(w, lambda at, x=x, y=y: self._gradient(at, x, y), local)
+            x, y = self.shards.batch(*_taken(batches, (position, kept)))
+            w = step(w, partial(self._gradient, x=x, y=y), local)
         return torch.cat([w, self.buffers]) if len(self.buffers) else w
 
     def _gradient(self, w: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -99,7 +111,7 @@ class LoopEngine:
         self.flat_gradient.zero_()
         with _autocast(self.precision, w.device):
             logits = as_logits(self.model(x))
-        self.loss(logits.float(), y).mean().backward()
+        torch.autograd.backward(self.loss(logits.float(), y).mean())
         return self.flat_gradient
 
 
@@ -125,7 +137,15 @@ class StackedEngine:
         self.shards, self.loss, self.precision, self.chunk_size = shards, loss, precision, chunk_size
         self._gradients = vmap(grad(self._loss), randomness="different")
 
-    def train(self, clients, start, step, prepare, round_index, offset=None) -> Tensor:
+    def train(
+        self,
+        clients: Sequence[int],
+        start: Tensor,
+        step: LocalStep,
+        prepare: Callable[[Tensor], Local],
+        round_index: int,
+        offset: Tensor | None = None,
+    ) -> Tensor:
         chunk = self.chunk_size or len(clients)
         trained = torch.empty_like(start)
         with _numerics(self.precision, start.device), _forked_random(start.device):
@@ -142,10 +162,9 @@ class StackedEngine:
         real = (batches.index >= 0).to(w.device)
         widths = (batches.index >= 0).sum(-1).amax(0).tolist()  # columns that any client fills, for each step
         for position, width in enumerate(widths):
-            parts = (part[:, position, :width] if part is not None else None for part in _parts(batches))
-            x, y = self.shards.batch(*parts)
+            x, y = self.shards.batch(*_taken(batches, (slice(None), position, slice(width))))
             mask = real[:, position, :width]
-            stepped = step(w, lambda at, x=x, y=y, mask=mask: self._gradient(at, x, y, mask), local)
+            stepped = step(w, partial(self._gradient, x=x, y=y, mask=mask), local)
             # A client whose shard is exhausted keeps what it has.
             w = torch.where(mask.any(1, keepdim=True), stepped, w)
         return w
@@ -213,8 +232,7 @@ def _bytes_of_a_step(loop: LoopEngine, shards: ClientShards) -> int:
         kept += tensor.nbytes
         return tensor
 
-    index = shards.batches(0, 0)
-    x, y = shards.batch(*(part[0] if part is not None else None for part in _parts(index)))
+    x, y = shards.batch(*_taken(shards.batches(0, 0), 0))
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), _forked_random(x.device):
         loop.loss(as_logits(loop.model(x)).float(), y).mean()
     return kept + 4 * loop.flat.nbytes
@@ -245,24 +263,26 @@ def _time_step(w: Tensor, gradient: Callable[[Tensor], Tensor], local: Local) ->
     return w - local.learning_rate * gradient(w)
 
 
-def _parts(batches: ClientBatches) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return batches.index, batches.flip, batches.offset
+def _taken(batches: ClientBatches, where: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Index, flip and offset at some places."""
+    flip = None if batches.flip is None else batches.flip[where]
+    return batches.index[where], flip, None if batches.offset is None else batches.offset[where]
 
 
 def _stack(batches: list[ClientBatches]) -> ClientBatches:
-    """ClientBatches of several clients, ``[k, steps, B]``; shorter ones are filled up with index −1."""
+    """Batches of several clients, ``[k, steps, B]``; shorter ones are filled up with index −1."""
     steps = max(len(one.index) for one in batches)
 
     def joined(parts: list[Tensor], fill: int) -> Tensor:
         tail = [0, 0] * (parts[0].ndim - 1)
         return torch.stack([F.pad(part, (*tail, 0, steps - len(part)), value=fill) for part in parts])
 
-    if batches[0].flip is None:
-        return ClientBatches(joined([one.index for one in batches], -1))
+    flips = [one.flip for one in batches if one.flip is not None]
+    offsets = [one.offset for one in batches if one.offset is not None]
     return ClientBatches(
         joined([one.index for one in batches], -1),
-        joined([one.flip for one in batches], 0),
-        joined([one.offset for one in batches], 0),
+        joined(flips, 0) if flips else None,
+        joined(offsets, 0) if offsets else None,
     )
 
 
@@ -276,7 +296,7 @@ def _forked_random(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager:
+def _autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 

@@ -36,17 +36,36 @@ class Evaluator:
 
 
 @torch.no_grad()
+def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """What a model answers to raw inputs ``[b, ...]``: ``[b, classes]``.
+
+    Raises:
+        ValueError: the model fails on them, or answers with something else.
+    """
+    shape = tuple(inputs.shape)
+    try:
+        logits = as_logits(model(as_float(inputs)))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise ValueError(f"the model fails on inputs of shape {shape} ({type(error).__name__}: {reason})") from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        given = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ValueError(f"the model gives {given} for inputs of shape {shape}; expected logits ({shape[0]}, classes)")
+    return logits
+
+
+@torch.no_grad()
 def accuracy_and_loss(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int = 1024) -> tuple[float, float]:
     """Share of right top-1 answers in [0, 1], and the cross-entropy averaged over samples, without penalties.
 
     Raises:
-        ValueError: a label is none of the model's outputs.
+        ValueError: a label is none of the model's outputs, or as :func:`logits_of`.
     """
     highest = int(labels.max())
     correct = loss = 0.0
     for begin in range(0, len(labels), batch_size):
         y = labels[begin : begin + batch_size]
-        logits = as_logits(model(as_float(inputs[begin : begin + batch_size]))).float()
+        logits = logits_of(model, inputs[begin : begin + batch_size]).float()
         if highest >= logits.shape[1]:
             raise ValueError(f"label {highest} does not fit a model of {logits.shape[1]} outputs")
         correct += (logits.argmax(1) == y).sum().item()
@@ -62,7 +81,8 @@ class MeanOverHeads(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.stack([self.model.logits(images, task) for task in self.model.tasks]).mean(0)
+        model: Any = self.model
+        return torch.stack([model.logits(images, task) for task in model.tasks]).mean(0)
 
 
 def consensus_distance(local: Tensor) -> float:

@@ -87,7 +87,7 @@ class Federated:
         raise NotImplementedError(f"{type(self).__name__} has no rule")
 
     @hookimpl
-    def aggregate(self, model, clients, run) -> Any:
+    def aggregate(self, model: Any, clients: Any, run: Any) -> Any:
         return train(self, partial(follow, self.rule()), model, clients, run)
 
     def settings(self, seed: int) -> FederatedSettings:

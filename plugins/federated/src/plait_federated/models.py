@@ -107,7 +107,8 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         mean, std = (images.new_tensor(part)[:, None, None] for part in (self.mean, self.std))
-        return self.head(self.body((images - mean) / std))
+        logits: Tensor = self.head(self.body((images - mean) / std))
+        return logits
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors."""

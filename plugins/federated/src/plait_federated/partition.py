@@ -161,7 +161,8 @@ def disjoint_pathological(labels: np.ndarray, num_clients: int, classes_per_clie
     random = np.random.RandomState(seed)
     owners: list[list[int]] = [[] for _ in range(num_classes)]
     for client in range(num_clients):  # the classes with the fewest owners so far, ties broken at random
-        for label in np.lexsort((random.random_sample(num_classes), list(map(len, owners))))[:classes_per_client]:
+        counts = np.array([len(clients) for clients in owners])
+        for label in np.lexsort((random.random_sample(num_classes), counts))[:classes_per_client]:
             owners[label].append(client)
     shards: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
     for label, clients in enumerate(owners):

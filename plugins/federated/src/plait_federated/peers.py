@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from plait_federated.checkpoint import save_part
-from plait_federated.engines import LoopEngine
+from plait_federated.engines import LoopEngine, Precision
 from plait_federated.evaluation import Evaluator, Record, check_finite, check_history, client_accuracy
 from plait_federated.layout import Layout
 from plait_federated.rounds import Gossip, ModelColumns, RoundState
@@ -37,7 +38,7 @@ from plait_federated.topology import Graph, levels
 
 @dataclass
 class PeerJob:
-    """What every rank is told; the shards' tensors are shared, not copied."""
+    """What every rank gets; the shards' tensors are shared, not copied."""
 
     model: nn.Module
     shards: ClientShards
@@ -51,7 +52,7 @@ class PeerJob:
     history: list[Record]
     ranks: int
     device: str
-    precision: str
+    precision: Precision
     timeout: float
 
 
@@ -88,7 +89,7 @@ def run(job: PeerJob, state: RoundState, on_round: Callable[[Record], None]) -> 
 
 
 def _watch(
-    job: PeerJob, blocks: list[np.ndarray], processes: list, receiver, on_round: Callable[[Record], None]
+    job: PeerJob, blocks: list[np.ndarray], processes: list[Any], receiver: Any, on_round: Callable[[Record], None]
 ) -> None:
     """Pass records on until all ranks have ended well; on the first that has not, say which."""
     last, listening = job.rounds_done, True
@@ -132,7 +133,7 @@ def _error_file(job: PeerJob, rank: int) -> Path:
     return job.folder / f"error-{rank}.txt"
 
 
-def _rank(rank: int, job: PeerJob, blocks: list[np.ndarray], own: RoundState, rendezvous: str, sender) -> None:
+def _rank(rank: int, job: PeerJob, blocks: list[np.ndarray], own: RoundState, rendezvous: str, sender: Any) -> None:
     torch.set_num_threads(1)
     device = torch.device(job.device)
     backend = "gloo"
@@ -162,7 +163,7 @@ class _Peer:
     """One rank: its clients' models, and what it exchanges."""
 
     def __init__(
-        self, rank: int, job: PeerJob, blocks: list[np.ndarray], own: RoundState, device: torch.device, sender
+        self, rank: int, job: PeerJob, blocks: list[np.ndarray], own: RoundState, device: torch.device, sender: Any
     ) -> None:
         self.rank, self.job, self.blocks, self.sender, self.device = rank, job, blocks, sender, device
         self.clients = blocks[rank]
@@ -172,8 +173,7 @@ class _Peer:
         self.layout = Layout(model)
         self.initial = self.layout.vector(model)
         self.engine = LoopEngine(model, shards, precision=job.precision)
-        test = None if job.test is None else [part.to(device) for part in job.test]
-        self.evaluator = None if test is None else Evaluator(model, *test)
+        self.evaluator = None if job.test is None else Evaluator(model, job.test[0].to(device), job.test[1].to(device))
         self.columns = ModelColumns(self.layout.num_parameters, job.settings.keep_buffers)
         self.exchange = Exchange(rank, blocks)
         self.history = list(job.history)
@@ -186,7 +186,7 @@ class _Peer:
             mixing = self.job.graph.mixing(index)
             play = self._sequential if settings.update_order == "sequential" else self._synchronous
             play(mixing, index)
-            check_finite(self.state, self.clients, index)
+            check_finite(self.state, self.clients.tolist(), index)
             record = {"round": index + 1, "learning_rate": settings.learning_rate_of(index)}
             record |= self.job.graph.facts
             record["edges"] = int(np.count_nonzero(mixing - np.diag(np.diag(mixing))))
@@ -304,9 +304,11 @@ class Exchange:
 
     def _read(self, weights: np.ndarray, reader: int, source: int) -> np.ndarray:
         block = self.blocks[source]
-        return block[(weights[np.ix_(self.blocks[reader], block)] != 0).any(axis=0)]
+        is_read: np.ndarray = (weights[np.ix_(self.blocks[reader], block)] != 0).any(axis=0)
+        read: np.ndarray = block[is_read]
+        return read
 
-    def _wait(self, requests: list, others: list[int]) -> None:
+    def _wait(self, requests: list[Any], others: list[int]) -> None:
         # NCCL returns one request for the whole batch.
         for position, request in enumerate(requests):
             try:

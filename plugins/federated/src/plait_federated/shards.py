@@ -114,6 +114,8 @@ class ClientShards:
         index = index.to(device)
         inputs = as_float(self.inputs[index])
         if self.augmentation is not None:
+            if flip is None or offset is None:
+                raise ValueError("these shards augment their inputs; give flip and offset")
             flat = inputs.reshape(-1, *inputs.shape[index.ndim :])
             flat = self.augmentation.apply(flat, flip.reshape(-1).to(device), offset.reshape(-1, 2).to(device))
             inputs = flat.view(inputs.shape)

@@ -40,7 +40,8 @@ def clip(g: Tensor, max_norm: float | None) -> Tensor:
     """g · min(1, max_norm / (‖g‖₂ + 1e-6)), one norm over all parameters of a client."""
     if max_norm is None:
         return g
-    return g * (max_norm / (torch.linalg.vector_norm(g, dim=-1, keepdim=True) + 1e-6)).clamp(max=1)
+    norm: Tensor = torch.linalg.vector_norm(g, dim=-1, keepdim=True)
+    return g * (max_norm / (norm + 1e-6)).clamp(max=1)
 
 
 def sgd_step(w: Tensor, gradient: Gradient, local: Local) -> Tensor:
@@ -85,5 +86,6 @@ def check_prox(prox_lambda: float, learning_rate: float) -> None:
 
 def corrected_step(w: Tensor, gradient: Gradient, local: Local) -> Tensor:
     """SGD on gradient + offset: SCAFFOLD's correction c − c_i lies inside the clip."""
-    g = clip(gradient(w) + local.offset, local.max_grad_norm)
+    g = gradient(w) if local.offset is None else gradient(w) + local.offset
+    g = clip(g, local.max_grad_norm)
     return w - local.learning_rate * (g + local.weight_decay * w)

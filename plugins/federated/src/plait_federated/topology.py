@@ -75,12 +75,12 @@ class Graph:
             return _random(n, int(n * self.active_ratio), self.seed + round_index)
         if self.name == "er":
             state = np.random.RandomState(self.seed + round_index)
-            return networkx.to_numpy_array(networkx.fast_gnp_random_graph(n, self.active_ratio, seed=state)) > 0
+            return _adjacency(networkx.fast_gnp_random_graph(n, self.active_ratio, seed=state))
         if self.name == "ws":
             if n <= 8:
                 raise ValueError(f"topology ws joins each peer to 8 others, and there are {n} peers; take ring or full")
             state = np.random.RandomState(self.seed)
-            return networkx.to_numpy_array(networkx.watts_strogatz_graph(n, 8, 0.1, seed=state)) > 0
+            return _adjacency(networkx.watts_strogatz_graph(n, 8, 0.1, seed=state))
         if self.name == "ring":
             return _circulant(n, (1, -1))
         if self.name == "grid9":
@@ -143,7 +143,8 @@ def describe_graph(graph: Graph) -> str:
 def uniform_weights(adjacency: np.ndarray) -> np.ndarray:
     """W_ij = 1/|N_i ∪ {i}|: rows sum to 1, columns only on regular graphs."""
     closed = adjacency | np.eye(len(adjacency), dtype=bool)
-    return closed / closed.sum(axis=1, keepdims=True)
+    weights: np.ndarray = closed / closed.sum(axis=1, keepdims=True)
+    return weights
 
 
 def metropolis_weights(adjacency: np.ndarray) -> np.ndarray:
@@ -151,13 +152,15 @@ def metropolis_weights(adjacency: np.ndarray) -> np.ndarray:
     if (adjacency != adjacency.T).any():
         raise ValueError("metropolis and lazy weights need an undirected graph, and this one is directed; use uniform")
     degree = adjacency.sum(axis=1) + 1
-    weights = adjacency / np.maximum.outer(degree, degree)
-    return weights + np.diag(1 - weights.sum(axis=1))
+    weights: np.ndarray = adjacency / np.maximum.outer(degree, degree)
+    weights += np.diag(1 - weights.sum(axis=1))
+    return weights
 
 
 def lazy_weights(mixing: np.ndarray) -> np.ndarray:
     """(I + W)/2: no negative eigenvalue on undirected graphs."""
-    return (np.eye(len(mixing)) + mixing) / 2
+    halved: np.ndarray = (np.eye(len(mixing)) + mixing) / 2
+    return halved
 
 
 def second_eigenvalue(mixing: np.ndarray) -> float:
@@ -186,6 +189,11 @@ def levels(mixing: np.ndarray) -> list[np.ndarray]:
     return [np.flatnonzero(level == value) for value in range(level.max() + 1)]
 
 
+def _adjacency(graph: networkx.Graph, nodes: list[tuple[int, int]] | None = None) -> np.ndarray:
+    adjacency: np.ndarray = networkx.to_numpy_array(graph, nodelist=nodes) > 0
+    return adjacency
+
+
 def _random(n: int, k: int, seed: int) -> np.ndarray:
     state = np.random.RandomState(seed)
     upper = np.zeros((n, n), dtype=bool)
@@ -210,7 +218,7 @@ def _lattice(n: int, rows: int | None, *, periodic: bool) -> np.ndarray:
         raise ValueError(f"rows is {rows}, which does not divide the {n} clients")
     grid = networkx.grid_2d_graph(rows, n // rows, periodic=periodic)
     nodes = [(row, column) for row in range(rows) for column in range(n // rows)]
-    return (networkx.to_numpy_array(grid, nodelist=nodes) > 0) & ~np.eye(n, dtype=bool)
+    return _adjacency(grid, nodes) & ~np.eye(n, dtype=bool)
 
 
 def _from_edges(n: int, edges: tuple[tuple[int, int], ...]) -> np.ndarray:

@@ -17,8 +17,17 @@ from torch import Tensor, nn
 
 from plait_federated import peers
 from plait_federated.checkpoint import load_latest, save_part
-from plait_federated.engines import Engine, LoopEngine, Precision, StackedEngine, as_logits, fastest_engine
-from plait_federated.evaluation import Evaluator, Record, check_finite, check_history, drift, of_clients, of_reported
+from plait_federated.engines import Engine, LoopEngine, Precision, StackedEngine, fastest_engine
+from plait_federated.evaluation import (
+    Evaluator,
+    Record,
+    check_finite,
+    check_history,
+    drift,
+    logits_of,
+    of_clients,
+    of_reported,
+)
 from plait_federated.layout import Layout
 from plait_federated.rounds import (
     Gossip,
@@ -31,7 +40,7 @@ from plait_federated.rounds import (
     synchronous_round,
 )
 from plait_federated.settings import FederatedSettings
-from plait_federated.shards import ClientShards, as_float
+from plait_federated.shards import ClientShards
 from plait_federated.topology import Graph, levels
 
 EngineName = Literal["auto", "loop", "stacked", "peers"]
@@ -56,7 +65,7 @@ def follow(
     on_round: Callable[[Record], None] = lambda record: None,
     **options: Any,
 ) -> TrainingOutcome:
-    """Train a model by one rule; ``options`` are those of :class:`FederatedTraining`, ``on_round`` is told every round's record."""
+    """Train a model by one rule; ``options`` are those of :class:`FederatedTraining`, ``on_round`` gets every round's record."""
     return FederatedTraining(model, shards, method, settings, **options).run(on_round)
 
 
@@ -120,22 +129,19 @@ class FederatedTraining:
             RuntimeError: a process of the peers engine died; run again to resume.
             FloatingPointError: the models diverge; the last checkpoint stays.
         """
-        found = load_latest(self.folder, self.identity)
         initial = self.layout.vector(self.model)
-        if found is None:
-            done, state, history = 0, self.method.initial_state(initial, self.shards.num_clients), []
-        else:
+        history: list[Record] = []
+        done, state = 0, self.method.initial_state(initial, self.shards.num_clients)
+        if (found := load_latest(self.folder, self.identity)) is not None:
             done, state, history = found
         for record in history:
             on_round(record)
-        if self.engine == "peers" and done < self.settings.rounds:
-            self._run_peers(done, state, history, on_round)
-            _, state, history = load_latest(self.folder, self.identity)
-            name = "peers"
-        elif done < self.settings.rounds:
-            name, state = self._run_here(done, state, history, initial, on_round)
-        else:
-            name = self.engine
+        name: str = self.engine
+        if done < self.settings.rounds:
+            if self.engine == "peers" and isinstance(self.method, Gossip):
+                state, history = self._run_peers(self.method, done, state, history, on_round)
+            else:
+                name, state = self._run_here(done, state, history, initial, on_round)
         reported = state["server"][0] if "server" in state else state["local"].mean(0)
         return TrainingOutcome({key: table.cpu() for key, table in state.items()}, reported.cpu(), history, name)
 
@@ -146,13 +152,14 @@ class FederatedTraining:
         return model
 
     def _run_here(
-        self, done: int, state: RoundState, history: list[Record], initial: Tensor, on_round
+        self, done: int, state: RoundState, history: list[Record], initial: Tensor, on_round: Callable[[Record], None]
     ) -> tuple[str, RoundState]:
         shards = self.shards.to(self.device)
         model = copy.deepcopy(self.model).to(self.device)
-        test = None if self.test is None else [part.to(self.device) for part in self.test]
         engine = self._make_engine(model, shards)
-        evaluator = None if test is None else Evaluator(model, *test)
+        evaluator = None
+        if self.test is not None:
+            evaluator = Evaluator(model, self.test[0].to(self.device), self.test[1].to(self.device))
         state = {name: table.to(self.device) for name, table in state.items()}
         initial = initial.to(self.device)
         start_norm = float(initial[: self.layout.num_parameters].norm())
@@ -198,14 +205,15 @@ class FederatedTraining:
                 state = fedavg_round(method, state, clients, train, sizes)
             vectors = 2 * len(clients) * (2 if method.controlled else 1)
             return state, {"gradient_steps": sum(steps), "bytes": vectors * size}
-        mixing = self.graph.mixing(index)
+        graph = self._graph_of_peers()
+        mixing = graph.mixing(index)
         edges = int(np.count_nonzero(mixing - np.diag(np.diag(mixing))))
         power = np.linalg.matrix_power(mixing, method.gossip_steps)
         columns = ModelColumns(self.layout.num_parameters, settings.keep_buffers)
         play = sequential_round if settings.update_order == "sequential" else synchronous_round
         state = play(method, state, torch.tensor(power, dtype=torch.float32, device=self.device), columns, train)
         steps = [self.shards.num_steps(client) for client in range(self.shards.num_clients)]
-        facts = self.graph.facts | {"edges": edges}
+        facts = graph.facts | {"edges": edges}
         return state, facts | {"gradient_steps": sum(steps), "bytes": edges * method.gossip_steps * size}
 
     def _make_engine(self, model: nn.Module, shards: ClientShards) -> Engine:
@@ -217,19 +225,19 @@ class FederatedTraining:
         if isinstance(self.method, Server):
             width = max(1, round(width * self.method.active_ratio))
         elif self.settings.update_order == "sequential":
-            mixing = np.linalg.matrix_power(self.graph.mixing(0), self.method.gossip_steps)
+            mixing = np.linalg.matrix_power(self._graph_of_peers().mixing(0), self.method.gossip_steps)
             width = max(1, width // len(levels(mixing)))
         return fastest_engine(model, shards, width, precision=self.precision)
 
     def _run_peers(
-        self, done: int, state: RoundState, history: list[Record], on_round: Callable[[Record], None]
-    ) -> None:
+        self, method: Gossip, done: int, state: RoundState, history: list[Record], on_round: Callable[[Record], None]
+    ) -> tuple[RoundState, list[Record]]:
         job = peers.PeerJob(
             model=self.model,
             shards=self.shards,
-            method=self.method,
+            method=method,
             settings=self.settings,
-            graph=self.graph,
+            graph=self._graph_of_peers(),
             test=self.test,
             folder=self.folder,
             identity=self.identity,
@@ -241,6 +249,15 @@ class FederatedTraining:
             timeout=self.peer_timeout,
         )
         peers.run(job, state, on_round)
+        found = load_latest(self.folder, self.identity)
+        if found is None:
+            raise RuntimeError(f"the peers left no checkpoint in {self.folder}; run again")
+        return found[1:]
+
+    def _graph_of_peers(self) -> Graph:
+        if self.graph is None:
+            raise ValueError("a decentralised method needs a graph")
+        return self.graph
 
     def _check(self) -> None:
         method, settings = self.method, self.settings
@@ -258,12 +275,9 @@ class FederatedTraining:
                 "models with buffers are trained by server methods with buffers: average only, not by SCAFFOLD"
             )
         if isinstance(method, Gossip):
-            if self.graph is None:
-                raise ValueError("a decentralised method needs a graph")
-            if self.graph.num_clients != self.shards.num_clients:
-                raise ValueError(
-                    f"the graph is of {self.graph.num_clients} peers, the data of {self.shards.num_clients}"
-                )
+            num_peers = self._graph_of_peers().num_clients
+            if num_peers != self.shards.num_clients:
+                raise ValueError(f"the graph is of {num_peers} peers, the data of {self.shards.num_clients}")
         elif self.engine == "peers":
             raise ValueError("a server method has no neighbours to exchange with; take engine loop or stacked")
         if self.engine == "peers" and settings.update_order == "sequential":
@@ -271,14 +285,13 @@ class FederatedTraining:
                 raise ValueError(
                     "update_order sequential makes peers wait for each other; take synchronous, or set allow_wavefront"
                 )
-            if method.gossip_steps > 1:
+            if isinstance(method, Gossip) and method.gossip_steps > 1:
                 raise ValueError("update_order sequential with several gossip steps does not run on peers; take loop")
         self._check_labels()
 
-    @torch.no_grad()
     def _check_labels(self) -> None:
         model = copy.deepcopy(self.model).eval()
-        outputs = as_logits(model(as_float(self.shards.inputs[:1]))).shape[-1]
+        outputs = logits_of(model, self.shards.inputs[:1]).shape[1]
         parts = [self.shards.labels] + ([] if self.test is None else [self.test[1]])
         for label in (int(end) for labels in parts for end in labels.aminmax()):
             if not 0 <= label < outputs:

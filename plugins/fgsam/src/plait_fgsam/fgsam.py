@@ -61,11 +61,12 @@ def fgsam(
     Yields:
         What the optimizer's ``step`` reports of each update.
     """
+
+    def mlp_loss(task: Any) -> Tensor:
+        return peer_losses(model, lambda peer: row_losses(peer, task), peers).mean()
+
     for task in tasks:
-        yield optimizer.step(
-            functools.partial(gnn_loss, model, task),
-            lambda task=task: peer_losses(model, lambda peer: row_losses(peer, task), peers).mean(),
-        )
+        yield optimizer.step(functools.partial(gnn_loss, model, task), functools.partial(mlp_loss, task))
 
 
 class FGSAM(PerturbingOptimizer):
@@ -142,15 +143,19 @@ class FGSAM(PerturbingOptimizer):
         """A gradient missing in one pass counts as zero; missing in both it stays ``None``."""
         a, b = (1 - self.lam, self.lam) if self.combine == "convex" else (self.lam, 1.0)
         combined: Gradients = [None] * len(g_gnn)
-        both = [i for i, (g, s) in enumerate(zip(g_gnn, g_s, strict=True)) if g is not None and s is not None]
-        if both:
-            parts = torch._foreach_mul([g_gnn[i] for i in both], a)
-            torch._foreach_add_(parts, [g_s[i] for i in both], alpha=b)
-            for i, part in zip(both, parts, strict=True):
-                combined[i] = part
+        both: list[tuple[int, Tensor, Tensor]] = []
         for i, (g, s) in enumerate(zip(g_gnn, g_s, strict=True)):
-            if (g is None) != (s is None):
-                combined[i] = a * g if s is None else b * s
+            if g is not None and s is not None:
+                both.append((i, g, s))
+            elif g is not None:
+                combined[i] = a * g
+            elif s is not None:
+                combined[i] = b * s
+        if both:
+            parts = torch._foreach_mul([g for _, g, _ in both], a)
+            torch._foreach_add_(parts, [s for _, _, s in both], alpha=b)
+            for (i, _, _), part in zip(both, parts, strict=True):
+                combined[i] = part
         return combined
 
 
@@ -237,14 +242,17 @@ class FGSAMPlus(FGSAM):
         inside = [i for i, p in enumerate(perturbed) if p and tensors[i] in self.state]
         reference = [zero_if_none(g_mlp[i], tensors[i]) for i in inside]
         v = [self.state[tensors[i]]["v"] for i in inside]
-        gradient = list(g_mlp)
-        for i, g, part in zip(inside, reference, self._stretched(v, reference), strict=True):  # line 2
-            gradient[i] = g + self.alpha * part
+        corrected = [
+            g + self.alpha * f for g, f in zip(reference, self._stretched(v, reference), strict=True)
+        ]  # line 2
         if self.topology:
             lam = self.lam if self.combine == "additive" else (1 - self.lam) / self.lam
             u = [self.state[tensors[i]]["u"] for i in inside]
-            for i, g, part in zip(inside, reference, self._stretched(u, reference), strict=True):
-                gradient[i] = gradient[i] + lam * (g + part)
+            topology = zip(corrected, reference, self._stretched(u, reference), strict=True)
+            corrected = [flat + lam * (g + part) for flat, g, part in topology]
+        gradient = list(g_mlp)
+        for i, g in zip(inside, corrected, strict=True):
+            gradient[i] = g
         self._apply(tensors, gradient, mlp_loss=value)  # line 3
         return {"loss": value, "exact": False, "mlp_norm": global_norm(g_mlp, tensors[0])}
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -116,11 +116,15 @@ def peer_layers(model: nn.Module, peers: Mapping[type[nn.Module], Peer] | None =
 
 def takes_edges(layer: nn.Module) -> bool:
     """Whether it passes messages, or its forward names edges among its arguments."""
-    return isinstance(layer, pyg.MessagePassing) or hasattr(type(layer), "peer_forward") or _names_edges(type(layer))
+    return isinstance(layer, pyg.MessagePassing) or hasattr(type(layer), "peer_forward") or _names_edges(layer)
+
+
+def _names_edges(layer: nn.Module) -> bool:
+    return _forward_names_edges(cast(Hashable, type(layer)))
 
 
 @functools.cache
-def _names_edges(layer_type: type[nn.Module]) -> bool:
+def _forward_names_edges(layer_type: type[nn.Module]) -> bool:
     """Not asked of PyTorch Geometric's own layers: those that use edges in another way are listed in ``_MIX_ROWS``."""
     if layer_type.__module__.startswith("torch_geometric."):
         return False
@@ -133,7 +137,7 @@ def _names_edges(layer_type: type[nn.Module]) -> bool:
 
 def _uses_edges_itself(layer: nn.Module, known: Mapping[type[nn.Module], Peer]) -> bool:
     """Takes edges and holds no layer that it could hand them to."""
-    if not _names_edges(type(layer)):
+    if not _names_edges(layer):
         return False
     inner = [m for m in layer.modules() if m is not layer]
     return not any(type(m) in known or takes_edges(m) for m in inner)
@@ -230,7 +234,9 @@ def _both_target(x: Any) -> Any:
 
 @contextmanager
 def _without_cache(layer: nn.Module) -> Iterator[None]:
-    names = [n for n in ("cached", "_cached_edge_index", "_cached_adj_t", "_cached_x") if n in layer.__dict__]
+    names: list[str] = [
+        n for n in ("cached", "_cached_edge_index", "_cached_adj_t", "_cached_x") if n in layer.__dict__
+    ]
     saved = {name: layer.__dict__[name] for name in names}
     layer.__dict__.update({name: False if name == "cached" else None for name in names})
     try:
@@ -244,7 +250,8 @@ def _without_cache(layer: nn.Module) -> Iterator[None]:
 
 def _target(x: Any) -> Tensor:
     pair = _both_target(x)
-    return pair[1] if isinstance(pair, tuple) else pair
+    target: Tensor = pair[1] if isinstance(pair, tuple) else pair
+    return target
 
 
 def _plus(out: Tensor, bias: Tensor | None) -> Tensor:
@@ -264,7 +271,8 @@ def _sage(layer: Any, x: Any, *_: Any, **__: Any) -> Tensor:
 
 def _graph(layer: Any, x: Any, *_: Any, **__: Any) -> Tensor:
     x = _target(x)
-    return layer.lin_rel(x) + layer.lin_root(x)  # W_rel x + b + W_root x
+    out: Tensor = layer.lin_rel(x) + layer.lin_root(x)  # W_rel x + b + W_root x
+    return out
 
 
 def _heads(layer: Any, values: Tensor) -> Tensor:
@@ -302,11 +310,13 @@ def _transformer(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _gin(layer: Any, x: Any, *_: Any, **__: Any) -> Tensor:
-    return layer.nn((1 + layer.eps) * _target(x))  # a sum over no neighbours
+    out: Tensor = layer.nn((1 + layer.eps) * _target(x))  # a sum over no neighbours
+    return out
 
 
 def _sgc(layer: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return layer.lin(x)
+    out: Tensor = layer.lin(x)
+    return out
 
 
 def _appnp(layer: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:

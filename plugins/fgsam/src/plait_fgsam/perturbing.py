@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,10 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         self.eps, self.process_group = eps, process_group
         self.t = 0
 
+    def step(self, gnn_loss: Loss, mlp_loss: Loss) -> dict[str, Any]:  # type: ignore[override]
+        """One update of the weights; see the subclasses."""
+        raise NotImplementedError
+
     # -- what the subclasses are written with ----------------------------------------------------------------
 
     def _trainable(self) -> tuple[list[Tensor], list[float], list[bool]]:
@@ -102,13 +106,14 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         """Mean over the processes, so that all of them take the same step."""
         if self.process_group is None:
             return value, gradients
-        present = [i for i, g in enumerate(gradients) if g is not None]
-        flat = torch.cat([part.flatten().to(value.device) for part in (value, *(gradients[i] for i in present))])
+        present = [(i, g) for i, g in enumerate(gradients) if g is not None]
+        flat = torch.cat([part.flatten().to(value.device) for part in (value, *(g for _, g in present))])
         torch.distributed.all_reduce(flat, group=self.process_group)
         flat /= torch.distributed.get_world_size(self.process_group)
         averaged: Gradients = [None] * len(gradients)
-        for i, part in zip(present, flat[1:].split([gradients[i].numel() for i in present]), strict=True):
-            averaged[i] = part.view_as(gradients[i]).to(gradients[i])
+        parts = torch.split(flat[1:], [g.numel() for _, g in present])
+        for (i, g), part in zip(present, parts, strict=True):
+            averaged[i] = part.view_as(g).to(g)
         return flat[0], averaged
 
     def _check_scalar(self, value: Any, name: str) -> None:
@@ -122,12 +127,12 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         self, tensors: list[Tensor], gradients: Gradients, rhos: list[float], perturbed: list[bool]
     ) -> list[Tensor | None]:
         """e_i = rho g_i / (|g|_S + eps): one norm over all perturbed tensors; ``None`` where e_i = 0."""
-        inside = [i for i, g in enumerate(gradients) if g is not None and perturbed[i]]
-        norm = global_norm([gradients[i] for i in inside], tensors[0])
+        inside = {i: g for i, g in enumerate(gradients) if g is not None and perturbed[i]}
+        norm = global_norm(list(inside.values()), tensors[0])
         perturbation: list[Tensor | None] = [None] * len(tensors)
         for rho in {rhos[i] for i in inside} - {0}:
             group = [i for i in inside if rhos[i] == rho]
-            for i, e in zip(group, scaled(rho / (norm + self.eps), [gradients[i] for i in group]), strict=True):
+            for i, e in zip(group, scaled(rho / (norm + self.eps), [inside[i] for i in group]), strict=True):
                 perturbation[i] = e
         return perturbation
 
@@ -235,7 +240,7 @@ def moved(weights: list[Tensor], perturbation: list[Tensor | None]) -> Iterator[
         torch.clear_autocast_cache()
 
 
-def differentiate(value: Tensor, tensors: list[Tensor], retain_graph: bool = False) -> Gradients:
+def differentiate(value: Tensor, tensors: Sequence[Tensor], retain_graph: bool = False) -> Gradients:
     """Detached gradients of a scalar; ``None`` for a tensor that takes no part.
 
     Raises:
@@ -247,13 +252,14 @@ def differentiate(value: Tensor, tensors: list[Tensor], retain_graph: bool = Fal
     return list(gradients)
 
 
-def global_norm(gradients: Gradients, like: Tensor) -> Tensor:
+def global_norm(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor:
     """Euclidean norm over all tensors; 0 (on ``like``'s device) for none. Of half-precision ones it is float32."""
     present = [g for g in gradients if g is not None]
     if not present:
         return torch.zeros((), device=like.device, dtype=_wide(like.dtype))
     norms = torch._foreach_norm([g.to(_wide(g.dtype)) for g in present])
-    return torch.linalg.vector_norm(torch.stack([norm.to(like.device) for norm in norms]))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(like.device) for norm in norms]))
+    return norm
 
 
 def scaled(factor: Tensor, gradients: list[Tensor]) -> list[Tensor]:
@@ -279,7 +285,7 @@ def orthogonal_part(a: Tensor, b: Tensor) -> Tensor:
 def stretched(v: Tensor, b: Tensor) -> Tensor:
     """``v`` at the length of ``b``: |b| / (|v| + 1e-8) v."""
     wide_v = v.to(_wide(v.dtype))
-    factor = torch.linalg.vector_norm(b, dtype=_wide(b.dtype)) / (torch.linalg.vector_norm(wide_v) + 1e-8)
+    factor: Tensor = torch.linalg.vector_norm(b, dtype=_wide(b.dtype)) / (torch.linalg.vector_norm(wide_v) + 1e-8)
     return (wide_v * factor).to(v.dtype)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from fnmatch import fnmatch
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import attrs
 import torch
@@ -90,7 +90,7 @@ class PeerTraining(PerturbingTraining):
         if unknown:
             known = ", ".join(sorted(types)) or "none"
             raise ValueError(f"peer names {unknown[0]}; of layers that take edges the model has {known}")
-        peers = {types[name]: graph for name, graph in self.peer.items()}
+        peers = cast(Peers, {types[name]: graph for name, graph in self.peer.items()})
         peer_layers(model, peers)
         return peers
 
@@ -183,7 +183,7 @@ class LookSAMTraining(PerturbingTraining):
     alpha: float = field(0.7, "weight of the reused part", in_range(0))
 
     def make_update(self, model: nn.Module, seed: int) -> Update:
-        options = {"rho": self.rho, "interval": self.interval, "alpha": self.alpha}
+        options: dict[str, Any] = {"rho": self.rho, "interval": self.interval, "alpha": self.alpha}
         return TwoLossUpdate(model, LookSAM(self.groups(model), **options, **self.base_options()))
 
 
@@ -195,7 +195,7 @@ class ESAMTraining(PerturbingTraining):
     gamma: float = field(0.5, "share of samples in the second pass", in_range(0, 1, low_open=True))
 
     def make_update(self, model: nn.Module, seed: int) -> Update:
-        options = {"rho": self.rho, "beta": self.beta, "gamma": self.gamma, "seed": seed + 1}
+        options: dict[str, Any] = {"rho": self.rho, "beta": self.beta, "gamma": self.gamma, "seed": seed + 1}
         optimizer = ESAM(self.groups(model), **options, **self.base_options())
         return TwoLossUpdate(model, optimizer, per_sample=True)
 
@@ -262,7 +262,11 @@ _CAPTION = (
 
 
 def _curves(name: str, walked: SharpnessWalk) -> list[Curve]:
-    labels = {"x": walked.radii.tolist(), "x_label": "distance in weight space", "y_label": "training loss"}
+    labels: dict[str, Any] = {
+        "x": walked.radii.tolist(),
+        "x_label": "distance in weight space",
+        "y_label": "training loss",
+    }
     return [
         Curve(name=f"{name} along the gradient".strip(), y=walked.ascent.tolist(), **labels),
         Curve(name=f"{name} along random directions".strip(), y=walked.random.mean(0).tolist(), **labels),

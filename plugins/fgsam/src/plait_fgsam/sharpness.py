@@ -34,7 +34,7 @@ def walk(
         loss: the scalar loss of ``model``, without randomness.
         radii: distances in weight space, [r].
     """
-    weights = [p for p in model.parameters() if p.requires_grad]
+    weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     gradients = differentiate(loss(), weights)
     norm = global_norm(gradients, weights[0]).clamp_min(1e-12)
     ascent = [torch.zeros_like(p) if g is None else g / norm for p, g in zip(weights, gradients, strict=True)]

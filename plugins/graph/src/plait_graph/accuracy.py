@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,11 +19,17 @@ from plait_graph.models import check_is_module
 from plait_graph.tasks import node_logits
 from plait_graph.training_loop import passes_per_update, seconds_per_update
 
-BETTER = {"accuracy": "higher", "macro-F1": "higher", "gain": "higher", "time": "lower", "GNN passes": "lower"}
+BETTER: dict[str, Literal["higher", "lower"]] = {
+    "accuracy": "higher",
+    "macro-F1": "higher",
+    "gain": "higher",
+    "time": "lower",
+    "GNN passes": "lower",
+}
 FORMATS = dict.fromkeys(
     ("accuracy", "± 95 % of one seed", "macro-F1", "gain", "ms/update", "time", "GNN passes"), ".2f"
 )
-SPREAD = {"accuracy": "95 %", "gain": "standard error"}
+SPREAD: dict[str, Literal["standard error", "95 %"]] = {"accuracy": "95 %", "gain": "standard error"}
 
 
 def node_scores(model: nn.Module, data: Data, mask: torch.Tensor, device: torch.device) -> dict[str, float]:
@@ -56,8 +62,8 @@ def episode_scores(shares: list[float]) -> dict[str, float]:
     return {"accuracy": mean, "± 95 % of one seed": half}
 
 
-def interval95(values: np.ndarray) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval (Student's t)."""
+def interval95(values: Any) -> tuple[float, float]:
+    """Mean of the numbers, and half the width of its 95 % interval (Student's t)."""
     from scipy.stats import t
 
     values = np.asarray(values, dtype=float)

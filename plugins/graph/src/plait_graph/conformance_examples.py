@@ -15,7 +15,7 @@ from plait import Run
 from plait.testing import Example
 from torch_geometric.data import Data
 
-from plait_graph.episodes import Episode, EpisodeSampler
+from plait_graph.episodes import EpisodeSampler
 from plait_graph.fewshot import EpisodeGraph
 from plait_graph.plugin import ClassSplit, CsbmGraph, Gnn, Gpn, NodeSplit
 from plait_graph.splits import MASKS, split_by_share
@@ -78,7 +78,7 @@ def write_webkb(root: Path, name: str, data: Data) -> None:
     (raw / "out1_graph_edges.txt").write_text("\n".join(["node_id\tnode_id", *edges, ""]))
     for number in range(10):
         masks = split_by_share(data.y, 0.6, 0.2, torch.Generator().manual_seed(number))
-        arrays = {mask: part.long().numpy() for mask, part in zip(MASKS, masks, strict=True)}
+        arrays: dict[str, Any] = {mask: part.long().numpy() for mask, part in zip(MASKS, masks, strict=True)}
         np.savez(splits / f"{name}_split_0.6_0.2_{number}.npz", **arrays)
 
 
@@ -106,15 +106,18 @@ def meta_gcn() -> Example:
 def node_answers(model: Any) -> torch.Tensor:
     """Logits of a node classifier on the graph of :func:`graph`."""
     data = graph()
-    return copy.deepcopy(model).eval()(data.x, data.edge_index)
+    logits: torch.Tensor = copy.deepcopy(model).eval()(data.x, data.edge_index)
+    return logits
 
 
 def episode_answers(model: Any) -> torch.Tensor:
     """Logits of a few-shot model on an episode of the graph of :func:`graph`."""
     data = graph()
     sampler = EpisodeSampler(data.y, data.train_classes, 2, 2, 3)
-    episode: Episode = sampler.draw(torch.Generator().manual_seed(0))
-    return copy.deepcopy(model).eval().answers(EpisodeGraph.of(data.x, data.edge_index), [episode])[0]
+    episode = sampler.draw(torch.Generator().manual_seed(0))
+    (logits,) = copy.deepcopy(model).eval().answers(EpisodeGraph.of(data.x, data.edge_index), [episode])
+    answer: torch.Tensor = logits
+    return answer
 
 
 def _on_graph(fields: dict[str, int], outputs: Callable[[Any], Any] | None = None) -> Example:

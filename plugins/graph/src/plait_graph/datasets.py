@@ -413,8 +413,9 @@ def _assembled(attributes: scipy.sparse.csr_matrix, edges: np.ndarray, labels: n
 
 def features(data: Data, check_invariants: bool = False) -> Tensor:
     """Features [n, d]: dense, or a sparse CSR tensor where they are stored so (on request checked to be one)."""
-    if data.get("x") is not None:
-        return data.x
+    x: Tensor | None = data.get("x")
+    if x is not None:
+        return x
     if any(data.get(name) is None for name in CSR):
         raise ValueError("the graph has no features x; give some (one-hot node numbers would be memorised)")
     size = (len(data.x_crow) - 1, int(data.x_columns))
@@ -514,7 +515,7 @@ def _checked_features(data: Data) -> int:
         raise ValueError("features x hold NaN or infinite values; clean them")
     if "num_nodes" in data and data.num_nodes != x.shape[0]:
         raise ValueError(f"num_nodes is {data.num_nodes}, but x has {x.shape[0]} rows; they must agree")
-    return x.shape[0]
+    return int(x.shape[0])
 
 
 def _check_edges(data: Data, n: int) -> None:

@@ -45,14 +45,16 @@ class FixedSparse:
     def of(cls, matrix: Tensor) -> FixedSparse:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            return cls(matrix.to_sparse_csr(), matrix.to_sparse_coo().t().coalesce().to_sparse_csr())
+            transposed: Tensor = matrix.to_sparse_coo().t().coalesce()  # type: ignore[no-untyped-call]
+            return cls(matrix.to_sparse_csr(), transposed.to_sparse_csr())
 
     @property
     def shape(self) -> torch.Size:
         return self.matrix.shape
 
     def __matmul__(self, dense: Tensor) -> Tensor:
-        return _Product.apply(self.matrix, self.transposed, dense)
+        product: Tensor = _Product.apply(self.matrix, self.transposed, dense)
+        return product
 
     def __getitem__(self, rows: Tensor) -> FixedSparse:
         pointers, columns, values = self.matrix.crow_indices(), self.matrix.col_indices(), self.matrix.values()
@@ -89,8 +91,8 @@ class EpisodeGraph:
         places = torch.stack([torch.cat([target, loops]), torch.cat([source, loops])])
         weights = (1 / (degree + 1))[places[0]]
         adjacency = torch.sparse_coo_tensor(places, weights, (n, n), check_invariants=False).coalesce()
-        x = FixedSparse.of(x) if x.layout == torch.sparse_csr else x
-        return cls(x, FixedSparse.of(adjacency), degree)
+        rows = FixedSparse.of(x) if x.layout == torch.sparse_csr else x
+        return cls(rows, FixedSparse.of(adjacency), degree)
 
     def alone(self, rows: Tensor) -> EpisodeGraph:
         """These rows without edges; degrees stay those of the whole graph."""
@@ -177,7 +179,8 @@ class GPN(EpisodeModel):
     def _encoded(self, graph: EpisodeGraph) -> Tensor:
         first, second = self.encoder
         hidden = F.dropout(F.relu(first(graph.x, graph.adjacency)), self.dropout, self.training)
-        return second(hidden, graph.adjacency)
+        z: Tensor = second(hidden, graph.adjacency)
+        return z
 
     def _scored(self, graph: EpisodeGraph, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the nodes, in their shape; rows on their own are computed for these nodes only."""
@@ -194,9 +197,9 @@ class GPN(EpisodeModel):
         else:
             prototypes = ((raw / raw.sum(1, keepdim=True)).unsqueeze(-1) * z[support]).sum(1)
         difference = z[episode.query].unsqueeze(1) - prototypes
-        if self.distance == "squared":
-            return -difference.square().sum(-1)
-        return -torch.linalg.vector_norm(difference, dim=-1)
+        squared = self.distance == "squared"
+        gap: Tensor = difference.square().sum(-1) if squared else torch.linalg.vector_norm(difference, dim=-1)
+        return -gap
 
 
 class MetaGCN(EpisodeModel):
@@ -251,14 +254,15 @@ class MetaGCN(EpisodeModel):
         w1, w2, w3, b1, b2, b3 = parameters
         hidden = F.relu(self.message_passing(graph.x @ w1, graph.adjacency) + b1)
         hidden = self.message_passing(F.dropout(hidden, dropout, dropout > 0) @ w2, graph.adjacency) + b2
-        return hidden @ w3 + b3
+        logits: Tensor = hidden @ w3 + b3
+        return logits
 
 
 class Propagated(nn.Module):
     """A x, and x as a PeerMLP."""
 
-    def forward(self, x: Tensor | FixedSparse, adjacency: FixedSparse | None) -> Tensor:
+    def forward(self, x: Tensor, adjacency: FixedSparse | None) -> Tensor:
         return propagate(adjacency, x)
 
-    def peer_forward(self, x: Tensor | FixedSparse, adjacency: FixedSparse | None) -> Tensor:
+    def peer_forward(self, x: Tensor, adjacency: FixedSparse | None) -> Tensor:
         return x

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 Architecture = Literal["gcn", "sage", "gat", "gatv2", "gin", "graphconv", "transformer", "sgc"]
+M = TypeVar("M", bound=nn.Module)
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
 
@@ -50,7 +52,9 @@ class SavedModule(nn.Module):
 
 
 def _gin(width_in: int, width_out: int) -> nn.Module:
-    return pyg.GINConv(nn.Sequential(nn.Linear(width_in, width_out), nn.ReLU(), nn.Linear(width_out, width_out)))
+    inner = nn.Sequential(nn.Linear(width_in, width_out), nn.ReLU(), nn.Linear(width_out, width_out))
+    layer: nn.Module = pyg.GINConv(inner)
+    return layer
 
 
 class GNN(SavedModule):
@@ -113,7 +117,7 @@ def check_is_module(model: Any) -> None:
         raise ValueError(f"expected a torch.nn.Module on graphs as model, got a {type(model).__name__}")
 
 
-def seeded(seed: int, make: Any) -> nn.Module:
+def seeded(seed: int, make: Callable[[], M]) -> M:
     """``make()`` with its random initial weights drawn from ``seed``; the global generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import scipy.sparse
 
 PICKLED = ("x", "tx", "allx", "y", "ty", "ally", "graph")
 
-Numbers = np.ndarray | scipy.sparse.csr_matrix | dict[int, list[int]]
+Numbers: TypeAlias = "np.ndarray | scipy.sparse.csr_matrix | dict[int, list[int]]"
 
 
 def read_numbers(path: Path) -> Numbers:
@@ -27,7 +27,7 @@ def read_numbers(path: Path) -> Numbers:
     """
     try:
         with path.open("rb") as file:
-            value = _Unpickler(file, encoding="latin1").load()
+            value: Any = _Unpickler(file, encoding="latin1").load()
     except _RefusedError as error:
         raise ValueError(f"{path.name} {error}") from error
     except Exception as error:  # a damaged pickle may end in any
@@ -37,7 +37,8 @@ def read_numbers(path: Path) -> Numbers:
     if isinstance(value, _Csr):
         return value.matrix(path.name)
     if _is_graph(value):
-        return value
+        graph: dict[int, list[int]] = value
+        return graph
     raise ValueError(f"{path.name} holds a {type(value).__name__.strip('_')}; expected numbers")
 
 
@@ -79,11 +80,12 @@ class _Csr:
     """What was an instance of scipy's ``csr_matrix``: its attributes."""
 
     def matrix(self, name: str) -> scipy.sparse.csr_matrix:
-        parts = [vars(self).get(part) for part in ("data", "indices", "indptr")]
+        found = (vars(self).get(part) for part in ("data", "indices", "indptr"))
+        parts = [part.values for part in found if isinstance(part, _Array)]
         shape = vars(self).get("_shape")
-        if not all(isinstance(part, _Array) for part in parts) or not isinstance(shape, tuple):
+        if len(parts) < 3 or not isinstance(shape, tuple):
             raise ValueError(f"{name} lacks parts of a CSR matrix")
-        matrix = scipy.sparse.csr_matrix(tuple(part.values for part in parts), shape=shape)
+        matrix = scipy.sparse.csr_matrix(tuple(parts), shape=shape)
         matrix.check_format(full_check=True)
         return matrix
 
@@ -102,7 +104,7 @@ def _new_matrix(kind: Any, *_: Any) -> _Csr:
     return _Csr()
 
 
-def _empty_dict(*_: Any) -> dict:
+def _empty_dict(*_: Any) -> dict[Any, Any]:
     return {}
 
 

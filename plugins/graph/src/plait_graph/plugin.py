@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import attrs
 import torch
@@ -160,6 +160,7 @@ class ClassSplit:
 
 # -- load-model ---------------------------------------------------------------------------------------------------
 
+S = TypeVar("S", bound=models.SavedModule)
 _DROPOUT = in_range(0, 1, high_open=True)
 
 
@@ -167,7 +168,7 @@ _DROPOUT = in_range(0, 1, high_open=True)
 class _FreshModel:
     """What the networks with fresh weights share; a subclass says which it is and whether it has a class head."""
 
-    def made(self, kind: type[models.SavedModule], data: Any, run: Run, *, with_classes: bool) -> Any:
+    def made(self, kind: type[S], data: Any, run: Run, *, with_classes: bool) -> S:
         datasets.check_graph(data)
         sizes = {"in_channels": datasets.num_features(data)}
         if with_classes:
@@ -246,7 +247,7 @@ class AdamTraining(GraphTraining):
 
     def make_update(self, model: nn.Module, seed: int) -> Update:
         kind = torch.optim.AdamW if self.decoupled else torch.optim.Adam
-        options = {"lr": self.learning_rate, "betas": self.betas, "weight_decay": self.weight_decay}
+        options: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas, "weight_decay": self.weight_decay}
         return PlainUpdate(model, kind(model.parameters(), **options))
 
 
@@ -258,7 +259,11 @@ class SGDTraining(GraphTraining):
     momentum: float = field(0.9, "momentum", in_range(0, 1, high_open=True))
 
     def make_update(self, model: nn.Module, seed: int) -> Update:
-        options = {"lr": self.learning_rate, "momentum": self.momentum, "weight_decay": self.weight_decay}
+        options: dict[str, Any] = {
+            "lr": self.learning_rate,
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+        }
         return PlainUpdate(model, torch.optim.SGD(model.parameters(), **options))
 
 

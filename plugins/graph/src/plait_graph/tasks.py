@@ -58,13 +58,14 @@ def call(model: nn.Module, data: Data, x: Tensor, edge_index: Tensor) -> Tensor:
         of_loop = {"edge_weight": 1, "edge_attr": 0}
         values = {n: v.new_full((edge_index.shape[1], *v.shape[1:]), of_loop[n]) for n, v in values.items()}
     try:
-        return model(x, edge_index, **values)
+        logits: Tensor = model(x, edge_index, **values)
     except ValueError as error:
         if len(x) > 1:
             raise
         raise ValueError(
             f"the model cannot be trained on one row ({error}); raise batch_size or num_hops, or leave out BatchNorm"
         ) from error
+    return logits
 
 
 @contextmanager
@@ -165,11 +166,9 @@ class NodeObjective:
         self.batch_size, self.num_hops = batch_size, num_hops
         if num_neighbors is not None and num_hops is None:
             raise ValueError(f"num_neighbors is {num_neighbors} without num_hops; say how many hops to draw")
-        self.sampler = (
-            None
-            if num_neighbors is None
-            else NeighbourSampler(self.data.edge_index, self.data.num_nodes, num_neighbors)
-        )
+        self.sampler = None
+        if num_neighbors is not None:
+            self.sampler = NeighbourSampler(self.data.edge_index, self.data.num_nodes, num_neighbors)
 
     @torch.no_grad()
     def check(self, model: nn.Module) -> None:
@@ -189,12 +188,11 @@ class NodeObjective:
         targets = self.training
         if self.batch_size is not None and self.batch_size < len(targets):
             targets = targets[torch.randperm(len(targets), generator=generator)[: self.batch_size].to(targets.device)]
-        if self.sampler is not None:
-            return self._sampled(targets, self.sampler, generator)
+        if self.sampler is not None and self.num_hops is not None:
+            return self._sampled(targets, *self.sampler.draw(targets, self.num_hops, generator))
         return self.whole if targets is self.training else self._task(targets)
 
-    def _sampled(self, targets: Tensor, sampler: NeighbourSampler, generator: torch.Generator) -> NodeTask:
-        nodes, kept = sampler.draw(targets, self.num_hops, generator)
+    def _sampled(self, targets: Tensor, nodes: Tensor, kept: Tensor) -> NodeTask:
         position = torch.empty(self.data.num_nodes, dtype=torch.long, device=nodes.device)
         position[nodes] = torch.arange(len(nodes), device=nodes.device)
         part = self._part(nodes, position[self.data.edge_index[:, kept]], kept)
@@ -237,11 +235,13 @@ class EpisodeTask:
     graph: EpisodeGraph
     episode: Episode
 
-    def losses(self, model: EpisodeModel) -> Tensor:
-        return model.losses(self.graph, self.episode)
+    def losses(self, model: Any) -> Tensor:
+        losses: Tensor = model.losses(self.graph, self.episode)
+        return losses
 
-    def row_losses(self, model: EpisodeModel) -> Tensor:
-        return model.losses(self.graph.alone(self.episode.rows), self.episode.renumbered())
+    def row_losses(self, model: Any) -> Tensor:
+        losses: Tensor = model.losses(self.graph.alone(self.episode.rows), self.episode.renumbered())
+        return losses
 
 
 class EpisodeObjective:

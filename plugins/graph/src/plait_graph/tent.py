@@ -80,7 +80,8 @@ class TENT(EpisodeModel):
     def _encoded(self, graph: EpisodeGraph) -> Tensor:
         first, second = self.encoder
         hidden = F.dropout(F.relu(first(graph.x, graph.adjacency)), self.dropout, self.training)
-        return second(hidden, graph.adjacency)
+        z: Tensor = second(hidden, graph.adjacency)
+        return z
 
     def _classified(self, z: Tensor, propagated: Tensor, graph: EpisodeGraph, episode: Episode) -> Tensor:
         neighbourhood, ego, support = self.class_ego(z, graph.adjacency, episode.support)  # node level
@@ -102,7 +103,7 @@ class TENT(EpisodeModel):
 
 def temperatures(members: Tensor, prototypes: Tensor) -> Tensor:
     """Mean distance of each class's support nodes [N, K, h] to its prototype [N, h], relative to all classes', [N]."""
-    spread = torch.linalg.vector_norm(members - prototypes.unsqueeze(1), dim=-1).mean(1) + 1e-8
+    spread: Tensor = torch.linalg.vector_norm(members - prototypes.unsqueeze(1), dim=-1).mean(1) + 1e-8
     return spread / spread.mean()
 
 

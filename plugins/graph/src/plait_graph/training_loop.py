@@ -43,7 +43,7 @@ class PlainUpdate:
         loss = task.losses(self.model).mean()
         if not loss.requires_grad:
             raise ValueError("the loss depends on no tensor that requires a gradient; unfreeze what the model uses")
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self._refuse_non_finite(loss.detach())
         self.optimizer.step()
         return {"loss": loss.detach(), "passes": 1}

@@ -28,7 +28,8 @@ def line_kernel(length: float, angle: float) -> np.ndarray:
     kernel = np.zeros((size, size))
     for di, dj in ((0, 0), (0, 1), (1, 0), (1, 1)):
         np.add.at(kernel, (i + di, j + dj), (1 - abs(y - i - di)) * (1 - abs(x - j - dj)))
-    return kernel / kernel.sum()
+    result: np.ndarray = kernel / kernel.sum()
+    return result
 
 
 def gaussian_kernel(sigma: float) -> np.ndarray:
@@ -36,14 +37,16 @@ def gaussian_kernel(sigma: float) -> np.ndarray:
     offsets = np.arange(-math.ceil(4 * sigma), math.ceil(4 * sigma) + 1)
     profile = np.exp(-0.5 * (offsets / sigma) ** 2)
     kernel = np.outer(profile, profile)
-    return kernel / kernel.sum()
+    result: np.ndarray = kernel / kernel.sum()
+    return result
 
 
 def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """Convolve each channel with an odd-sided kernel; beyond its border the image is mirrored."""
     rows, columns = kernel.shape[0] // 2, kernel.shape[1] // 2
     padded = np.pad(image, ((rows, rows), (columns, columns), (0, 0)), mode="symmetric")
-    return fftconvolve(padded, kernel[..., None], mode="valid", axes=(0, 1))
+    result: np.ndarray = fftconvolve(padded, kernel[..., None], mode="valid", axes=(0, 1))
+    return result
 
 
 def add_rain(
@@ -66,7 +69,8 @@ def add_rain(
     drops = (generator.random(shape) < density) * generator.uniform(0.4, 1, shape)
     streaks = fftconvolve(drops, kernel, mode="same")[margin:-margin, margin:-margin] * length * 0.9
     opacity = np.clip(streaks, 0, 1)[..., None] * strength
-    return image * (1 - opacity) + brightness * opacity
+    result: np.ndarray = image * (1 - opacity) + brightness * opacity
+    return result
 
 
 def add_gaussian_noise(image: np.ndarray, generator: np.random.Generator, sigma: float) -> np.ndarray:
@@ -89,7 +93,8 @@ def downsample(image: np.ndarray, factor: int) -> np.ndarray:
     """
     rows = _resize_weights(image.shape[0], factor)
     columns = _resize_weights(image.shape[1], factor)
-    return np.einsum("ih,hwc,jw->ijc", rows, image, columns, optimize=True)
+    result: np.ndarray = np.einsum("ih,hwc,jw->ijc", rows, image, columns, optimize=True)
+    return result
 
 
 def _resize_weights(length: int, factor: int) -> np.ndarray:

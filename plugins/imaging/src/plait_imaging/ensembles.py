@@ -1,8 +1,6 @@
 """Ensembles: several restorations of the same images → one. The simple ones, to hold a new method against.
 
-``candidates`` maps model → dataset with a column ``image``, all of the same scenes. ``reference`` maps the same models,
-in the same order, to other scenes whose truth is known, and ``target`` to that truth; without ``target``, the first
-model's column ``target`` is taken. Either may also be one dataset with columns ``image_<model>`` and ``target``.
+What ``candidates`` and ``reference`` are, :mod:`plait_imaging.scenes` says.
 
 Every method keeps its unrounded result in ``image_float`` beside ``image``. Those that learn pool the samples of R, G
 and B. All take a reference, so that one can be put in another's place, but only those that learn need it.
@@ -12,138 +10,22 @@ The set is that of Sun et al., "EnsIR", NeurIPS 2024 (arXiv 2410.22959), with le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 import numpy as np
 import torch
 from datasets import Dataset
-from plait import PlaitError, Report, hookimpl
-from plait.fields import doc, in_range, one_of
+from plait import Report, Run, hookimpl
+from plait.fields import field, in_range
 from torch import Tensor
 
-from plait_imaging.images import FLOAT_COLUMN, check_same_scenes, names, read_batches, sizes, write_images
+from plait_imaging.images import write_images
+from plait_imaging.scenes import Scenes
 
 if TYPE_CHECKING:
-    from plait import Run
     from sklearn.base import RegressorMixin
-
-__plait_api__ = "0.1"
-
-_PREFIX = "image_"
-
-
-@attrs.frozen
-class Scenes:
-    """M restorations of the same images, and their truth where it is known, read side by side.
-
-    Iterating gives one tuple per scene: M images uint8 ``[3, H, W]`` and, if ``has_target``, the truth behind them.
-    """
-
-    models: tuple[str, ...]
-    columns: tuple[tuple[Dataset, str], ...] = attrs.field(repr=False)
-    has_target: bool
-
-    @classmethod
-    def of_candidates(cls, candidates: Any) -> Scenes:
-        """The scenes to fuse.
-
-        Raises:
-            PlaitError: fewer than two models, or their scenes differ.
-        """
-        columns = _columns(candidates, "candidates")
-        columns.pop("target", None)
-        if len(columns) < 2:
-            raise PlaitError(
-                f"candidates has {len(columns)} model ({', '.join(columns)}); an ensemble needs at least 2"
-            )
-        return cls(tuple(columns), tuple(columns.values()), has_target=False)
-
-    @classmethod
-    def of_reference(cls, reference: Any, models: tuple[str, ...] | None = None) -> Scenes:
-        """The scenes to learn from.
-
-        Args:
-            models: the candidates' models, which the reference must have in the same order; ``None``: any.
-
-        Raises:
-            PlaitError: no reference, other models, no target, or the scenes differ.
-        """
-        if reference is None:
-            raise PlaitError("reference is missing; give the same models' images of scenes whose target is known")
-        columns = _columns(reference, "reference")
-        if "target" not in columns:
-            first, _ = next(iter(columns.values()))
-            if "target" not in first.column_names:
-                raise PlaitError("reference has no target; add target: STEP, the true images of the reference scenes")
-            columns["target"] = (first, "target")
-        own = tuple(model for model in columns if model != "target")
-        if models is not None and own != models:
-            raise PlaitError(
-                f"reference has the models {', '.join(own)} and candidates {', '.join(models)}; "
-                "give both the same models in the same order"
-            )
-        return cls(own, tuple(columns[name] for name in (*own, "target")), has_target=True)
-
-    @property
-    def source(self) -> Dataset:
-        """The columns that describe the scenes: name, target and the like."""
-        dataset, _ = self.columns[0]
-        return dataset.select_columns([name for name in dataset.column_names if not name.startswith(_PREFIX)])
-
-    @property
-    def num_samples(self) -> list[int]:
-        """Number of colour samples of each scene."""
-        return [3 * height * width for height, width in sizes(*self.columns[0])]
-
-    def __len__(self) -> int:
-        return len(self.columns[0][0])
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        labels = names(self.columns[0][0])
-        streams = [_one_by_one(dataset, column) for dataset, column in self.columns]
-        for label, images in zip(labels, zip(*streams, strict=True), strict=True):
-            for name, image in zip((*self.models, "target"), images, strict=False):
-                if image.shape != images[0].shape:
-                    size, first = ("×".join(map(str, t.shape[1:])) for t in (image, images[0]))
-                    raise PlaitError(
-                        f"image {label} is {size} pixels in {name} and {first} in {self.models[0]}; give all one size"
-                    )
-            yield images
-
-
-def _columns(data: Any, argument: str) -> dict[str, tuple[Dataset, str]]:
-    """Model (or ``target``) → the dataset and column with its images."""
-    if isinstance(data, Dataset):
-        found = {
-            name.removeprefix(_PREFIX): (data, name)
-            for name in data.column_names
-            if name.startswith(_PREFIX) and name != FLOAT_COLUMN
-        }
-        if "target" in data.column_names:
-            found["target"] = (data, "target")
-    elif isinstance(data, Mapping) and all(isinstance(dataset, Dataset) for dataset in data.values()):
-        found = {model: (dataset, "image") for model, dataset in data.items()}
-    else:
-        raise PlaitError(
-            f"{argument} is no mapping of models to datasets; write {argument}: {{model: step, other_model: other_step}}"
-        )
-    if not found.keys() - {"target"}:
-        raise PlaitError(
-            f"{argument} names no model; write {argument}: {{model: step}}, or give a dataset with columns image_<model>"
-        )
-    for model, (dataset, _) in found.items():
-        if not len(dataset):
-            raise PlaitError(f"{model} of {argument} has no images; give at least one scene")
-    if isinstance(data, Mapping):
-        check_same_scenes(data)
-    return found
-
-
-def _one_by_one(dataset: Dataset, column: str) -> Iterator[Tensor]:
-    for _, images in read_batches(dataset, column, batch_size=1):
-        yield from images
 
 
 def _fused(run: Run, scenes: Scenes, fuse: Callable[[Tensor], Tensor]) -> Dataset:
@@ -165,7 +47,7 @@ class Average:
     """The plain average of the candidates."""
 
     @hookimpl
-    def ensemble(self, candidates, reference: Any | None, run):
+    def ensemble(self, candidates: Any, reference: Any | None, run: Run) -> Dataset:
         """The mean over the models."""
         return _fused(run, Scenes.of_candidates(candidates), lambda images: images.mean(dim=0))
 
@@ -175,7 +57,7 @@ class PixelMedian:
     """The median of the candidates, sample by sample."""
 
     @hookimpl
-    def ensemble(self, candidates, reference: Any | None, run):
+    def ensemble(self, candidates: Any, reference: Any | None, run: Run) -> Dataset:
         """The median over the models; of an even number, the mean of the middle two."""
         return _fused(run, Scenes.of_candidates(candidates), pixel_median)
 
@@ -185,7 +67,7 @@ class ZZPM:
     """Weights per image, larger for candidates near the average (a challenge team's rule)."""
 
     @hookimpl
-    def ensemble(self, candidates, reference: Any | None, run):
+    def ensemble(self, candidates: Any, reference: Any | None, run: Run) -> Dataset:
         """The weighted mean with ``softmax(1 / (1e-3 + mean squared distance from the average))``."""
         return _fused(run, Scenes.of_candidates(candidates), lambda images: _weighted(zzpm_weights(images))(images))
 
@@ -240,12 +122,18 @@ def _errors(sums: Tensor) -> Tensor:
 class _GlobalWeights:
     """One weight per model, learned from the reference."""
 
+    def weights(self, products: Products) -> Tensor:
+        """``[M]``."""
+        raise NotImplementedError
+
     @hookimpl
-    def ensemble(self, candidates, reference, run):
+    def ensemble(self, candidates: Any, reference: Any, run: Run) -> Dataset:
         """The weighted sum with weights learned from the reference."""
         scenes = Scenes.of_candidates(candidates)
         weight = self.weights(Products.of(Scenes.of_reference(reference, scenes.models), run))
-        rows = [{"model": model, "weight": float(w)} for model, w in zip(scenes.models, weight, strict=True)]
+        rows: list[dict[str, Any]] = [
+            {"model": model, "weight": float(w)} for model, w in zip(scenes.models, weight, strict=True)
+        ]
         run.add(Report(title="weights", rows=rows, formats={"weight": ".3f"}))
         return _fused(run, scenes, _weighted(weight))
 
@@ -265,20 +153,21 @@ class InverseMSE(_GlobalWeights):
 class LeastSquares(_GlobalWeights):
     """One weight per model, the least squares of the reference; no intercept, weights may be negative."""
 
-    sum_to_one: bool = attrs.field(default=False, metadata=doc("least squares among weights with sum 1"))
+    sum_to_one: bool = field(False, "least squares among weights with sum 1")
 
     def weights(self, products: Products) -> Tensor:
         """``argmin ‖Xᵀw − y‖²``; with ``sum_to_one`` ``w ∝ E⁻¹ 1``, E the products of the errors."""
         sums = products.sums.sum(dim=0)
         if not self.sum_to_one:
             # Models that are equal share a weight: the driver finds the shortest of all solutions.
-            return torch.linalg.lstsq(sums[:-1, :-1], sums[:-1, -1], driver="gelsd").solution
+            least: Tensor = torch.linalg.lstsq(sums[:-1, :-1], sums[:-1, -1], driver="gelsd").solution
+            return least
         errors = _errors(sums)
         floor = 1e-12 * errors.trace() + 1e-6  # equal or perfect models make E singular
-        weight = torch.linalg.solve(
+        weight: Tensor = torch.linalg.solve(
             errors + floor * torch.eye(len(errors)), torch.ones(len(errors), dtype=errors.dtype)
         )
-        return weight / weight.sum()
+        return weight.div(weight.sum())
 
 
 @attrs.frozen(kw_only=True)
@@ -295,21 +184,18 @@ class BestSingle(_GlobalWeights):
 class Regressor:
     """A regressor of scikit-learn, with its defaults: candidates' values → true value of a sample."""
 
-    kind: str = attrs.field(
-        default="hist-gradient-boosting",
-        validator=one_of(
-            "hist-gradient-boosting", "gradient-boosting", "ada-boost", "bagging", "extra-trees", "random-forest"
-        ),
-        metadata=doc("which regressor of scikit-learn"),
+    kind: Literal[
+        "hist-gradient-boosting", "gradient-boosting", "ada-boost", "bagging", "extra-trees", "random-forest"
+    ] = field(
+        "hist-gradient-boosting",
+        "which regressor of scikit-learn",
     )
-    max_samples: int | None = attrs.field(
-        default=200_000,
-        validator=in_range(1),
-        metadata=doc("most reference samples to fit on, drawn without replacement; null: all of them"),
+    max_samples: int | None = field(
+        200_000, "most reference samples to fit on, drawn without replacement; null: all of them", in_range(1)
     )
 
     @hookimpl
-    def ensemble(self, candidates, reference, run):
+    def ensemble(self, candidates: Any, reference: Any, run: Run) -> Dataset:
         """The regressor's predictions, unclipped."""
         scenes = Scenes.of_candidates(candidates)
         inputs, truth, total = self._draw(Scenes.of_reference(reference, scenes.models), run)

@@ -14,8 +14,6 @@ from plait_imaging.images import map_images
 from plait_imaging.sources import Photos
 from plait_imaging.transforms import GaussianNoise
 
-__plait_api__ = "0.1"
-
 
 def _noisy() -> Dataset:
     tiles = Photos(splits={"test": ("chelsea", "coffee")}, tile_size=32).load_data(Run())["test"]

@@ -11,17 +11,22 @@ from skimage import restoration
 
 def median(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Median over windows of ``size`` (height, width) in each channel of uint8 ``[H, W, 3]``; mirrored border."""
-    return ndimage.median_filter(image, size=(*size, 1), mode="reflect")
+    result: np.ndarray = ndimage.median_filter(image, size=(*size, 1), mode="reflect")
+    return result
 
 
 def grey_opening(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Minimum, then maximum over windows of ``size`` in each channel: removes brighter things that are smaller."""
-    return ndimage.grey_opening(image, size=(*size, 1), mode="reflect")
+    result: np.ndarray = ndimage.grey_opening(image, size=(*size, 1), mode="reflect")
+    return result
 
 
 def total_variation(image: np.ndarray, weight: float, max_iterations: int) -> np.ndarray:
     """Chambolle's dual algorithm for total-variation denoising (J. Math. Imaging Vis. 20, 2004) of ``[H, W, 3]``."""
-    return restoration.denoise_tv_chambolle(image, weight=weight, max_num_iter=max_iterations, channel_axis=-1)
+    result: np.ndarray = restoration.denoise_tv_chambolle(
+        image, weight=weight, max_num_iter=max_iterations, channel_axis=-1
+    )
+    return result
 
 
 def wavelet_shrinkage(
@@ -35,7 +40,7 @@ def wavelet_shrinkage(
         sigma: standard deviation of the noise; ``None`` estimates it from the finest coefficients.
         levels: of the decomposition; ``None`` takes three fewer than possible.
     """
-    return restoration.denoise_wavelet(
+    result: np.ndarray = restoration.denoise_wavelet(
         image,
         sigma=sigma,
         wavelet=wavelet,
@@ -46,6 +51,7 @@ def wavelet_shrinkage(
         rescale_sigma=True,
         channel_axis=-1,
     )
+    return result
 
 
 def wiener(image: np.ndarray, kernel: np.ndarray, balance: float) -> np.ndarray:

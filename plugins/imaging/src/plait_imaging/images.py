@@ -25,10 +25,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset, Features, Image, List, Value
-from plait import PlaitError
-from plait_vision import images as vision
-from plait_vision.files import composed
-from plait_vision.writing import BUFFER_BYTES, write_tables
+from plait_vision import composed, decode, write_tables
+from plait_vision import encode_png as encode_pixels
+from plait_vision import size as size_of
+from plait_vision.writing import BUFFER_BYTES
 
 if TYPE_CHECKING:
     from plait import Run
@@ -63,7 +63,7 @@ def read_batches(
     """Yield row numbers and their images, uint8 ``[3, H, W]``; sizes may differ within a batch.
 
     Raises:
-        PlaitError: no such column, or an image that is damaged, 16-bit or transparent.
+        ValueError: no such column, or an image that is damaged, 16-bit or transparent.
     """
     for rows, cells in _raw_batches(dataset, column, batch_size):
         yield rows, [_decode(cell, column, row) for row, cell in zip(rows, cells, strict=True)]
@@ -103,7 +103,7 @@ def write_images(
         keep_source_as: put the image of ``source`` into this column, unless it is there already.
 
     Raises:
-        PlaitError: an image holds NaN or infinity, or is on the 0–255 scale (its name is given).
+        ValueError: an image holds NaN or infinity, or is on the 0–255 scale (its name is given).
         ValueError: more or fewer images than rows.
     """
     stale = FLOAT_COLUMN if column == "image" else None
@@ -160,7 +160,7 @@ def map_images(
 
 def encode_png(image: torch.Tensor) -> bytes:
     """uint8 ``[3, H, W]`` → PNG bytes."""
-    return vision.encode_png(image.permute(1, 2, 0).contiguous().cpu().numpy())
+    return encode_pixels(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def names(dataset: Dataset) -> list[str]:
@@ -174,7 +174,7 @@ def sizes(dataset: Dataset, column: str = "image") -> Iterator[tuple[int, int]]:
     """Height and width of every image, from its header alone."""
     for rows, cells in _raw_batches(dataset, column, 16):
         for row, cell in zip(rows, cells, strict=True):
-            yield vision.size(_cell(cell, column, row), _label(column, row))
+            yield size_of(_cell(cell, column, row), _label(column, row))
 
 
 def check_same_scenes(datasets: Mapping[str, Dataset], column: str = "image") -> None:
@@ -184,7 +184,7 @@ def check_same_scenes(datasets: Mapping[str, Dataset], column: str = "image") ->
         datasets: model name → dataset; the first one is what the others are compared with.
 
     Raises:
-        PlaitError: lengths, names or sizes differ; says which image of which model.
+        ValueError: lengths, names or sizes differ; says which image of which model.
     """
     (first, base), *others = datasets.items()
     base_names, base_sizes = names(base), list(sizes(base, column))
@@ -193,23 +193,23 @@ def check_same_scenes(datasets: Mapping[str, Dataset], column: str = "image") ->
         known, wanted = set(own), set(base_names)
         missing = [name for name in base_names if name not in known]
         if missing:
-            raise PlaitError(
+            raise ValueError(
                 f"{model} lacks {len(missing)} of the images of {first}: {_some(missing)}; restore them too"
             )
         surplus = [name for name in own if name not in wanted]
         if surplus or len(own) != len(base_names):
-            raise PlaitError(
+            raise ValueError(
                 f"{model} has {len(own)} images and {first} {len(base_names)}"
                 f"{', more: ' + _some(surplus) if surplus else ''}; give both the same scenes"
             )
         for ours, theirs in zip(own, base_names, strict=True):
             if ours != theirs:
-                raise PlaitError(
+                raise ValueError(
                     f"{model} and {first} order their images differently ({ours}, {theirs}); sort both alike"
                 )
         for name, size, base_size in zip(own, sizes(dataset, column), base_sizes, strict=True):
             if size != base_size:
-                raise PlaitError(
+                raise ValueError(
                     f"image {name} is {size[0]}×{size[1]} pixels in {model} and {base_size[0]}×{base_size[1]} in {first}; "
                     "every model must keep the size"
                 )
@@ -219,27 +219,27 @@ def over_splits(data: Any, function: Callable[[Dataset, str], Dataset]) -> Any:
     """``function(dataset, "")``, or a dict of ``function(dataset, split)`` where ``data`` is a mapping.
 
     Raises:
-        PlaitError: something in ``data`` is not a dataset with images in column ``image``.
+        ValueError: something in ``data`` is not a dataset with images in column ``image``.
     """
     if isinstance(data, Mapping):
         if not data:
-            raise PlaitError("data has no splits; give at least one dataset with an image column")
+            raise ValueError("data has no splits; give at least one dataset with an image column")
         return {split: function(_checked(dataset, f"data.{split}"), split) for split, dataset in data.items()}
     return function(_checked(data, "data"), "")
 
 
 def _checked(dataset: Any, label: str) -> Dataset:
     if not isinstance(dataset, Dataset):
-        raise PlaitError(f"{label} is a {type(dataset).__name__}; a dataset with an image column is needed")
+        raise ValueError(f"{label} is a {type(dataset).__name__}; expected a dataset with an image column")
     _has_column(dataset, "image", label)
     if len(dataset) == 0:
-        raise PlaitError(f"{label} has no images; give at least one")
+        raise ValueError(f"{label} has no images; give at least one")
     return dataset
 
 
 def _has_column(dataset: Dataset, column: str, label: str = "the dataset") -> None:
     if column not in dataset.column_names:
-        raise PlaitError(f"{label} has no column {column!r}; it has {', '.join(dataset.column_names) or 'none'}")
+        raise ValueError(f"{label} has no column {column!r}; it has {', '.join(dataset.column_names) or 'none'}")
 
 
 def _raw_batches(dataset: Dataset, column: str, batch_size: int) -> Iterator[tuple[list[int], list[Any]]]:
@@ -252,7 +252,7 @@ def _raw_batches(dataset: Dataset, column: str, batch_size: int) -> Iterator[tup
 
 def _cell(cell: Any, column: str, row: int) -> Any:
     if cell is not None and not (isinstance(cell, dict) and {"bytes", "path"} <= set(cell)):
-        raise PlaitError(f"{_label(column, row)} holds no image; give a column of images")
+        raise ValueError(f"{_label(column, row)} is not an image; give a column of images")
     return cell
 
 
@@ -261,7 +261,7 @@ def _label(column: str, row: int) -> str:
 
 
 def _decode(cell: Any, column: str, row: int) -> torch.Tensor:
-    picture = vision.decode(_cell(cell, column, row), _label(column, row))
+    picture = decode(_cell(cell, column, row), _label(column, row))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
@@ -271,9 +271,9 @@ def _in_buffers(images: Iterable[torch.Tensor], source: Dataset) -> Iterator[lis
     held = 0
     for row, image in enumerate(images):
         if image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(f"row {row} is of shape {tuple(image.shape)}; [3, H, W] is needed")
+            raise ValueError(f"row {row} is of shape {tuple(image.shape)}; expected [3, H, W]")
         if image.dtype != torch.uint8 and (problem := _problem(image)):
-            raise PlaitError(f"image {names(source)[row]} came out with {problem}; nothing was written")
+            raise ValueError(f"image {names(source)[row]} came out with {problem}; nothing was written")
         buffer.append(image.detach().cpu())
         held += image.numel() * image.element_size()
         if held >= BUFFER_BYTES:
@@ -289,7 +289,7 @@ def _problem(image: torch.Tensor) -> str | None:
     if not (math.isfinite(low) and math.isfinite(high)):
         return "NaN or infinity"
     if high > 1 and image.mean(dtype=torch.float32) > 2:  # overshoots do not double the brightness
-        return f"values from {low:.4g} to {high:.4g} where [0, 1] is needed, as on the 0–255 scale"
+        return f"values from {low:.4g} to {high:.4g} where [0, 1] is expected, as on the 0–255 scale"
     return None
 
 

@@ -13,7 +13,8 @@ SSIM_WINDOW = 11
 def luminance(image: torch.Tensor) -> torch.Tensor:
     """Y of ITU-R BT.601 in studio range: RGB ``[3, H, W]``, 0–255 → float64 ``[1, H, W]``, 16–235, not rounded."""
     red, green, blue = image.double()
-    return (16 + (65.481 * red + 128.553 * green + 24.966 * blue) / 255).clamp(0, 255)[None]
+    luma: torch.Tensor = 16 + (65.481 * red + 128.553 * green + 24.966 * blue) / 255
+    return luma.clamp(0, 255)[None]
 
 
 def crop_border(image: torch.Tensor, border: int) -> torch.Tensor:

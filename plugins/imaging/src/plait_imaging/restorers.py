@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 import numpy as np
 import pywt
 import torch
 from datasets import Dataset
-from plait import PlaitError, hookimpl
-from plait.fields import doc, in_range, method_field, one_of
+from plait import Run, hookimpl
+from plait.fields import field, in_range, method_field
 
 from plait_imaging import filters
 from plait_imaging.images import map_images, over_splits
 from plait_imaging.transforms import MotionBlur
 
-__plait_api__ = "0.1"
-
 
 def _two_sides(instance: Any, attribute: Any, value: tuple[int, int]) -> None:
     if len(value) != 2 or any(side < 1 for side in value):
-        raise PlaitError(f"{attribute.name} is {value!r}; allowed is [height, width], both at least 1")
+        raise ValueError(f"{attribute.name} is {value!r}; allowed is [height, width], both at least 1")
 
 
 def _window(default: tuple[int, int]) -> Any:
-    return attrs.field(default=default, validator=_two_sides, metadata=doc("height and width of the window, in pixels"))
+    return field(default, "height and width of the window, in pixels", _two_sides)
 
 
 @attrs.frozen(kw_only=True)
 class _Restorer:
     """A filter of one image."""
 
+    def filtered(self, image: np.ndarray) -> np.ndarray:
+        """uint8 ``[H, W, 3]`` → uint8, or float in [0, 1]."""
+        raise NotImplementedError
+
     @hookimpl
-    def restore(self, data, run):
+    def restore(self, data: Any, run: Run) -> Any:
         """The data with every image restored and rounded to 8 bit."""
 
         def restored(dataset: Dataset, split: str) -> Dataset:
@@ -73,10 +75,8 @@ class GreyOpening(_Restorer):
 class TotalVariation(_Restorer):
     """Total-variation denoising (Chambolle 2004), the channels together."""
 
-    weight: float = attrs.field(
-        default=0.15, validator=in_range(0, low_open=True), metadata=doc("more is smoother; for images in [0, 1]")
-    )
-    max_iterations: int = attrs.field(default=200, validator=in_range(1), metadata=doc("of the dual algorithm"))
+    weight: float = field(0.15, "more is smoother; for images in [0, 1]", in_range(0, low_open=True))
+    max_iterations: int = field(200, "of the dual algorithm", in_range(1))
 
     def filtered(self, image: np.ndarray) -> np.ndarray:
         """uint8 ``[H, W, 3]`` → float in [0, 1]."""
@@ -85,28 +85,22 @@ class TotalVariation(_Restorer):
 
 def _known_wavelet(instance: Any, attribute: Any, value: str) -> None:
     if value not in pywt.wavelist(kind="discrete"):
-        raise PlaitError(f"wavelet is {value!r}; allowed is a discrete wavelet of PyWavelets, e.g. db2, sym4, bior4.4")
+        raise ValueError(f"wavelet is {value!r}; allowed is a discrete wavelet of PyWavelets, e.g. db2, sym4, bior4.4")
 
 
 @attrs.frozen(kw_only=True)
 class WaveletShrinkage(_Restorer):
     """Wavelet shrinkage: small wavelet coefficients are noise."""
 
-    wavelet: str = attrs.field(default="db2", validator=_known_wavelet, metadata=doc("discrete wavelet of PyWavelets"))
-    rule: str = attrs.field(
-        default="BayesShrink",
-        validator=one_of("BayesShrink", "VisuShrink"),
-        metadata=doc("threshold from each subband, or one for all"),
+    wavelet: str = field("db2", "discrete wavelet of PyWavelets", _known_wavelet)
+    rule: Literal["BayesShrink", "VisuShrink"] = field("BayesShrink", "threshold from each subband, or one for all")
+    mode: Literal["soft", "hard"] = field("soft", "kind of thresholding")
+    sigma: float | None = field(
+        None,
+        "standard deviation of the noise in [0, 1] units; without it, estimated from each image",
+        in_range(0, low_open=True),
     )
-    mode: str = attrs.field(default="soft", validator=one_of("soft", "hard"), metadata=doc("kind of thresholding"))
-    sigma: float | None = attrs.field(
-        default=None,
-        validator=in_range(0, low_open=True),
-        metadata=doc("standard deviation of the noise in [0, 1] units; without it, estimated from each image"),
-    )
-    levels: int | None = attrs.field(
-        default=None, validator=in_range(1), metadata=doc("of the decomposition; without it, three fewer than possible")
-    )
+    levels: int | None = field(None, "of the decomposition; without it, three fewer than possible", in_range(1))
 
     def filtered(self, image: np.ndarray) -> np.ndarray:
         """uint8 ``[H, W, 3]`` → float in [0, 1]."""
@@ -121,7 +115,7 @@ class _Deconvolution(_Restorer):
 
     def __attrs_post_init__(self) -> None:
         if not hasattr(self.blur, "kernel"):
-            raise PlaitError(
+            raise ValueError(
                 f"blur is {type(self.blur).__name__}, which has no kernel; name motion-blur or gaussian-blur"
             )
 
@@ -130,10 +124,8 @@ class _Deconvolution(_Restorer):
 class Wiener(_Deconvolution):
     """Wiener deconvolution of a known blur."""
 
-    balance: float = attrs.field(
-        default=0.01,
-        validator=in_range(0, low_open=True),
-        metadata=doc("weight of smoothness against sharpness; grows with the noise"),
+    balance: float = field(
+        0.01, "weight of smoothness against sharpness; grows with the noise", in_range(0, low_open=True)
     )
 
     def filtered(self, image: np.ndarray) -> np.ndarray:
@@ -145,7 +137,7 @@ class Wiener(_Deconvolution):
 class RichardsonLucy(_Deconvolution):
     """Richardson–Lucy deconvolution of a known blur."""
 
-    num_iterations: int = attrs.field(default=20, validator=in_range(1), metadata=doc("more is sharper and noisier"))
+    num_iterations: int = field(20, "more is sharper and noisier", in_range(1))
 
     def filtered(self, image: np.ndarray) -> np.ndarray:
         """uint8 ``[H, W, 3]`` → float in [0, 1]."""

@@ -6,20 +6,19 @@ import importlib.util
 import math
 import statistics
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 import torch
 from datasets import Dataset
-from plait import PlaitError, Report, hookimpl
-from plait.fields import doc, in_range, one_of
+from plait import Report, Run, hookimpl
+from plait.errors import MissingDependency
+from plait.fields import field, in_range
 from plait.report import Panel
 
 from plait_imaging import metrics
 from plait_imaging.images import check_same_scenes, names, read_batches, read_floats, sizes, to_float
 from plait_imaging.pictures import comparison
-
-__plait_api__ = "0.1"
 
 INPUT = "input"
 
@@ -63,13 +62,13 @@ def _column(dataset: Dataset, column: str) -> Iterator[torch.Tensor]:
 def _compare(data: Any, reference: Any, *, needs_truth: bool) -> _Comparison:
     candidates = dict(data) if isinstance(data, Mapping) else {"result": data}
     if not candidates:
-        raise PlaitError("data is an empty mapping; give at least one dataset to score")
+        raise ValueError("data is an empty mapping; give at least one dataset to score")
     for label, dataset in {**candidates, **({} if reference is None else {"reference": reference})}.items():
         if not isinstance(dataset, Dataset) or "image" not in dataset.column_names:
             kind = type(dataset).__name__ if not isinstance(dataset, Dataset) else "dataset without column 'image'"
-            raise PlaitError(f"{label} is a {kind}; a dataset of images is needed (name a split as step.split)")
+            raise ValueError(f"{label} is a {kind}; expected a dataset of images (name a split as step.split)")
         if len(dataset) == 0:
-            raise PlaitError(f"{label} has no images, so there is nothing to score")
+            raise ValueError(f"{label} has no images, so there is nothing to score")
     check_same_scenes(candidates)
     first, base = next(iter(candidates.items()))
     truth, degraded = None, None
@@ -81,16 +80,16 @@ def _compare(data: Any, reference: Any, *, needs_truth: bool) -> _Comparison:
         truth = (base, "target")
     if truth is None:
         if needs_truth:
-            raise PlaitError(f"{first} has no column 'target' and no reference is given; give from: {{reference: …}}")
+            raise ValueError(f"{first} has no column 'target' and no reference is given; give from: {{reference: …}}")
         return _Comparison(candidates, None, None)
     if names(truth[0]) != names(base):
-        raise PlaitError(
+        raise ValueError(
             f"reference and {first} do not show the same images in the same order "
             f"({len(truth[0])} and {len(base)} of them); give both the same scenes"
         )
     for name, size, target_size in zip(names(base), sizes(base), sizes(*truth), strict=True):
         if size != target_size:
-            raise PlaitError(
+            raise ValueError(
                 f"image {name} is {size[0]}×{size[1]} pixels in {first} and {target_size[0]}×{target_size[1]} "
                 "in its target; score images of the target's size"
             )
@@ -101,33 +100,28 @@ def _compare(data: Any, reference: Any, *, needs_truth: bool) -> _Comparison:
 
 
 @attrs.frozen(kw_only=True)
-class PSNRSSIM:
+class _Scoring:
+    """What all metrics of images have."""
+
+    listed: int = field(50, "images in the per-image tables; averages are over all", in_range(0))
+
+
+@attrs.frozen(kw_only=True)
+class PSNRSSIM(_Scoring):
     """PSNR and SSIM on RGB or Y, per image and on average, with panels of images, crops and error maps."""
 
-    channels: str = attrs.field(
-        default="rgb",
-        validator=one_of("rgb", "y"),
-        metadata=doc("rgb: all three together; y: BT.601 luminance, as super-resolution and deraining papers do"),
+    channels: Literal["rgb", "y"] = field(
+        "rgb", "rgb: all three together; y: BT.601 luminance, as super-resolution and deraining papers do"
     )
-    crop: int = attrs.field(
-        default=0, validator=in_range(0), metadata=doc("pixels cut off each side first; super-resolution: its factor")
+    crop: int = field(0, "pixels cut off each side first; super-resolution: its factor", in_range(0))
+    rounding: bool = field(
+        True, "true: score the 8-bit images; false: the unrounded ones, clipped to [0, 1], where they are kept"
     )
-    rounding: bool = attrs.field(
-        default=True,
-        metadata=doc("true: score the 8-bit images; false: the unrounded ones, clipped to [0, 1], where they are kept"),
-    )
-    panels: int = attrs.field(
-        default=2, validator=in_range(0), metadata=doc("images shown, spread evenly over the data set")
-    )
-    panel_crop: int = attrs.field(
-        default=56, validator=in_range(8), metadata=doc("side of the zoomed crop in the panels, in pixels")
-    )
-    listed: int = attrs.field(
-        default=50, validator=in_range(0), metadata=doc("images in the per-image tables; averages are over all")
-    )
+    panels: int = field(2, "images shown, spread evenly over the data set", in_range(0))
+    panel_crop: int = field(56, "side of the zoomed crop in the panels, in pixels", in_range(8))
 
     @hookimpl
-    def evaluate(self, data, reference: Dataset | None, run):
+    def evaluate(self, data: Any, reference: Dataset | None, run: Run) -> Report:
         """One row per candidate: mean and standard deviation over images; per-image tables in the run's report.
 
         ``data`` is one restored dataset, or a mapping name → dataset. The truth is column ``target`` of
@@ -138,7 +132,7 @@ class PSNRSSIM:
         assert compared.truth is not None
         for name, size in zip(names(compared.first), sizes(*compared.truth), strict=True):
             if min(size) - 2 * self.crop < metrics.SSIM_WINDOW:
-                raise PlaitError(
+                raise ValueError(
                     f"image {name} is {size[0]}×{size[1]} pixels, crop {self.crop} leaves less than the "
                     f"{metrics.SSIM_WINDOW} that SSIM needs; lower crop or leave the image out"
                 )
@@ -164,10 +158,11 @@ class PSNRSSIM:
             notes=notes,
         )
 
-    def _score(self, compared: _Comparison, scores: _Scores, run: Any) -> Iterator[Panel]:
+    def _score(self, compared: _Comparison, scores: _Scores, run: Run) -> Iterator[Panel]:
         shown = _spread(len(compared.first), self.panels)
         rows = run.track(compared.rows(self.rounding), "scoring", total=len(compared.first))
         for number, (name, images, truth) in enumerate(rows):
+            assert truth is not None
             for method, image in images.items():
                 scores.add(name, method, self._pair(image, truth))
             if number in shown:
@@ -185,31 +180,29 @@ class PSNRSSIM:
 
 
 @attrs.frozen(kw_only=True)
-class Perceptual:
+class Perceptual(_Scoring):
     """LPIPS and other learned or no-reference metrics through pyiqa (extra ``perceptual``)."""
 
-    metrics: tuple[str, ...] = attrs.field(
-        default=("lpips",),
-        metadata=doc("names in pyiqa, e.g. lpips, dists, niqe, musiq; no-reference ones need no target"),
-    )
-    listed: int = attrs.field(
-        default=50, validator=in_range(0), metadata=doc("images in the per-image tables; averages are over all")
+    metrics: tuple[str, ...] = field(
+        ("lpips",), "names in pyiqa, e.g. lpips, dists, niqe, musiq; no-reference ones need no target"
     )
 
     def __attrs_post_init__(self) -> None:
         if not self.metrics or len(set(self.metrics)) < len(self.metrics):
-            raise PlaitError(f"metrics is {list(self.metrics)}; name at least one, and each once")
+            raise ValueError(f"metrics is {list(self.metrics)}; name at least one, and each once")
         if importlib.util.find_spec("pyiqa") is None:
-            raise PlaitError('perceptual needs pyiqa, which is not installed; pip install "plait-imaging[perceptual]"')
+            raise MissingDependency(
+                'perceptual needs pyiqa, which is not installed; pip install "plait-imaging[perceptual]"'
+            )
         import pyiqa
 
         known = pyiqa.list_models()
         for name in self.metrics:
             if name not in known:
-                raise PlaitError(f"metrics names {name!r}, which pyiqa does not know; pyiqa.list_models() gives all")
+                raise ValueError(f"metrics names {name!r}, which pyiqa does not know; pyiqa.list_models() gives all")
 
     @hookimpl
-    def evaluate(self, data, reference: Dataset | None, run):
+    def evaluate(self, data: Any, reference: Dataset | None, run: Run) -> Report:
         """One row per candidate with the mean and the standard deviation over images of each metric."""
         import pyiqa
 
@@ -217,7 +210,7 @@ class Perceptual:
             models = {name: pyiqa.create_metric(name, device=run.device) for name in self.metrics}
         except (OSError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise PlaitError(f"the weights of {', '.join(self.metrics)} could not be loaded: {reason}") from error
+            raise ValueError(f"the weights of {', '.join(self.metrics)} could not be loaded: {reason}") from error
         with_truth = {name for name, model in models.items() if model.metric_mode == "FR"}
         compared = _compare(data, reference, needs_truth=bool(with_truth))
         scores = _Scores()
@@ -226,7 +219,9 @@ class Perceptual:
                 scores.add(name, method, {key: self._value(models[key], image, truth) for key in models})
         for metric in models:
             run.add(scores.per_image(metric, ".4f", self.listed))
-        better = {name: "lower" if model.lower_better else "higher" for name, model in models.items()}
+        better: dict[str, Literal["higher", "lower"]] = {
+            name: "lower" if model.lower_better else "higher" for name, model in models.items()
+        }
         formats = {column: ".4f" for name in models for column in (name, f"{name} std")}
         return Report(
             rows=scores.means(),
@@ -237,8 +232,10 @@ class Perceptual:
 
     def _value(self, model: Any, image: torch.Tensor, truth: torch.Tensor | None) -> float:
         with torch.inference_mode():
-            arguments = (image[None], truth[None]) if model.metric_mode == "FR" else (image[None],)
-            return float(model(*arguments))
+            if model.metric_mode == "FR":
+                assert truth is not None
+                return float(model(image[None], truth[None]))
+            return float(model(image[None]))
 
 
 class _Scores:
@@ -269,7 +266,7 @@ class _Scores:
 
     def per_image(self, metric: str, digits: str, listed: int) -> Report:
         """One row an image, one column a method."""
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"image": image, **{method: values[metric] for method, values in by_method.items()}}
             for image, by_method in list(self.images.items())[:listed]
         ]

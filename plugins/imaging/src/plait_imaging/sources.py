@@ -7,23 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset
-from plait import PlaitError, hookimpl
-from plait.fields import doc, in_range, one_of
-from plait_vision.columns import is_saved_dataset, read_saved
-from plait_vision.files import Files, by_stem
-from plait_vision.images import SUFFIXES, Transparency, as_cell, check_rules, is_image_name
-from plait_vision.writing import write_rows
+from plait import Run, hookimpl
+from plait.fields import REQUIRED, field, in_range, path_or_name_field
+from plait_vision import (
+    SUFFIXES,
+    Files,
+    ImageRules,
+    as_cell,
+    by_stem,
+    is_image_name,
+    is_saved_dataset,
+    read_saved,
+    write_rows,
+)
 
 from plait_imaging.images import encode_png
-
-__plait_api__ = "0.1"
 
 # photograph → top and left of two tiles with something to see
 PHOTOS = {
@@ -41,10 +46,12 @@ def photograph(name: str) -> np.ndarray:
     if name in ("china", "flower"):
         from sklearn.datasets import load_sample_image
 
-        return load_sample_image(f"{name}.jpg")
-    import skimage.data
+        pixels: np.ndarray = load_sample_image(f"{name}.jpg")
+    else:
+        import skimage.data
 
-    return getattr(skimage.data, name)()
+        pixels = getattr(skimage.data, name)()
+    return pixels
 
 
 def _default_splits() -> dict[str, tuple[str, ...]]:
@@ -58,16 +65,14 @@ class Photos:
     The defaults are the tiles of the small-scale check of EnsIR: two of 256 × 256 pixels from each photograph.
     """
 
-    splits: dict[str, tuple[str, ...]] = attrs.field(
-        factory=_default_splits,
-        metadata=doc("split → photographs: astronaut, china, rocket, chelsea, coffee, flower; each in one split only"),
+    splits: dict[str, tuple[str, ...]] = field(
+        attrs.Factory(_default_splits),
+        "split → photographs: astronaut, china, rocket, chelsea, coffee, flower; each in one split only",
     )
-    tile_size: int = attrs.field(default=256, validator=in_range(1), metadata=doc("side of a tile, in pixels"))
-    tiles_per_photo: int = attrs.field(default=2, validator=in_range(1), metadata=doc("tiles cut from a photograph"))
-    layout: str = attrs.field(
-        default="chosen",
-        validator=one_of("chosen", "grid"),
-        metadata=doc("chosen: two hand-picked places (they may overlap); grid: spread evenly, never overlapping"),
+    tile_size: int = field(256, "side of a tile, in pixels", in_range(1))
+    tiles_per_photo: int = field(2, "tiles cut from a photograph", in_range(1))
+    layout: Literal["chosen", "grid"] = field(
+        "chosen", "chosen: two hand-picked places (they may overlap); grid: spread evenly, never overlapping"
     )
 
     def __attrs_post_init__(self) -> None:
@@ -75,20 +80,20 @@ class Photos:
         for split, photos in self.splits.items():
             for photo in photos:
                 if photo not in PHOTOS:
-                    raise PlaitError(f"splits.{split} names {photo!r}; allowed is {', '.join(PHOTOS)}")
+                    raise ValueError(f"splits.{split} names {photo!r}; allowed is {', '.join(PHOTOS)}")
                 if photo in seen:
-                    raise PlaitError(
+                    raise ValueError(
                         f"photograph {photo!r} is in splits {seen[photo]} and {split}; put it in one, "
                         "or training and test data share a scene"
                     )
                 seen[photo] = split
         if not seen:
-            raise PlaitError("splits names no photograph; write {test: [chelsea]} or leave it out")
+            raise ValueError("splits names no photograph; write {test: [chelsea]} or leave it out")
         if self.layout == "chosen" and self.tiles_per_photo > 2:
-            raise PlaitError(f"tiles_per_photo is {self.tiles_per_photo}; layout chosen has 2, set layout: grid")
+            raise ValueError(f"tiles_per_photo is {self.tiles_per_photo}; layout chosen has 2, set layout: grid")
 
     @hookimpl
-    def load_data(self, run):
+    def load_data(self, run: Run) -> Any:
         """One dataset a split with columns ``image``, ``name`` (``china_0``) and ``photo``."""
         features = Features({"image": Image(), "name": Value("string"), "photo": Value("string")})
         return {split: write_rows(run.folder, self._tiles(photos), features) for split, photos in self.splits.items()}
@@ -101,7 +106,7 @@ class Photos:
             for number, (top, left) in enumerate(corners[: self.tiles_per_photo]):
                 tile = pixels[:, top : top + self.tile_size, left : left + self.tile_size]
                 if tile.shape[1:] != (self.tile_size, self.tile_size):
-                    raise PlaitError(
+                    raise ValueError(
                         f"tile_size is {self.tile_size}, which does not fit at ({top}, {left}) of {photo} "
                         f"({height}×{width} pixels); 256 always fits, and layout: grid begins at the corner"
                     )
@@ -111,7 +116,7 @@ class Photos:
         size = self.tile_size
         places = [(top, left) for top in range(0, height - size + 1, size) for left in range(0, width - size + 1, size)]
         if len(places) < self.tiles_per_photo:
-            raise PlaitError(
+            raise ValueError(
                 f"{photo} ({height}×{width} pixels) holds {len(places)} tiles of {size} pixels; "
                 f"tiles_per_photo is {self.tiles_per_photo}: lower it, or tile_size"
             )
@@ -120,36 +125,15 @@ class Photos:
 
 
 @attrs.frozen(kw_only=True)
-class _FileRules:
+class _FileRules(ImageRules):
     """What to do with files that are not plain 8-bit RGB."""
 
-    greyscale: str = attrs.field(
-        default="repeat",
-        validator=one_of("repeat", "refuse"),
-        metadata=doc("greyscale images: repeat the channel as R, G and B, or refuse them"),
+    greyscale: Literal["repeat", "refuse"] = field(
+        "repeat", "greyscale images: repeat the channel as R, G and B, or refuse them"
     )
-    sixteen_bit: str = attrs.field(
-        default="refuse",
-        validator=one_of("refuse", "scale"),
-        metadata=doc("16-bit images: refuse them, or scale 0–65535 to 0–255 (colour by the high byte)"),
+    other_files: Literal["refuse", "skip"] = field(
+        "refuse", "files without an image's suffix: refuse the folder, or skip them (hidden files always are)"
     )
-    transparency: Transparency = attrs.field(
-        default="refuse",
-        metadata=doc(
-            "images with transparent pixels: refuse, drop the alpha channel, or the colour [R, G, B] behind them"
-        ),
-    )
-    other_files: str = attrs.field(
-        default="refuse",
-        validator=one_of("refuse", "skip"),
-        metadata=doc("files without an image's suffix: refuse the folder, or skip them (hidden files always are)"),
-    )
-
-    def __attrs_post_init__(self) -> None:
-        try:
-            check_rules(self.transparency)
-        except ValueError as error:
-            raise PlaitError(str(error)) from error
 
     def encoded(self, files: Files, name: str) -> tuple[dict[str, Any], tuple[int, int]]:
         """The cell of an image column, and height and width. The file's own bytes are kept if they are RGB."""
@@ -167,11 +151,11 @@ class _FileRules:
 class ImageFolder(_FileRules):
     """A folder of images; ``name`` is a file's path inside it without the suffix."""
 
-    folder: Path = attrs.field(metadata=doc("the folder, or a zip or tar"))
-    recursive: bool = attrs.field(default=False, metadata=doc("also take the images in its subfolders"))
+    folder: Path = field(REQUIRED, "the folder, or a zip or tar")
+    recursive: bool = field(False, "also take the images in its subfolders")
 
     @hookimpl
-    def load_data(self, run):
+    def load_data(self, run: Run) -> Any:
         """One dataset with columns ``image`` and ``name``, sorted by name."""
         features = Features({"image": Image(), "name": Value("string")})
         with Files(self.folder) as files:
@@ -188,16 +172,14 @@ class ImageFolder(_FileRules):
 class ImagePairs(_FileRules):
     """Two folders, degraded images and their targets, matched by file stem."""
 
-    inputs: Path = attrs.field(metadata=doc("folder, zip or tar of degraded images"))
-    targets: Path = attrs.field(metadata=doc("folder, zip or tar of clean images"))
-    input_suffix: str = attrs.field(default="", metadata=doc("end of the inputs' stems that targets lack, e.g. x4"))
-    scale: int = attrs.field(
-        default=1, validator=in_range(1), metadata=doc("targets are this many times as high and wide as inputs")
-    )
-    recursive: bool = attrs.field(default=False, metadata=doc("also take the images in subfolders"))
+    inputs: Path = field(REQUIRED, "folder, zip or tar of degraded images")
+    targets: Path = field(REQUIRED, "folder, zip or tar of clean images")
+    input_suffix: str = field("", "end of the inputs' stems that targets lack, e.g. x4")
+    scale: int = field(1, "targets are this many times as high and wide as inputs", in_range(1))
+    recursive: bool = field(False, "also take the images in subfolders")
 
     @hookimpl
-    def load_data(self, run):
+    def load_data(self, run: Run) -> Any:
         """One dataset with columns ``image``, ``target`` and ``name`` (the target's), sorted by name."""
         features = Features({"image": Image(), "target": Image(), "name": Value("string")})
         with Files(self.inputs) as degraded, Files(self.targets) as clean:
@@ -207,7 +189,7 @@ class ImagePairs(_FileRules):
             for have, lack, where in ((inputs, targets, self.targets), (targets, inputs, self.inputs)):
                 missing = sorted(have.keys() - lack.keys())
                 if missing:
-                    raise PlaitError(
+                    raise ValueError(
                         f"{where} has no counterpart of {len(missing)} images: {', '.join(missing[:3])}"
                         f"{' …' if len(missing) > 3 else ''}; add them, or remove their partners"
                     )
@@ -217,7 +199,7 @@ class ImagePairs(_FileRules):
                     image, size = self.encoded(degraded, inputs[name])
                     target, target_size = self.encoded(clean, targets[name])
                     if target_size != (size[0] * self.scale, size[1] * self.scale):
-                        raise PlaitError(
+                        raise ValueError(
                             f"pair {name}: the input is {size[0]}×{size[1]} pixels and the target "
                             f"{target_size[0]}×{target_size[1]}; with scale {self.scale} it must be "
                             f"{size[0] * self.scale}×{size[1] * self.scale}"
@@ -228,7 +210,7 @@ class ImagePairs(_FileRules):
 
     def _stem(self, name: str) -> str:
         if not name.endswith(self.input_suffix):
-            raise PlaitError(f"{name} in {self.inputs} does not end in input_suffix {self.input_suffix!r}; rename it")
+            raise ValueError(f"{name} in {self.inputs} does not end in input_suffix {self.input_suffix!r}; rename it")
         return name.removesuffix(self.input_suffix)
 
 
@@ -236,25 +218,23 @@ class ImagePairs(_FileRules):
 class HFDataset:
     """A dataset of the Hugging Face hub, or of a local folder."""
 
-    path: str = attrs.field(metadata=doc("name on the hub, or a folder (save_to_disk, parquet, image folder …)"))
-    config: str | None = attrs.field(default=None, metadata=doc("configuration of the dataset, where it has several"))
-    split: str | None = attrs.field(
-        default=None, metadata=doc("one split, as train or train[:100]; without it, all splits by their names")
-    )
-    revision: str | None = attrs.field(default=None, metadata=doc("branch, tag or commit on the hub"))
-    columns: dict[str, str] = attrs.field(
-        factory=dict, metadata=doc("our column → theirs, e.g. {image: lq, target: gt, name: file}")
+    path: str = path_or_name_field(REQUIRED, "name on the hub, or a folder (save_to_disk, parquet, image folder …)")
+    config: str | None = field(None, "configuration of the dataset, where it has several")
+    split: str | None = field(None, "one split, as train or train[:100]; without it, all splits by their names")
+    revision: str | None = field(None, "branch, tag or commit on the hub")
+    columns: dict[str, str] = field(
+        attrs.Factory(dict), "our column → theirs, e.g. {image: lq, target: gt, name: file}"
     )
 
     @hookimpl
-    def load_data(self, run):
+    def load_data(self, run: Run) -> Any:
         """The dataset, or split → dataset, with ``image`` and ``name`` beside its own columns."""
         loaded = self._load(run)
         if isinstance(loaded, Dataset):
             return self._conform(loaded, self.split or "data")
         return {split: self._conform(dataset, split) for split, dataset in loaded.items()}
 
-    def _load(self, run: Any) -> Dataset | DatasetDict:
+    def _load(self, run: Run) -> Dataset | DatasetDict:
         folder = Path(self.path)
         if is_saved_dataset(folder):
             parts = read_saved(folder)
@@ -265,26 +245,26 @@ class HFDataset:
             return load_dataset(self.path, self.config, split=self.split, revision=self.revision, cache_dir=cache)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise PlaitError(f"path {self.path!r} could not be loaded as a dataset: {reason}") from error
+            raise ValueError(f"path {self.path!r} could not be loaded as a dataset: {reason}") from error
 
     def _pick(self, loaded: Dataset | DatasetDict) -> Dataset | DatasetDict:
         if self.split is None:
             return loaded
         if isinstance(loaded, Dataset):
-            raise PlaitError(f"split is {self.split!r}, but {self.path} is one dataset without splits; leave split out")
+            raise ValueError(f"split is {self.split!r}, but {self.path} is one dataset without splits; leave split out")
         if self.split not in loaded:
-            raise PlaitError(f"split is {self.split!r}; {self.path} has {', '.join(loaded)}")
+            raise ValueError(f"split is {self.split!r}; {self.path} has {', '.join(loaded)}")
         return loaded[self.split]
 
     def _conform(self, dataset: Dataset, label: str) -> Dataset:
         for ours, theirs in self.columns.items():
             if theirs not in dataset.column_names:
-                raise PlaitError(f"columns.{ours} is {theirs!r}; {label} has {', '.join(dataset.column_names)}")
+                raise ValueError(f"columns.{ours} is {theirs!r}; {label} has {', '.join(dataset.column_names)}")
         taken = set(self.columns) - set(self.columns.values())
         dataset = dataset.remove_columns([name for name in dataset.column_names if name in taken])
         dataset = dataset.rename_columns({theirs: ours for ours, theirs in self.columns.items() if ours != theirs})
         if "image" not in dataset.column_names:
-            raise PlaitError(
+            raise ValueError(
                 f"{label} of {self.path} has no column 'image' but {', '.join(dataset.column_names)}; "
                 "say which one it is: columns: {image: …}"
             )
@@ -301,7 +281,7 @@ def _as_images(dataset: Dataset, column: str, label: str) -> Dataset:
         return dataset.cast_column(column, Image())
     except (pa.ArrowException, TypeError, ValueError) as error:
         kind = dataset.features[column]
-        raise PlaitError(f"column {column!r} of {label} is {kind}, not images; name another under columns") from error
+        raise ValueError(f"column {column!r} of {label} is {kind}, not images; name another under columns") from error
 
 
 def _names_from_paths(dataset: Dataset) -> list[str]:
@@ -321,7 +301,7 @@ def _images(files: Files, recursive: bool, other_files: str) -> dict[str, str]:
     found = [name for name in files.names if recursive or "/" not in name]
     others = [name for name in found if not is_image_name(name)]
     if others and other_files == "refuse":
-        raise PlaitError(f"{files.label(others[0])} is no image by its suffix; remove it or set other_files: skip")
+        raise ValueError(f"{files.label(others[0])} is not an image by its suffix; remove it or set other_files: skip")
     if len(others) == len(found):
-        raise PlaitError(f"{files.path} holds no image ({', '.join(SUFFIXES)}); check the path, or set recursive: true")
+        raise ValueError(f"{files.path} holds no image ({', '.join(SUFFIXES)}); check the path, or set recursive: true")
     return by_stem([name for name in found if is_image_name(name)], files.path)

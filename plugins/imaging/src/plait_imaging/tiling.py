@@ -69,7 +69,7 @@ def _run_padded(
     expected = (len(tiles), 3, tiles.shape[2] * scale, tiles.shape[3] * scale)
     if not isinstance(outputs, torch.Tensor) or tuple(outputs.shape) != expected:
         found = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise ValueError(f"the model returned {found} for an input of {tuple(tiles.shape)}; {expected} is needed")
+        raise ValueError(f"the model returned {found} for an input of {tuple(tiles.shape)}; expected {expected}")
     return outputs[..., : height * scale, : width * scale]
 
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 import torch
 from datasets import Dataset
-from plait import PlaitError, hookimpl
-from plait.fields import doc, in_range, one_of
+from plait import Run, hookimpl
+from plait.fields import code_field, field, in_range
 from plait.importing import import_code
 from plait.weights import is_torchscript, read_weights
 
 from plait_imaging.images import map_images, names, over_splits, to_float
 from plait_imaging.tiling import run_tiled
-
-__plait_api__ = "0.1"
 
 
 @attrs.frozen(kw_only=True)
@@ -27,62 +25,42 @@ class TorchModel:
     The network maps float ``[N, 3, H, W]`` in [0, 1] to the same, or to a multiple of that size.
     """
 
-    file: Path | None = attrs.field(
-        default=None,
-        metadata=doc(
-            "TorchScript file; or weights (.safetensors, .pth, .pt, .ckpt, .bin), and architecture says of what"
-        ),
+    file: Path | None = field(
+        None, "TorchScript file; or weights (.safetensors, .pth, .pt, .ckpt, .bin), and architecture says of what"
     )
-    architecture: str | None = attrs.field(
-        default=None, metadata=doc("class of the network: package.module:Class or ./file.py:Class")
+    architecture: str | None = code_field(None, "class of the network: package.module:Class or ./file.py:Class")
+    arguments: dict[str, Any] = field(attrs.Factory(dict), "what the class is called with")
+    entry: str | None = field(
+        None, "which weights of a checkpoint, e.g. params; default: the only ones, averaged before plain ones"
     )
-    arguments: dict[str, Any] = attrs.field(factory=dict, metadata=doc("what the class is called with"))
-    entry: str | None = attrs.field(
-        default=None,
-        metadata=doc("which weights of a checkpoint, e.g. params; default: the only ones, averaged before plain ones"),
-    )
-    tile: int = attrs.field(
-        default=512, validator=in_range(0), metadata=doc("side of a tile, in pixels; 0: each image at once")
-    )
-    overlap: int = attrs.field(
-        default=64,
-        validator=in_range(0),
-        metadata=doc("pixels shared by neighbouring tiles, four times the model's reach"),
-    )
-    multiple_of: int = attrs.field(
-        default=1, validator=in_range(1), metadata=doc("sides that the model accepts; tiles are padded to it")
-    )
-    scale: int = attrs.field(default=1, validator=in_range(1), metadata=doc("the output is this many times larger"))
-    batch_size: int = attrs.field(default=1, validator=in_range(1), metadata=doc("tiles run at once"))
-    dtype: str = attrs.field(
-        default="float32",
-        validator=one_of("float32", "bfloat16", "float16"),
-        metadata=doc("of weights and activations"),
-    )
-    keep_float: bool = attrs.field(
-        default=False, metadata=doc("also store unrounded images, which psnr-ssim with rounding: false then scores")
-    )
+    tile: int = field(512, "side of a tile, in pixels; 0: each image at once", in_range(0))
+    overlap: int = field(64, "pixels shared by neighbouring tiles, four times the model's reach", in_range(0))
+    multiple_of: int = field(1, "sides that the model accepts; tiles are padded to it", in_range(1))
+    scale: int = field(1, "the output is this many times larger", in_range(1))
+    batch_size: int = field(1, "tiles run at once", in_range(1))
+    dtype: Literal["float32", "bfloat16", "float16"] = field("float32", "of weights and activations")
+    keep_float: bool = field(False, "also store unrounded images, which psnr-ssim with rounding: false then scores")
 
     def __attrs_post_init__(self) -> None:
         if self.tile and self.overlap >= self.tile:
-            raise PlaitError(f"overlap is {self.overlap} and tile {self.tile}; overlap must be smaller")
+            raise ValueError(f"overlap is {self.overlap} and tile {self.tile}; overlap must be smaller")
         if self.tile and 2 * self.overlap > self.tile:
-            raise PlaitError(f"overlap is {self.overlap}; at most half of tile {self.tile} may be shared")
+            raise ValueError(f"overlap is {self.overlap}; at most half of tile {self.tile} may be shared")
         if self.architecture is not None and not all(self.architecture.rpartition(":")[::2]):
-            raise PlaitError(f"architecture is {self.architecture!r}; write package.module:Class or ./file.py:Class")
+            raise ValueError(f"architecture is {self.architecture!r}; write package.module:Class or ./file.py:Class")
         if self.file is not None and self.file.suffix == ".safetensors" and self.architecture is None:
-            raise PlaitError(
+            raise ValueError(
                 f"file {self.file} holds weights only; say of what with architecture: package.module:Class"
             )
         if self.architecture is not None and self.file is None:
-            raise PlaitError("architecture needs its weights: file: ….safetensors, .pth or .ckpt")
+            raise ValueError("architecture needs its weights: file: ….safetensors, .pth or .ckpt")
         if self.arguments and self.architecture is None:
-            raise PlaitError("arguments are for architecture, which is not given; leave them out")
+            raise ValueError("arguments are for architecture, which is not given; leave them out")
         if self.entry is not None and self.architecture is None:
-            raise PlaitError("entry is for the weights of architecture, which is not given; leave it out")
+            raise ValueError("entry is for the weights of architecture, which is not given; leave it out")
 
     @hookimpl
-    def restore(self, model: torch.nn.Module | None, data, run):
+    def restore(self, model: torch.nn.Module | None, data: Any, run: Run) -> Any:
         """The data with every image restored."""
         network = self._network(model).to(run.device, getattr(torch, self.dtype)).eval()
 
@@ -99,20 +77,20 @@ class TorchModel:
     def _network(self, model: Any) -> torch.nn.Module:
         if (model is None) == (self.file is None):
             both = "both given" if model is not None else "both missing"
-            raise PlaitError(f"the network comes either from field file or from a step (from: {{model: …}}); {both}")
+            raise ValueError(f"the network comes either from field file or from a step (from: {{model: …}}); {both}")
         if model is not None:
             if not isinstance(model, torch.nn.Module):
-                raise PlaitError(f"model is a {type(model).__name__}; a torch.nn.Module from image to image is needed")
+                raise ValueError(f"model is a {type(model).__name__}; expected a torch.nn.Module from image to image")
             return copy.deepcopy(model)  # the step's own is not moved or cast
         assert self.file is not None
         if self.architecture is None:
-            return _load_torchscript(self.file.expanduser())
+            return _load_torchscript(self.file)
         network = _build(self.architecture, self.arguments)
         state = read_weights(self.file, entry=self.entry, expected=network.state_dict())
         try:
             network.load_state_dict(state)
         except RuntimeError as error:
-            raise PlaitError(f"file {self.file} does not fit {self.architecture}: {_reason(error)}") from error
+            raise ValueError(f"file {self.file} does not fit {self.architecture}: {_reason(error)}") from error
         return network
 
     def _one(self, network: torch.nn.Module, image: torch.Tensor, name: str, device: torch.device) -> torch.Tensor:
@@ -128,22 +106,21 @@ class TorchModel:
                     batch_size=self.batch_size,
                 )
         except torch.OutOfMemoryError as error:
-            raise PlaitError(f"image {name}: out of memory with tile {self.tile}; lower tile or batch_size") from error
+            raise ValueError(f"image {name}: out of memory with tile {self.tile}; lower tile or batch_size") from error
         except (RuntimeError, ValueError, TypeError) as error:
-            raise PlaitError(f"image {name}: the model cannot restore it: {_reason(error)}") from error
+            raise ValueError(f"image {name}: the model cannot restore it: {_reason(error)}") from error
         return result
 
 
 def _load_torchscript(file: Path) -> torch.nn.Module:
-    if not file.is_file():
-        raise PlaitError(f"file {file} does not exist; give the path of a TorchScript file, or of weights")
     if not is_torchscript(file):
-        read_weights(file)  # tells what else it may be
-        raise PlaitError(f"file {file} holds weights only; say of what with architecture: package.module:Class")
+        read_weights(file)  # says what else it may be
+        raise ValueError(f"file {file} holds weights only; say of what with architecture: package.module:Class")
     try:
-        return torch.jit.load(file, map_location="cpu")
+        result: torch.nn.Module = torch.jit.load(file, map_location="cpu")
+        return result
     except RuntimeError as error:
-        raise PlaitError(f"file {file} is not a whole TorchScript file: {_reason(error)}") from error
+        raise ValueError(f"file {file} is not a whole TorchScript file: {_reason(error)}") from error
 
 
 def _build(architecture: str, arguments: dict[str, Any]) -> torch.nn.Module:
@@ -151,9 +128,9 @@ def _build(architecture: str, arguments: dict[str, Any]) -> torch.nn.Module:
     try:
         network = getattr(import_code(module_name), class_name)(**arguments)
     except Exception as error:
-        raise PlaitError(f"architecture {architecture} cannot be built: {type(error).__name__}: {error}") from error
+        raise ValueError(f"architecture {architecture} cannot be built: {type(error).__name__}: {error}") from error
     if not isinstance(network, torch.nn.Module):
-        raise PlaitError(f"architecture {architecture} gives a {type(network).__name__}; a torch.nn.Module is needed")
+        raise ValueError(f"architecture {architecture} gives a {type(network).__name__}; expected a torch.nn.Module")
     return network
 
 

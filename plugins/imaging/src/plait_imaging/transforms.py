@@ -7,19 +7,17 @@ The result is rounded to 8 bit. A ``target`` that is there already stays: after 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 import numpy as np
 import torch
 from datasets import Dataset
-from plait import PlaitError, Run, hookimpl
-from plait.fields import doc, in_range, method_list_field, one_of
+from plait import Run, hookimpl
+from plait.fields import field, in_range, method_list_field
 
 from plait_imaging import degradations
 from plait_imaging.images import map_images, names, over_splits, sizes
-
-__plait_api__ = "0.1"
 
 
 def _pixels(image: torch.Tensor) -> np.ndarray:
@@ -36,8 +34,12 @@ def _tensor(pixels: np.ndarray) -> torch.Tensor:
 class _Degradation:
     """A degradation that needs nothing but the image."""
 
+    def degrade(self, image: np.ndarray) -> np.ndarray:
+        """One float image ``[H, W, 3]`` in [0, 1], degraded."""
+        raise NotImplementedError
+
     @hookimpl
-    def transform(self, data, run):
+    def transform(self, data: Any, run: Run) -> Any:
         """The degraded data; ``target`` holds the image as it was."""
 
         def degrade(dataset: Dataset, split: str) -> Dataset:
@@ -56,14 +58,18 @@ class _Degradation:
 class _RandomDegradation:
     """A degradation that draws; what an image gets depends on its name, not on its place in the data."""
 
-    first_seed: int | None = attrs.field(
-        default=None,
-        validator=in_range(0),
-        metadata=doc("image i, counted over all splits, draws with seed first_seed + i; without it, from run and name"),
+    first_seed: int | None = field(
+        None,
+        "image i, counted over all splits, draws with seed first_seed + i; without it, from run and name",
+        in_range(0),
     )
 
+    def degrade(self, image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """One float image ``[H, W, 3]`` in [0, 1], degraded."""
+        raise NotImplementedError
+
     @hookimpl
-    def transform(self, data, run):
+    def transform(self, data: Any, run: Run) -> Any:
         """The degraded data; ``target`` holds the image as it was."""
         earlier = 0
 
@@ -88,15 +94,11 @@ class _RandomDegradation:
 class Rain(_RandomDegradation):
     """Synthetic rain: bright anti-aliased streaks screened over the image."""
 
-    density: float = attrs.field(default=0.02, validator=in_range(0, 1), metadata=doc("share of pixels with a drop"))
-    length: float = attrs.field(default=15.0, validator=in_range(1), metadata=doc("length of a streak, in pixels"))
-    angle: float = attrs.field(
-        default=80.0, validator=in_range(-180, 180), metadata=doc("of the streaks, in degrees from the horizontal")
-    )
-    strength: float = attrs.field(default=0.5, validator=in_range(0, 1), metadata=doc("largest opacity of a streak"))
-    brightness: float = attrs.field(
-        default=0.95, validator=in_range(0, 1), metadata=doc("level of a streak, in [0, 1]")
-    )
+    density: float = field(0.02, "share of pixels with a drop", in_range(0, 1))
+    length: float = field(15.0, "length of a streak, in pixels", in_range(1))
+    angle: float = field(80.0, "of the streaks, in degrees from the horizontal", in_range(-180, 180))
+    strength: float = field(0.5, "largest opacity of a streak", in_range(0, 1))
+    brightness: float = field(0.95, "level of a streak, in [0, 1]", in_range(0, 1))
 
     def degrade(self, image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """One float image ``[H, W, 3]`` in [0, 1] with rain."""
@@ -109,9 +111,7 @@ class Rain(_RandomDegradation):
 class GaussianNoise(_RandomDegradation):
     """White normal noise."""
 
-    sigma: float = attrs.field(
-        default=25 / 255, validator=in_range(0), metadata=doc("standard deviation, in [0, 1] units, e.g. 25/255")
-    )
+    sigma: float = field(25 / 255, "standard deviation, in [0, 1] units, e.g. 25/255", in_range(0))
 
     def degrade(self, image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """One float image ``[H, W, 3]`` in [0, 1] with noise."""
@@ -122,12 +122,8 @@ class GaussianNoise(_RandomDegradation):
 class PoissonGaussianNoise(_RandomDegradation):
     """Photon (Poisson) noise plus normal read noise."""
 
-    peak: float = attrs.field(
-        default=30.0, validator=in_range(0, low_open=True), metadata=doc("photons counted at white; fewer is noisier")
-    )
-    sigma: float = attrs.field(
-        default=5 / 255, validator=in_range(0), metadata=doc("standard deviation of the read noise, in [0, 1] units")
-    )
+    peak: float = field(30.0, "photons counted at white; fewer is noisier", in_range(0, low_open=True))
+    sigma: float = field(5 / 255, "standard deviation of the read noise, in [0, 1] units", in_range(0))
 
     def degrade(self, image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """One float image ``[H, W, 3]`` in [0, 1] with noise."""
@@ -138,9 +134,7 @@ class PoissonGaussianNoise(_RandomDegradation):
 class GaussianBlur(_Degradation):
     """Convolution with a Gaussian; beyond its border the image is mirrored."""
 
-    sigma: float = attrs.field(
-        default=1.6, validator=in_range(0, low_open=True), metadata=doc("standard deviation, in pixels")
-    )
+    sigma: float = field(1.6, "standard deviation, in pixels", in_range(0, low_open=True))
 
     def kernel(self) -> np.ndarray:
         """The point-spread function, odd side, sum 1."""
@@ -155,10 +149,8 @@ class GaussianBlur(_Degradation):
 class MotionBlur(_Degradation):
     """Convolution with an anti-aliased line; beyond its border the image is mirrored."""
 
-    length: float = attrs.field(default=9.0, validator=in_range(1), metadata=doc("length of the line, in pixels"))
-    angle: float = attrs.field(
-        default=30.0, validator=in_range(-180, 180), metadata=doc("of the line, in degrees from the horizontal")
-    )
+    length: float = field(9.0, "length of the line, in pixels", in_range(1))
+    angle: float = field(30.0, "of the line, in degrees from the horizontal", in_range(-180, 180))
 
     def kernel(self) -> np.ndarray:
         """The point-spread function, odd side, sum 1."""
@@ -173,10 +165,8 @@ class MotionBlur(_Degradation):
 class JPEG(_Degradation):
     """JPEG compression and back."""
 
-    quality: int = attrs.field(default=30, validator=in_range(1, 100), metadata=doc("1 worst, 100 best"))
-    subsampling: str = attrs.field(
-        default="4:2:0", validator=one_of("4:4:4", "4:2:2", "4:2:0"), metadata=doc("of the colour channels")
-    )
+    quality: int = field(30, "1 worst, 100 best", in_range(1, 100))
+    subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] = field("4:2:0", "of the colour channels")
 
     def degrade(self, image: np.ndarray) -> np.ndarray:
         """One float image ``[H, W, 3]`` in [0, 1], compressed."""
@@ -190,10 +180,10 @@ class Downsample(_Degradation):
     Image and target are cut at the bottom and right to a multiple of ``factor`` first.
     """
 
-    factor: int = attrs.field(default=4, validator=in_range(2), metadata=doc("height and width are divided by this"))
+    factor: int = field(4, "height and width are divided by this", in_range(2))
 
     @hookimpl
-    def transform(self, data, run):
+    def transform(self, data: Any, run: Run) -> Any:
         """The small images; ``target`` is the large one."""
         return super().transform(over_splits(data, lambda dataset, split: self._cut(dataset, run)), run)
 
@@ -205,14 +195,14 @@ class Downsample(_Degradation):
         shapes = list(sizes(dataset))
         for name, shape in zip(names(dataset), shapes, strict=True):
             if min(shape) < self.factor:
-                raise PlaitError(f"image {name} is {shape[0]}×{shape[1]} pixels, smaller than factor {self.factor}")
+                raise ValueError(f"image {name} is {shape[0]}×{shape[1]} pixels, smaller than factor {self.factor}")
         if all(height % self.factor == 0 and width % self.factor == 0 for height, width in shapes):
             return dataset
         cut = map_images(run, dataset, self._multiple, "cut")
         if "target" not in dataset.column_names:
             return cut
         if list(sizes(dataset, "target")) != shapes:
-            raise PlaitError(
+            raise ValueError(
                 f"factor {self.factor} does not divide all images, and targets differ in size; downsample once, or crop"
             )
         return map_images(run, cut, self._multiple, "cut targets", column="target")
@@ -232,10 +222,10 @@ class Compose:
 
     def __attrs_post_init__(self) -> None:
         if not self.transforms:
-            raise PlaitError("transforms is empty; list at least one, e.g. [{gaussian-blur: {sigma: 2}}, jpeg]")
+            raise ValueError("transforms is empty; list at least one, e.g. [{gaussian-blur: {sigma: 2}}, jpeg]")
 
     @hookimpl
-    def transform(self, data, run):
+    def transform(self, data: Any, run: Run) -> Any:
         """What the last transform returns."""
         for place, method in enumerate(self.transforms):
             data = method.transform(data, _child(run, str(place)))

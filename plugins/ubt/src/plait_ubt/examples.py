@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from plait.testing import Example
-from plait_clip.examples import digit_pairs, tiny_model
+from plait_clip import digit_pairs, tiny_model
 
 FIELDS = {
-    "n_suspicious": 32, "n_top": 8, "n_unlearn": 8, "overfit_epochs": 2, "overfit_batch_size": 8, "force": True, "token_selection": "all",
+    "n_suspicious": 32, "n_top": 8, "n_unlearn": 8, "num_overfit_epochs": 2, "overfit_batch_size": 8, "force": True, "token_selection": "all",
 }  # fmt: skip
 
 
-def _example(arguments: dict[str, Any]) -> Example:
+def _example(arguments: dict[str, Any], **more: Any) -> Example:
     data = digit_pairs(60)
     return Example(
         arguments={**arguments, "data": data},
@@ -21,11 +21,18 @@ def _example(arguments: dict[str, Any]) -> Example:
         random=True,
         empty={"data": data.select([])},
         wrong={"data": data.remove_columns("captions"), "model": torch.nn.Linear(2, 2)},
+        **more,
     )
 
 
+def _embeddings(model: Any) -> list[torch.Tensor]:
+    images = torch.linspace(0, 1, 4 * 3 * 8 * 8).reshape(4, 3, 8, 8)
+    with torch.no_grad():
+        return [model.encode_image(images), model.encode_text(["the number one", "seven"])]
+
+
 def defence() -> Example:
-    return _example({"model": tiny_model(), "reference": tiny_model()})
+    return _example({"model": tiny_model(), "reference": tiny_model()}, outputs=_embeddings)
 
 
 def scores() -> Example:

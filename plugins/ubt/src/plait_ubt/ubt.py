@@ -1,34 +1,57 @@
 """UBT, step by step (Liang et al., arXiv 2403.16257 and 2409.19526).
 
-A pair is an image and a caption; u and v are unit embeddings, c(x, t) = u·v their cosine, and
-L_clip the symmetric in-batch cross-entropy with the model's logit scale.
-
-A model is a ``torch.nn.Module`` with ``encode_image(images [B, 3, H, W] in [0, 1]) -> [B, D]``,
-``encode_text(list of B strings) -> [B, D]`` (neither normalised) and the log-parameter ``logit_scale``.
+:func:`ubt` is the whole method, :func:`find_suspicious` its Steps 0 to 4; the steps follow in their order. A pair is an
+image and a caption; u and v are unit embeddings, c(x, t) = u·v their cosine, and L_clip the symmetric in-batch
+cross-entropy with the model's logit scale. What a model is: :mod:`plait_ubt.embeddings`.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import os
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from plait_clip.losses import clip_loss
+from plait_clip import Checkpoint, clip_loss
 from torch import Tensor, nn
 
-from plait_ubt.tokens import CaptionSplit, caption_words, split_caption, without_each_word
+from plait_ubt.embeddings import (
+    CaptionedImages,
+    clamp_logit_scale,
+    device_of,
+    encode_together,
+    pair_loss,
+    unit_images,
+    unit_pairs,
+    unit_texts,
+)
+from plait_ubt.options import MIN_NEGATIVES, UbtOptions
+from plait_ubt.scope import diagnose, parameters_in_scope
+from plait_ubt.tokens import (
+    CaptionSplit,
+    WordLift,
+    caption_words,
+    concentration,
+    has_letters,
+    plural_folding,
+    select_forget_words,
+    split_at_random_span,
+    split_at_words,
+    split_caption,
+    whole_caption,
+    without_each_word,
+    word_lifts,
+)
 
-MAX_LOG_SCALE = math.log(100)
 Track = Callable[[Iterable[int], str], Iterable[int]]
+SplitOfRow = Callable[[int, torch.Generator], CaptionSplit]
+"""(row number, generator) → forget and keep text of its caption; asked in every step, so it may draw."""
+DEFAULTS = UbtOptions()
 
 
 def quietly(iterable: Iterable[int], description: str) -> Iterable[int]:
@@ -36,42 +59,195 @@ def quietly(iterable: Iterable[int], description: str) -> Iterable[int]:
     return iterable
 
 
-class DivergedError(ArithmeticError):
-    """A loss or gradient is not finite; the model that was passed in is unchanged."""
+def ignore(*_: Any, **__: Any) -> None:
+    """Log or warn to nobody."""
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Captions, and a way to get the images [B, 3, H, W] in [0, 1] of some row numbers."""
-
-    captions: Sequence[str]
-    images: Callable[[Sequence[int]], Tensor]
-
-    def __len__(self) -> int:
-        return len(self.captions)
+def seed_zero(name: str) -> int:
+    """The same seed for all draws."""
+    return 0
 
 
-def unit_images(model: Any, images: Tensor) -> Tensor:
-    """Unit image embeddings ``[B, D]``."""
-    return F.normalize(model.encode_image(images).float(), dim=-1)
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """The result of Steps 1 to 4.
+
+    Attributes:
+        similarity: float32 [N], c(x, t) under the model that made the first split.
+        suspicion: float32 [N], larger is more suspicious; pairs outside D_susp come last.
+        scores: q of ``split.suspicious``. gaps: the score gap G after every epoch of overfitting.
+        top, unlearn_rows: row numbers of D_top and U, most suspicious first.
+        num_dropped: rows of U left out because they hold no forget word.
+        concentration: κ. coherent: whether there is something to unlearn.
+        overfitted: the overfitted model, whose backdoor is stronger; None where Step 2 was left out.
+    """
+
+    options: UbtOptions
+    pairs: CaptionedImages
+    similarity: np.ndarray
+    suspicion: np.ndarray
+    split: Split
+    overfitted: nn.Module | None
+    gaps: list[float]
+    scores: np.ndarray
+    top: np.ndarray
+    lifts: Mapping[str, WordLift]
+    concentration: float
+    coherent: bool
+    forget_words: list[str]
+    caption_split: SplitOfRow
+    unlearn_rows: np.ndarray
+    num_dropped: int
 
 
-def unit_texts(model: Any, texts: Sequence[str]) -> Tensor:
-    """Unit text embeddings ``[B, D]``."""
-    return F.normalize(model.encode_text(list(texts)).float(), dim=-1)
+def ubt(
+    model: nn.Module,
+    pairs: CaptionedImages,
+    reference: nn.Module | None = None,
+    options: UbtOptions = DEFAULTS,
+    *,
+    seed_for: Callable[[str], int] = seed_zero,
+    log: Callable[..., None] = ignore,
+    track: Track = quietly,
+    **inspection: Any,
+) -> tuple[nn.Module, Evidence]:
+    """Unlearn a backdoor: a cleaned copy of the model, or an unchanged one where no shortcut is seen, and the evidence.
+
+    Args:
+        seed_for: seed of the draw of a name (``overfit``, ``oracle``, ``retain``, ``unlearn``).
+        log: called with ``step`` and the values of curves. track: iterates and shows progress.
+        inspection: further arguments of :func:`find_suspicious`.
+
+    Raises:
+        FloatingPointError: a loss or gradient is not finite; the model that was given is unchanged.
+        ValueError: as :func:`find_suspicious` and :func:`unlearn`.
+    """
+    evidence = find_suspicious(model, pairs, reference, options, seed_for=seed_for, log=log, track=track, **inspection)
+    if not evidence.coherent:
+        return copy.deepcopy(model).eval(), evidence
+    normal = evidence.split.normal
+    drawn = torch.randperm(len(normal), generator=torch.Generator().manual_seed(seed_for("retain")))
+    cleaned = unlearn(
+        model,
+        pairs,
+        evidence.unlearn_rows.tolist(),
+        normal[np.sort(drawn[: options.n_retain].numpy())].tolist(),
+        evidence.caption_split,
+        options,
+        seed=seed_for("unlearn"),
+        track=track,
+        log=log,
+    )
+    return cleaned, evidence
 
 
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def find_suspicious(
+    model: nn.Module,
+    pairs: CaptionedImages,
+    reference: nn.Module | None = None,
+    options: UbtOptions = DEFAULTS,
+    *,
+    reference_pairs: CaptionedImages | None = None,
+    poisoned_rows: np.ndarray | None = None,
+    seed_for: Callable[[str], int] = seed_zero,
+    rank_checkpoint: Checkpoint | None = None,
+    overfit_checkpoint: Checkpoint | None = None,
+    track: Track = quietly,
+    log: Callable[..., None] = ignore,
+    warn: Callable[[str], None] = ignore,
+) -> Evidence:
+    """Steps 0 to 4: rank, overfit, rank again, find the forget words. No weight of a model that is given changes.
 
+    Args:
+        pairs: what the model was trained on.
+        reference: a clean model; needed for ``rank_mode`` ``low_reference``.
+        reference_pairs: the same pairs as the reference takes them, where its images are of another size.
+        poisoned_rows: the truth, for ``detection`` ``oracle``.
+        rank_checkpoint, overfit_checkpoint: let Steps 1 and 2 go on after an interruption.
 
-def _parts(rows: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+    Raises:
+        ValueError: too few pairs; no reference; a similarity is not finite; no pair to unlearn holds a forget word.
+        FloatingPointError: overfitting diverges.
+    """
+    n_suspicious, n_normal = options.sizes(len(pairs))
+    lettered = sum(map(has_letters, pairs.captions))
+    if lettered < len(pairs) / 2:
+        warn(f"{len(pairs) - lettered} captions hold no letter; their words are taken to be split by blanks")
 
+    # Steps 0 and 1
+    if options.rank_mode == "low_reference":
+        if reference is None:
+            raise ValueError("rank_mode low_reference needs a clean model as reference; give one, or use top_poisoned")
+        ranker, seen = reference, reference_pairs or pairs
+    else:
+        warn("pairs are ranked by the suspected model itself, which finds fewer of the poisoned ones")
+        ranker, seen = model, pairs
+    similarity = similarities(
+        ranker, seen, range(len(pairs)),
+        checkpoint=rank_checkpoint, track=track, description="similarity of all pairs",
+    )  # fmt: skip
+    split_by = split_low_reference if options.rank_mode == "low_reference" else split_top_poisoned
+    split = split_by(similarity, n_suspicious, n_normal)
+    if len(split.normal) < (n_normal if options.n_normal else 1):
+        raise ValueError(f"n_normal is {n_normal}, but {len(split.normal)} pairs are left for it; lower n_suspicious")
 
-def clamp_logit_scale(model: Any) -> None:
-    with torch.no_grad():
-        model.logit_scale.clamp_(max=MAX_LOG_SCALE)
+    # Step 2
+    overfitted: nn.Module | None = None
+    gaps: list[float] = []
+    if options.detection == "overfit":
+        overfitted, gaps = overfit(
+            model, pairs, split, options,
+            seed=seed_for("overfit"), checkpoint=overfit_checkpoint, track=track, log=log,
+        )  # fmt: skip
+
+    # Step 3
+    scorer = model if overfitted is None else overfitted
+    suspicion = -similarity if options.rank_mode == "low_reference" else similarity.copy()
+    if options.detection == "oracle":
+        split, scores = split_by_truth(split, poisoned_rows, options.n_top, seed_for("oracle"))
+    elif options.detection == "reference":
+        scores = suspicion[split.suspicious]
+    else:
+        scores = similarities(scorer, pairs, split.suspicious.tolist(), track=track)
+    if options.detection != "reference":
+        suspicion[split.suspicious] = 2 + scores  # above every pair outside D_susp
+    top = most_similar(split.suspicious, scores, options.n_top)
+
+    # Step 4
+    top_captions = [pairs.captions[row] for row in top]
+    normal_captions = [pairs.captions[row] for row in split.normal]
+    folding = plural_folding([*top_captions, *normal_captions])
+    lifts = word_lifts(top_captions, normal_captions, folding)
+    kappa = concentration(lifts)
+    coherent = kappa >= options.min_concentration or options.force
+    words = select_forget_words(lifts, options.max_forget_words) if options.token_selection == "lift" else []
+    candidates = top[: options.n_unlearn]
+    caption_split = localise_tokens(scorer, pairs, candidates, words, folding, options)
+    anything = torch.Generator().manual_seed(0)
+    unlearn_rows = np.array([row for row in candidates if caption_split(int(row), anything).forget], dtype=int)
+    if coherent and len(unlearn_rows) == 0:
+        raise ValueError(
+            f"none of the {len(candidates)} pairs to unlearn holds a forget word ({', '.join(words) or 'none was found'}); "
+            "use token_selection span or all"
+        )
+    return Evidence(
+        options=options,
+        pairs=pairs,
+        similarity=similarity,
+        suspicion=suspicion,
+        split=split,
+        overfitted=overfitted,
+        gaps=gaps,
+        scores=scores,
+        top=top,
+        lifts=lifts,
+        concentration=kappa,
+        coherent=coherent,
+        forget_words=words,
+        caption_split=caption_split,
+        unlearn_rows=unlearn_rows,
+        num_dropped=len(candidates) - len(unlearn_rows),
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -82,18 +258,19 @@ def clamp_logit_scale(model: Any) -> None:
 @torch.no_grad()
 def similarities(
     model: nn.Module,
-    pairs: Pairs,
+    pairs: CaptionedImages,
     rows: Sequence[int],
     *,
     batch_size: int = 256,
-    store: Path | None = None,
+    checkpoint: Checkpoint | None = None,
+    save_every: int = 100,
     track: Track = quietly,
     description: str = "similarity",
 ) -> np.ndarray:
     """c(x_i, t_i) for the given rows, in eval mode, in bfloat16 on a GPU.
 
     Args:
-        store: file of a memory-mapped result; a second call goes on after the rows that it holds.
+        checkpoint: a second call goes on after the rows that it holds; saved every ``save_every`` batches.
 
     Returns:
         float32 ``[len(rows)]`` in [-1, 1].
@@ -101,37 +278,28 @@ def similarities(
     Raises:
         ValueError: a similarity is not finite (names the row).
     """
-    scores = _result_array(store, len(rows))
-    device = device_of(model)
+    state = checkpoint.load() if checkpoint else None
+    scores = torch.full((len(rows),), math.nan) if state is None else state["scores"]
     was_training = model.training
     model.eval()
-    for start in track(range(0, len(rows), batch_size), description):
+    starts = range(0, len(rows), batch_size)
+    for start in track(starts, description):
         chunk = slice(start, min(start + batch_size, len(rows)))
-        if np.isfinite(scores[chunk]).all():
+        if bool(scores[chunk].isfinite().all()):
             continue
         batch = list(rows[chunk])
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            u = unit_images(model, pairs.images(batch).to(device))
-            v = unit_texts(model, [pairs.captions[row] for row in batch])
+        u, v = unit_pairs(model, pairs, batch)
         cosine = (u * v).sum(-1)
         if not cosine.isfinite().all():
             row = batch[int((~cosine.isfinite()).nonzero()[0])]
             raise ValueError(
                 f"the image-text similarity of row {row} is not finite; check the model's weights and the row"
             )
-        scores[chunk] = cosine.clamp(-1, 1).cpu().numpy()
+        scores[chunk] = cosine.clamp(-1, 1).cpu()
+        if checkpoint and (start // batch_size % save_every == save_every - 1 or start == starts[-1]):
+            checkpoint.save({"scores": scores})
     model.train(was_training)
-    return scores
-
-
-def _result_array(store: Path | None, size: int) -> np.ndarray:
-    if store is None:
-        return np.full(size, np.nan, np.float32)
-    if not store.exists():
-        fresh = store.with_suffix(".new.npy")
-        np.save(fresh, np.full(size, np.nan, np.float32))
-        fresh.rename(store)
-    return np.load(store, mmap_mode="r+")
+    return scores.numpy()
 
 
 @dataclass(frozen=True)
@@ -160,73 +328,63 @@ def split_top_poisoned(suspect_scores: np.ndarray, n_suspicious: int, n_normal: 
 # ---------------------------------------------------------------------------------------------
 
 
-def score_gap(scores: np.ndarray, n_top: int) -> float:
-    """G: mean of the ``n_top`` largest scores minus the median; >= 0 while ``n_top`` is at most half of them."""
-    return float(np.sort(scores)[-n_top:].mean() - np.median(scores))
-
-
 def overfit(
     model: nn.Module,
-    pairs: Pairs,
+    pairs: CaptionedImages,
     split: Split,
+    options: UbtOptions = DEFAULTS,
     *,
-    normal_weight: float = 1.0,
-    num_epochs: int = 15,
-    lr: float = 1e-5,
-    betas: tuple[float, float] = (0.9, 0.999),
-    weight_decay: float = 0.1,
-    batch_size: int = 128,
-    n_top: int = 64,
-    min_gap_change: float = 0.01,
     seed: int = 0,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     track: Track = quietly,
-    log: Callable[..., None] = lambda **_: None,
+    log: Callable[..., None] = ignore,
 ) -> tuple[nn.Module, list[float]]:
     """Train a copy with L_clip(D_susp batch) + α L_clip(D_norm batch), without augmentation.
 
-    Cosine schedule to 0 over ``num_epochs`` passes of D_susp, no warm-up. Stops early once the score
-    gap G changes by less than ``min_gap_change`` (relative) over an epoch, after at least 5 epochs; 0: never.
+    Cosine schedule to 0 over ``num_overfit_epochs`` passes of D_susp, no warm-up. Stops early once the score gap G
+    changes by less than ``min_gap_change`` (relative) over an epoch, after at least 5 epochs.
 
     Args:
-        checkpoint: file written after every epoch; a second call goes on from it.
+        checkpoint: saved after every epoch; a second call goes on from it.
 
     Returns:
         the overfitted model (a throw-away whose backdoor is stronger) and G after every epoch.
 
     Raises:
-        DivergedError: the loss is not finite; the checkpoint of the last finished epoch stays.
+        FloatingPointError: the loss is not finite; the checkpoint of the last finished epoch stays.
     """
-    device = device_of(model)
     model = copy.deepcopy(model)
-    suspicious = _in_memory(pairs, split.suspicious)
-    batch_size = min(batch_size, len(suspicious))
+    suspicious = pairs.in_memory(split.suspicious.tolist())
+    batch_size = min(options.overfit_batch_size, len(suspicious))
     steps_per_epoch = len(suspicious) // batch_size
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, eps=1e-8, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=num_epochs * steps_per_epoch)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.overfit_learning_rate, betas=options.betas, eps=1e-8, weight_decay=0.1
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=options.num_overfit_epochs * steps_per_epoch)
     gaps: list[float] = []
-    if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+    if checkpoint and (state := checkpoint.load()) is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         gaps = state["gaps"]
 
-    for epoch in track(range(len(gaps), num_epochs), "overfit"):
-        if _settled(gaps, min_gap_change):
+    for epoch in track(range(len(gaps), options.num_overfit_epochs), "overfit"):
+        if len(gaps) >= 5 and abs(gaps[-1] - gaps[-2]) < options.min_gap_change * abs(gaps[-2]):
             break
         model.train()
         generator = torch.Generator().manual_seed(seed + epoch)
         order = torch.randperm(len(suspicious), generator=generator)
         for step in range(steps_per_epoch):
             batch = order[step * batch_size : (step + 1) * batch_size].tolist()
-            loss = _pair_loss(model, suspicious, batch, device)
-            if normal_weight > 0:
+            loss = pair_loss(model, suspicious, batch)
+            if options.overfit_normal_weight > 0:
                 drawn = torch.randperm(len(split.normal), generator=generator)[:batch_size]
-                loss = loss + normal_weight * _pair_loss(model, pairs, split.normal[drawn.numpy()].tolist(), device)
+                normal_loss = pair_loss(model, pairs, split.normal[drawn.numpy()].tolist())
+                loss = loss + options.overfit_normal_weight * normal_loss
             if not loss.isfinite():
-                raise DivergedError(
-                    f"the overfitting loss is {loss.item()} in epoch {epoch + 1}; lower overfit_lr ({lr})"
+                raise FloatingPointError(
+                    f"the overfitting loss is {loss.item()} in epoch {epoch + 1}; lower overfit_learning_rate "
+                    f"({options.overfit_learning_rate})"
                 )
             optimizer.zero_grad()
             loss.backward()
@@ -234,42 +392,17 @@ def overfit(
             schedule.step()
             clamp_logit_scale(model)
         scores = similarities(model, suspicious, range(len(suspicious)), batch_size=2 * batch_size)
-        gaps.append(score_gap(scores, n_top))
+        gaps.append(score_gap(scores, options.n_top))
         log(step=epoch, overfit_loss=loss.item(), score_gap=gaps[-1])
-        if checkpoint is not None:
-            _save(
-                checkpoint,
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "gaps": gaps,
-                },
-            )
+        if checkpoint:
+            states = {"model": model, "optimizer": optimizer, "schedule": schedule}
+            checkpoint.save({**{name: part.state_dict() for name, part in states.items()}, "gaps": gaps})
     return model, gaps
 
 
-def _settled(gaps: Sequence[float], min_change: float) -> bool:
-    return len(gaps) >= 5 and abs(gaps[-1] - gaps[-2]) < min_change * abs(gaps[-2])
-
-
-def _pair_loss(model: nn.Module, pairs: Pairs, rows: list[int], device: torch.device) -> Tensor:
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        u = unit_images(model, pairs.images(rows).to(device))
-        v = unit_texts(model, [pairs.captions[row] for row in rows])
-    return clip_loss(u, v, model.logit_scale.exp())
-
-
-def _in_memory(pairs: Pairs, rows: Sequence[int]) -> Pairs:
-    """The given rows with their images held as 8-bit values: they are read in every epoch."""
-    chunks = [pairs.images([int(row) for row in part]) for part in _parts(rows, 256)]
-    images = torch.cat([(chunk * 255).round().byte().cpu() for chunk in chunks])
-    return Pairs([pairs.captions[row] for row in rows], lambda batch: images[list(batch)].float() / 255)
-
-
-def _save(path: Path, state: dict[str, Any]) -> None:
-    torch.save(state, path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
+def score_gap(scores: np.ndarray, n_top: int) -> float:
+    """G: mean of the ``n_top`` largest scores minus the median; >= 0 while ``n_top`` is at most half of them."""
+    return float(np.sort(scores)[-n_top:].mean() - np.median(scores))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -282,9 +415,50 @@ def most_similar(rows: np.ndarray, scores: np.ndarray, n_top: int) -> np.ndarray
     return rows[np.argsort(-scores, kind="stable")[:n_top]]
 
 
+def split_by_truth(split: Split, poisoned_rows: np.ndarray | None, n_top: int, seed: int) -> tuple[Split, np.ndarray]:
+    """The truth in place of the ranking, as an upper bound: ``n_top`` poisoned rows, and scores of 1.
+
+    Raises:
+        ValueError: no pair is poisoned.
+    """
+    if poisoned_rows is None or len(poisoned_rows) == 0:
+        raise ValueError("detection is oracle, but no pair is marked in is_backdoor")
+    rows = np.random.default_rng(seed).permutation(poisoned_rows)[:n_top]
+    normal = split.normal[~np.isin(split.normal, poisoned_rows)]
+    return Split(suspicious=rows, normal=normal), np.ones(len(rows), np.float32)
+
+
 # ---------------------------------------------------------------------------------------------
-# Step 4: forget tokens by leave-one-out. (By lift, random spans, all: plait_ubt.tokens)
+# Step 4: which tokens of the captions are forgotten. (The words themselves: plait_ubt.tokens)
 # ---------------------------------------------------------------------------------------------
+
+
+def localise_tokens(
+    scorer: nn.Module,
+    pairs: CaptionedImages,
+    rows: np.ndarray,
+    words: Sequence[str],
+    folding: Mapping[str, str],
+    options: UbtOptions,
+) -> SplitOfRow:
+    """Forget and keep text of the captions of ``rows``.
+
+    Args:
+        scorer: the model whose cosines ``loo`` goes by. words, folding: of ``lift``; see :mod:`plait_ubt.tokens`.
+    """
+    captions = pairs.captions
+    if options.token_selection == "span":
+        return lambda row, generator: split_at_random_span(captions[row], generator)
+    if options.token_selection == "lift":
+        found = {row: split_at_words(captions[row], words, folding) for row in rows.tolist()}
+    elif options.token_selection == "loo":
+        found = {
+            row: split_by_leave_one_out(scorer, pairs.images([row])[0], captions[row], options.loo_ratio)
+            for row in rows.tolist()
+        }
+    else:
+        found = {row: whole_caption(captions[row]) for row in rows.tolist()}
+    return lambda row, generator: found[row]
 
 
 @torch.no_grad()
@@ -306,12 +480,6 @@ def split_by_leave_one_out(model: nn.Module, image: Tensor, caption: str, ratio:
 # ---------------------------------------------------------------------------------------------
 # Step 5: token-level partial unlearning, from the suspected model again
 # ---------------------------------------------------------------------------------------------
-
-ForgetLoss = Literal["hinge", "square", "ascent"]
-Scope = Literal["all", "visual", "text", "proj"]
-PROJECTION = re.compile(
-    r"(^|\.)(text_projection|visual_projection|visual\.proj|(visual|text)\.head\.proj|attnpool\.c_proj)(\.|$)"
-)
 
 
 def hinge_loss(cosine: Tensor, target: float) -> Tensor:
@@ -335,51 +503,17 @@ def ascent_loss(u: Tensor, v_forget: Tensor, v_negative: Tensor, scale: Tensor) 
     return -F.cross_entropy(logits, first, reduction="none").clamp(max=math.log(logits.shape[1])).mean()
 
 
-def parameters_in_scope(model: Any, scope: Scope, image: Tensor, text: str) -> list[nn.Parameter]:
-    """The parameters that Step 5 may change.
-
-    A tower is what its encoder's output depends on; ``proj`` goes by the usual names of the last projections.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if scope == "all":
-        return parameters
-    if scope == "proj":
-        chosen = [p for name, p in model.named_parameters() if p.requires_grad and PROJECTION.search(name)]
-        if not chosen:
-            raise ValueError(
-                "scope is 'proj', but no parameter of this model is named like a projection; use another scope"
-            )
-        return chosen
-    output = (
-        model.encode_image(image[None].to(parameters[0].device)) if scope == "visual" else model.encode_text([text])
-    )
-    gradients = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
-    return [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
-
-
 def unlearn(
     model: nn.Module,
-    pairs: Pairs,
+    pairs: CaptionedImages,
     unlearn_rows: Sequence[int],
     retain_rows: Sequence[int],
-    caption_split: Callable[[int, torch.Generator], CaptionSplit],
+    caption_split: SplitOfRow,
+    options: UbtOptions = DEFAULTS,
     *,
-    forget_loss: ForgetLoss = "hinge",
-    forget_weight: float = 4.0,
-    forget_target: float = 0.0,
-    retain_weight: float = 1.0,
-    keep_weight: float = 0.0,
-    unlearn_batch_size: int = 64,
-    retain_batch_size: int = 64,
-    num_steps: int = 20,
-    lr: float = 5e-6,
-    betas: tuple[float, float] = (0.9, 0.999),
-    max_grad_norm: float | None = 1.0,
-    text_grad: bool = True,
-    scope: Scope = "all",
     seed: int = 0,
     track: Track = quietly,
-    log: Callable[..., None] = lambda **_: None,
+    log: Callable[..., None] = ignore,
 ) -> nn.Module:
     """A copy of the model that no longer ties the images of U to the forget tokens of their captions.
 
@@ -387,116 +521,80 @@ def unlearn(
     AdamW (no decay, constant rate). ``forget`` is :func:`hinge_loss` or :func:`square_loss` with
     ``forget_target``, or :func:`ascent_loss` with the captions of the retained batch as negatives.
 
-    Args:
-        caption_split: row number, generator → forget and keep text; asked in every step, so it may draw.
-        text_grad: whether the forget term moves the text tower.
-
     Raises:
-        ValueError: ``ascent`` with fewer than 8 retained pairs in a batch: its texts would all coincide.
-        DivergedError: loss or gradient is not finite.
+        ValueError: ``ascent`` with fewer than 8 retained pairs; no parameter is in ``scope``.
+        FloatingPointError: loss or gradient is not finite.
     """
-    if forget_loss == "ascent" and min(retain_batch_size, len(retain_rows)) < 8:
+    forgetting, keeping, retaining = options.forget_weight > 0, options.keep_weight > 0, options.retain_weight > 0
+    negatives_needed = forgetting and options.forget_loss == "ascent"
+    if options.forget_loss == "ascent" and len(retain_rows) < MIN_NEGATIVES:
         raise ValueError(
-            "forget_loss 'ascent' needs at least 8 retained pairs a batch as negatives; raise retain_batch_size"
+            f"{len(retain_rows)} pairs are retained; forget_loss 'ascent' needs at least {MIN_NEGATIVES} as negatives"
         )
     model = copy.deepcopy(model)
-    if num_steps == 0 or forget_weight == retain_weight == keep_weight == 0:
-        return model
-    device = device_of(model)
-    forget_pairs, retain_pairs = _in_memory(pairs, unlearn_rows), _in_memory(pairs, retain_rows)
-    parameters = parameters_in_scope(model, scope, forget_pairs.images([0])[0], forget_pairs.captions[0])
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0)
+    if options.num_unlearn_steps == 0 or not (forgetting or keeping or retaining):
+        return model.eval()
+    device, scale_of = device_of(model), lambda: model.logit_scale.exp()
+    forget_pairs, retain_pairs = pairs.in_memory(unlearn_rows), pairs.in_memory(retain_rows)
+    parameters = parameters_in_scope(model, options.scope, forget_pairs.images([0])[0], forget_pairs.captions[0])
+    optimizer = torch.optim.AdamW(parameters, lr=options.unlearn_learning_rate, betas=options.betas, weight_decay=0)
     # Streams of their own: with forget_weight = 0 the retained batches are those of a plain fine-tune.
     draw_forget, draw_retain, draw_text = (torch.Generator().manual_seed(seed + i) for i in range(3))
     fixed_text = torch.Generator().manual_seed(seed + 3)
-    diagnosed = [caption_split(int(row), fixed_text).forget for row in unlearn_rows]
-    forgetting, keeping, retaining = forget_weight > 0, keep_weight > 0, retain_weight > 0
-    negatives_needed = forgetting and forget_loss == "ascent"
+    diagnosed = [caption_split(row, fixed_text).forget for row in unlearn_rows]
 
-    for step in track(range(num_steps), "unlearn"):
+    for step in track(range(options.num_unlearn_steps), "unlearn"):
         model.train()
-        b = torch.randperm(len(forget_pairs), generator=draw_forget)[:unlearn_batch_size].tolist()
-        r = torch.randperm(len(retain_pairs), generator=draw_retain)[:retain_batch_size].tolist()
-        splits = [caption_split(int(unlearn_rows[i]), draw_text) for i in b]
+        b = torch.randperm(len(forget_pairs), generator=draw_forget)[: options.unlearn_batch_size].tolist()
+        r = torch.randperm(len(retain_pairs), generator=draw_retain)[: options.retain_batch_size].tolist()
+        splits = [caption_split(unlearn_rows[i], draw_text) for i in b]
         kept = [i for i, split in enumerate(splits) if split.keep] if keeping else []
         forget_texts = [split.forget for split in splits] if forgetting else []
 
-        u_b, u_r = _encode_together(
+        u_b, u_r = encode_together(
             partial(unit_images, model),
             [
                 list(forget_pairs.images(b).to(device)) if forgetting or kept else [],
                 list(retain_pairs.images(r).to(device)) if retaining else [],
             ],
         )
-        v_forget, v_keep, v_r = _encode_together(
+        v_forget, v_keep, v_r = encode_together(
             partial(unit_texts, model),
             [
-                forget_texts if text_grad else [],
+                forget_texts if options.text_grad else [],
                 [splits[i].keep for i in kept],
                 [retain_pairs.captions[i] for i in r] if retaining or negatives_needed else [],
             ],
         )
         loss = torch.zeros((), device=device)
         if forgetting:
-            if not text_grad:
+            if not options.text_grad:
                 with torch.no_grad():
                     v_forget = unit_texts(model, forget_texts)
-            if forget_loss == "ascent":
-                negatives = v_r if text_grad else v_r.detach()
-                term = ascent_loss(u_b, v_forget, negatives, model.logit_scale.exp())
+            if options.forget_loss == "ascent":
+                term = ascent_loss(u_b, v_forget, v_r if options.text_grad else v_r.detach(), scale_of())
             else:
-                cosine_loss = hinge_loss if forget_loss == "hinge" else square_loss
-                term = cosine_loss((u_b * v_forget).sum(-1), forget_target)
-            loss = loss + forget_weight * term
+                cosine_loss = hinge_loss if options.forget_loss == "hinge" else square_loss
+                term = cosine_loss((u_b * v_forget).sum(-1), options.forget_target)
+            loss = loss + options.forget_weight * term
         if retaining:
-            loss = loss + retain_weight * clip_loss(u_r, v_r, model.logit_scale.exp())
+            loss = loss + options.retain_weight * clip_loss(u_r, v_r, scale_of())
         if kept:
-            loss = loss + keep_weight * (1 - (u_b[kept] * v_keep).sum(-1)).square().mean()
+            loss = loss + options.keep_weight * (1 - (u_b[kept] * v_keep).sum(-1)).square().mean()
 
         optimizer.zero_grad()
         if loss.requires_grad:
             loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
+        limit = math.inf if options.max_grad_norm is None else options.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
         if not (loss + norm).isfinite():
-            raise DivergedError(f"the unlearning loss is {loss.item()} in step {step + 1}; lower unlearn_lr ({lr})")
+            raise FloatingPointError(
+                f"the unlearning loss is {loss.item()} in step {step + 1}; lower unlearn_learning_rate "
+                f"({options.unlearn_learning_rate})"
+            )
         optimizer.step()
         clamp_logit_scale(model)
-        if (step + 1) % 5 == 0 or step + 1 == num_steps:
+        if (step + 1) % 5 == 0 or step + 1 == options.num_unlearn_steps:
             log(step=step + 1, **diagnose(model, forget_pairs, diagnosed, retain_pairs))
+    model.zero_grad(set_to_none=True)
     return model.eval()
-
-
-def _encode_together(encode: Callable[[Any], Tensor], groups: list[list[Any]]) -> list[Tensor]:
-    """Encode several groups in one forward: normalisation layers then see all rows of a step together."""
-    rows = [row for group in groups for row in group]
-    if not rows:
-        return [torch.empty(0) for _ in groups]
-    encoded = encode(torch.stack(rows) if isinstance(rows[0], Tensor) else rows)
-    return list(encoded.split([len(group) for group in groups]))
-
-
-@torch.no_grad()
-def diagnose(
-    model: nn.Module, forget_pairs: Pairs, forget_texts: Sequence[str], retain_pairs: Pairs
-) -> dict[str, float]:
-    """Where forgetting stands: mean c(U, t_forget); the same for retained images whose caption
-    holds none of the forget words (the level of unrelated pairs; absent if there is none); L_clip of up to
-    256 retained pairs.
-    """
-    model.eval()
-    device = device_of(model)
-    v_forget = unit_texts(model, forget_texts)
-    rows = range(min(256, len(retain_pairs)))
-    u_retain = unit_images(model, retain_pairs.images(rows).to(device))
-    retain_captions = [retain_pairs.captions[i] for i in rows]
-    words = {word for text in forget_texts for word in caption_words(text)}
-    unrelated = [i for i in rows if words.isdisjoint(caption_words(retain_captions[i]))]
-    parts = _parts(range(len(forget_pairs)), 64)
-    u_forget = torch.cat([unit_images(model, forget_pairs.images(part).to(device)) for part in parts])
-    values = {
-        "forget_cosine": (u_forget * v_forget).sum(-1).mean().item(),
-        "retain_loss": clip_loss(u_retain, unit_texts(model, retain_captions), model.logit_scale.exp()).item(),
-    }
-    if unrelated:
-        values["unrelated_cosine"] = (u_retain[unrelated] @ v_forget.T).mean().item()
-    return values

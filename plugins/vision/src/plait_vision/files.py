@@ -171,8 +171,8 @@ def labels_from_table(
         delimiter, encoding: as :func:`plait_vision.tables.read_table`.
 
     Raises:
-        ValueError: the table cannot be read; a column is missing; a row names no image or one that is not there, or names one twice; an image
-            has no row.
+        ValueError: the table cannot be read; a column is missing; a row names no image, one that is not there or one that
+            an earlier row has; an image has no row.
     """
     images, known = files.images, set(files.names)
     places: dict[str, list[str]] = {}

@@ -32,7 +32,7 @@ def read_table(
 
     Raises:
         ValueError: no such file, or an empty one; bytes of another encoding; two columns of one name; a delimiter that
-            cannot be told; a row with more or fewer cells than the header; a quote that does not end.
+            is not clear; a row with more or fewer cells than the header; a quote that does not end.
     """
     path = Path(path).expanduser()
     encoding = encoding or _encoding(path)

@@ -21,11 +21,12 @@ from plait_clip.backdoor.triggers import centre_patch
 from plait_clip.losses import clip_loss
 from plait_clip.model import ImageTextModel
 from plait_clip.pair_batches import open_image, undecoded
+from plait_clip.training import Checkpoint
 from plait_clip.zero_shot import evaluating
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchTraining:
+class PatchOptimization:
     """How a patch is optimised; the defaults are BadCLIP's.
 
     Attributes:
@@ -48,9 +49,10 @@ def optimize_patch(
     captions: Sequence[str],
     target_rows: Sequence[int],
     size: int,
-    options: PatchTraining,
+    options: PatchOptimization,
     *,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None,
 ) -> Tensor:
     """A patch ``[3, size, size]`` in [0, 1] for the middle of an image.
@@ -61,6 +63,7 @@ def optimize_patch(
         captions: texts of the target class.
         target_rows: images of the target class, drawn with replacement; needed for the triplet term only.
         size: side of the patch, in pixels of the model's input.
+        checkpoint: lets an interrupted call go on after its last epoch, to the same result.
 
     Raises:
         ValueError: there are fewer source rows than one batch, or no target row for the triplet term.
@@ -78,15 +81,21 @@ def optimize_patch(
     # δ starts from noise around mid-grey.
     patch = (0.5 + 0.25 * torch.randn(3, size, size, generator=generator)).clamp(0, 1).to(device).requires_grad_()
     adam = torch.optim.Adam([patch], lr=options.learning_rate)
-    step = 0
+    start, step = 0, 0
+    if checkpoint is not None and (state := checkpoint.load()) is not None:
+        start, step = state["epoch"], state["step"]
+        with torch.no_grad():
+            patch.copy_(state["patch"])
+        adam.load_state_dict(state["adam"])
+        generator.set_state(state["generator"])
     was = [parameter.requires_grad for parameter in model.parameters()]
     mode = model.training
     model.requires_grad_(False).eval()
     try:
-        for epoch in range(options.num_epochs):
+        for epoch in range(start, options.num_epochs):
             order = torch.randperm(len(source_rows), generator=generator).tolist()
-            for start in range(0, len(order) - options.batch_size + 1, options.batch_size):
-                index = order[start : start + options.batch_size]
+            for first in range(0, len(order) - options.batch_size + 1, options.batch_size):
+                index = order[first : first + options.batch_size]
                 augment = float(torch.rand((), generator=generator)) < options.augment_probability
                 chosen = [source_rows[i] for i in index]
                 images = _images(cells, chosen, model, seed_of("patch", seed, epoch) if augment else None)
@@ -108,6 +117,9 @@ def optimize_patch(
                 adam.step()
                 on_step(step, {name: value.item() for name, value in {**losses, "loss": loss}.items()})
                 step += 1
+            if checkpoint is not None:
+                state = {"patch": patch.detach(), "adam": adam.state_dict(), "generator": generator.get_state()}
+                checkpoint.save({**state, "epoch": epoch + 1, "step": step})
     finally:
         for parameter, trainable in zip(model.parameters(), was, strict=True):
             parameter.requires_grad_(trainable)

@@ -73,7 +73,7 @@ def select(n_poison: int, size: int, eligible: np.ndarray, rng: np.random.Genera
     return Selection(np.sort(poisoned), np.sort(kept))
 
 
-def captions_of(data: datasets.Dataset) -> Iterator[list[str]]:
+def captions_by_row(data: datasets.Dataset) -> Iterator[list[str]]:
     """The captions of every row, a list each, read in parts."""
     column = caption_column(data)
     texts = data.with_format(None).select_columns(column)
@@ -291,6 +291,6 @@ def read_manifest(table: datasets.Dataset) -> dict[str, Any]:
         raise ValueError("the data carry no backdoor manifest; give the result of a backdoor attack") from None
 
 
-def fingerprint(texts: Sequence[str]) -> str:
+def digest_of_texts(texts: Sequence[str]) -> str:
     """A short hash of a list of texts, for the manifest."""
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]

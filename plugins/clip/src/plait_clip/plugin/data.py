@@ -1,202 +1,179 @@
-"""``load-data``: image-text lists, class folders and the small beds."""
+"""``load-data``: image-text lists, class folders and the toy data."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import attrs
 import datasets
-from plait import PlaitError, hookimpl
-from plait.fields import doc, in_range, one_of
+from plait import hookimpl
+from plait.fields import REQUIRED, field, in_range, path_or_name_field
 from plait_vision.columns import is_saved_dataset, read_saved
 from plait_vision.files import Files, class_folders, composed
 from plait_vision.images import Transparency, check_rules
 
 from plait_clip import image_text_datasets, image_text_rows, prompts, toy_data
-from plait_clip.plugin.errors import as_plait_errors
-
-_TRANSPARENCY = doc(
-    "images with transparent pixels: refuse, drop the alpha channel, or the colour [R, G, B] behind them"
-)
-_SIXTEEN_BIT = doc("16-bit images: refuse them, or scale 0–65535 to 0–255 (colour by the high byte)")
-
-
-def _rules(method: ImageText | ClassFolder) -> dict[str, Any]:
-    """How images are decoded; only what is not the default."""
-    chosen = {"transparency": method.transparency, "sixteen_bit": method.sixteen_bit}
-    with as_plait_errors():
-        check_rules(**chosen)
-    return {name: rule for name, rule in chosen.items() if rule != "refuse"}
-
-
-def _bad_image_field() -> Any:
-    return attrs.field(
-        default="raise",
-        validator=one_of("raise", "skip"),
-        metadata=doc("a missing or damaged image: fail with its row number, or leave its row out and count it"),
-    )
 
 
 @attrs.frozen(kw_only=True)
-class ImageText:
-    """Image-caption pairs from a list, a tar, a folder or a Hugging Face dataset."""
+class _ImageFields:
+    """How images are read."""
 
-    source: str = attrs.field(
-        metadata=doc(
-            "a .csv, .tsv, .json (also COCO's and Karpathy's), .jsonl or .parquet list, a WebDataset .tar, a folder with "
-            "metadata.csv or tars (also one for each split), a saved dataset, or owner/name on the Hugging Face hub"
-        )
+    transparency: Transparency = field(
+        "refuse", "images with transparent pixels: refuse, drop the alpha channel, or the colour [R, G, B] behind them"
     )
-    split: str | None = attrs.field(default=None, metadata=doc("only this split; default: all that the source has"))
-    image_root: Path | None = attrs.field(
-        default=None, metadata=doc("folder that the images of a list are relative to; default: the list's own")
+    sixteen_bit: Literal["refuse", "scale"] = field(
+        "refuse", "16-bit images: refuse them, or scale 0–65535 to 0–255 (colour by the high byte)"
     )
-    image_column: str | None = attrs.field(default=None, metadata=doc("column of the images; default: found by name"))
-    caption_column: str | None = attrs.field(default=None, metadata=doc("column of the captions; default: by name"))
-    label_column: str = attrs.field(
-        default="label", metadata=doc("column of class numbers or names, where there is one")
+    on_bad_image: Literal["raise", "skip"] = field(
+        "raise", "a missing or damaged image: fail with its row number, or leave its row out and count it"
     )
-    id_column: str | None = attrs.field(default=None, metadata=doc("column whose values must all differ"))
-    delimiter: str | None = attrs.field(default=None, metadata=doc("of a CSV list; default: as its header shows"))
-    encoding: str | None = attrs.field(
-        default=None, metadata=doc("of a CSV list; default: UTF-8, or by its byte order mark")
-    )
-    quotes: bool = attrs.field(
-        default=True, metadata=doc('whether a cell of a CSV list may stand between "; false takes them as they are')
-    )
-    class_names: tuple[str, ...] | str | None = attrs.field(
-        default=None, metadata=doc("class names in the order of the labels: imagenet, or a list; default: as found")
-    )
-    restval_in_train: bool = attrs.field(
-        default=True, metadata=doc("Karpathy's split restval counts as train, as is usual for COCO")
-    )
-    transparency: Transparency = attrs.field(default="refuse", metadata=_TRANSPARENCY)
-    sixteen_bit: Literal["refuse", "scale"] = attrs.field(
-        default="refuse", validator=one_of("refuse", "scale"), metadata=_SIXTEEN_BIT
-    )
-    on_bad_image: Literal["raise", "skip"] = _bad_image_field()
 
     def __attrs_post_init__(self) -> None:
-        _rules(self)
+        check_rules(transparency=self.transparency, sixteen_bit=self.sixteen_bit)
+
+    def _reading(self, run: Any) -> dict[str, Any]:
+        """Arguments of :mod:`plait_clip.image_text_datasets`."""
+        chosen = {"transparency": self.transparency, "sixteen_bit": self.sixteen_bit}
+        return {
+            "folder": run.folder / "rows",
+            "rules": {name: rule for name, rule in chosen.items() if rule != "refuse"},
+            "skip_bad_images": self.on_bad_image == "skip",
+        }
+
+
+@attrs.frozen(kw_only=True)
+class ImageText(_ImageFields):
+    """Image-caption pairs from a list, a tar, a folder or a Hugging Face dataset."""
+
+    source: str = path_or_name_field(
+        REQUIRED,
+        "a .csv, .tsv, .json (also COCO's and Karpathy's), .jsonl or .parquet list, a WebDataset .tar, a folder with "
+        "metadata.csv or tars (also one for each split), a saved dataset, or owner/name on the Hugging Face hub",
+    )
+    split: str | None = field(None, "only this split; default: all that the source has")
+    image_root: Path | None = field(None, "folder that the images of a list are relative to; default: the list's own")
+    image_column: str | None = field(None, "column of the images; default: found by name")
+    caption_column: str | None = field(None, "column of the captions; default: by name")
+    label_column: str = field("label", "column of class numbers or names, where there is one")
+    id_column: str | None = field(None, "column whose values must all differ")
+    delimiter: str | None = field(None, "of a CSV list; default: as its header shows")
+    encoding: str | None = field(None, "of a CSV list; default: UTF-8, or by its byte order mark")
+    quotes: bool = field(True, 'whether a cell of a CSV list may stand between "; false takes them as they are')
+    class_names: tuple[str, ...] | str | None = field(
+        None, "class names in the order of the labels: imagenet, or a list; default: as found"
+    )
+    restval_in_train: bool = field(True, "Karpathy's split restval counts as train, as is usual for COCO")
+
+    def input_files(self) -> Iterator[Path]:
+        """The images that a list names; missing ones are for the step to tell, with their row numbers."""
+        with contextlib.suppress(ValueError, OSError):
+            rows = image_text_rows.read_names(self._path, self._columns, self.image_root, self._table)
+            yield from (image for image in rows if image.is_file())
+
+    @property
+    def _path(self) -> Path:
+        return Path(self.source).expanduser()
+
+    @property
+    def _columns(self) -> image_text_rows.ListColumns:
+        return image_text_rows.ListColumns(
+            image=self.image_column, caption=self.caption_column, label=self.label_column, id=self.id_column
+        )
+
+    @property
+    def _table(self) -> image_text_rows.TableFormat:
+        return image_text_rows.TableFormat(delimiter=self.delimiter, encoding=self.encoding, quotes=self.quotes)
 
     @hookimpl
     def load_data(self, run: Any) -> datasets.Dataset | dict[str, datasets.Dataset]:
-        with as_plait_errors():
-            path = Path(self.source).expanduser()
-            saved = is_saved_dataset(path)
-            hub = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", self.source) and not path.suffix
-            parts, skipped = self._datasets(path, bool(hub), run) if saved or hub else self._rows(path, run)
+        hub = not self._path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", self.source) and not self._path.suffix
+        if hub or is_saved_dataset(self._path):
+            parts, skipped = self._from_datasets(self._downloaded() if hub else read_saved(self._path), run)
+        else:
+            parts, skipped = self._from_rows(run)
         if skipped:
             run.warn(f"{skipped} rows without a readable image were left out")
         if self.split is not None:
             if self.split not in parts:
-                raise PlaitError(f"split is {self.split!r}; the source has {', '.join(map(repr, parts))}")
+                raise ValueError(f"split is {self.split!r}; the source has {', '.join(map(repr, parts))}")
             return parts[self.split]
         return next(iter(parts.values())) if len(parts) == 1 else parts
 
-    def _rows(self, path: Path, run: Any) -> tuple[dict[str, datasets.Dataset], int]:
-        columns = image_text_rows.Columns(
-            image=self.image_column, caption=self.caption_column, label=self.label_column, id=self.id_column
-        )
-        table = image_text_rows.Table(delimiter=self.delimiter, encoding=self.encoding, quotes=self.quotes)
-        rows = run.track(image_text_rows.read(path, columns, self.image_root, table), "reading images")
+    def _from_rows(self, run: Any) -> tuple[dict[str, datasets.Dataset], int]:
+        found = image_text_rows.read(self._path, self._columns, self.image_root, self._table)
+        rows = run.track(found, "reading images")
         if self.restval_in_train:
             rows = (attrs.evolve(row, split="train") if row.split == "restval" else row for row in rows)
         seen: set[str] = set()
         if self.split is not None:
-            rows = (row for row in rows if seen.add(row.split) or row.split == self.split)
-        names = None if self.class_names is None else prompts.class_names(self.class_names)
-        skip = self.on_bad_image == "skip"
+            rows = image_text_rows.of_split(rows, self.split, seen)
         try:
-            return image_text_datasets.from_rows(
-                rows, run.folder / "rows", names=names, rules=_rules(self), skip_bad_images=skip
-            )
+            return image_text_datasets.from_rows(rows, names=self._class_names(), **self._reading(run))
         except ValueError:
             if seen and self.split not in seen:
                 have = ", ".join(sorted(filter(None, seen))) or "none, so leave it out"
-                raise PlaitError(f"split is {self.split!r}; the rows of {path} have the splits: {have}") from None
+                raise ValueError(f"split is {self.split!r}; the rows of {self._path} have the splits: {have}") from None
             raise
 
-    def _datasets(self, path: Path, hub: bool, run: Any) -> tuple[dict[str, datasets.Dataset], int]:
-        if hub:
-            try:
-                found = datasets.load_dataset(self.source, split=self.split)
-            except Exception as error:  # the hub's client raises many kinds
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise PlaitError(f"source {self.source} is no file here and cannot be downloaded ({reason})") from error
-        else:
-            found = read_saved(path)
+    def _downloaded(self) -> Any:
+        try:
+            return datasets.load_dataset(self.source, split=self.split)
+        except Exception as error:  # the hub's client raises many kinds
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConnectionError(
+                f"source {self.source} is not a file here and cannot be downloaded ({reason})"
+            ) from error
+
+    def _from_datasets(self, found: Any, run: Any) -> tuple[dict[str, datasets.Dataset], int]:
         parts = dict(found) if isinstance(found, dict) else {self.split or "": found}
         if self.split is not None and self.split in parts:
             parts = {self.split: parts[self.split]}
+        columns = {"image": self.image_column, "caption": self.caption_column, "label": self.label_column}
         checked, skipped = {}, 0
         for name, part in parts.items():
-            skip = self.on_bad_image == "skip"
-            checked[name], missing = image_text_datasets.from_dataset(
-                part,
-                image=self.image_column,
-                caption=self.caption_column,
-                label=self.label_column,
-                folder=run.folder / "rows",
-                rules=_rules(self),
-                skip_bad_images=skip,
-            )
+            checked[name], missing = image_text_datasets.from_dataset(part, **columns, **self._reading(run))
             skipped += missing
-        names = None if self.class_names is None else prompts.class_names(self.class_names)
-        return image_text_datasets.with_label_names(checked, names), skipped
+        return image_text_datasets.with_label_names(checked, self._class_names()), skipped
+
+    def _class_names(self) -> tuple[str, ...] | None:
+        return None if self.class_names is None else prompts.class_names(self.class_names)
 
 
 @attrs.frozen(kw_only=True)
-class ClassFolder:
+class ClassFolder(_ImageFields):
     """A folder of images for each class, captioned by templates; folders of splits may lie between."""
 
-    folder: Path = attrs.field(
-        metadata=doc("a folder, zip or tar that holds <class>/<image> or <split>/<class>/<image>")
+    folder: Path = field(REQUIRED, "a folder, zip or tar that holds <class>/<image> or <split>/<class>/<image>")
+    templates: tuple[str, ...] | str = field(
+        "photo",
+        "captions with {} for the class: openai-imagenet, openai-simple, photo, or a list; every image gets all",
     )
-    templates: tuple[str, ...] | str = attrs.field(
-        default="photo",
-        metadata=doc(
-            "captions with {} for the class: openai-imagenet, openai-simple, photo, or a list; every image gets all"
-        ),
+    class_names: dict[str, str] = field(
+        attrs.Factory(dict), "class folder: its name in captions; default: the folder's name, _ as blank"
     )
-    class_names: dict[str, str] = attrs.field(
-        factory=dict, metadata=doc("class folder: its name in captions; default: the folder's name, _ as blank")
-    )
-    transparency: Transparency = attrs.field(default="refuse", metadata=_TRANSPARENCY)
-    sixteen_bit: Literal["refuse", "scale"] = attrs.field(
-        default="refuse", validator=one_of("refuse", "scale"), metadata=_SIXTEEN_BIT
-    )
-    on_bad_image: Literal["raise", "skip"] = _bad_image_field()
-
-    def __attrs_post_init__(self) -> None:
-        _rules(self)
 
     @hookimpl
     def load_data(self, run: Any) -> datasets.Dataset | dict[str, datasets.Dataset]:
         parts, skipped = {}, 0
-        with as_plait_errors(), Files(self.folder) as files:
+        with Files(self.folder) as files:
             splits = class_folders(files)
             # One list of classes for all splits, so that a label means the same in each.
             classes = sorted({child for found in splits.values() for child in found})
             chosen = {composed(child): name for child, name in self.class_names.items()}
             unknown = sorted(set(chosen) - set(classes))
             if unknown:
-                raise PlaitError(f"class_names names {unknown[0]!r}, which is no class folder of {files.path}")
+                raise ValueError(f"class_names names {unknown[0]!r}, which is not a class folder of {files.path}")
             names = {child: chosen.get(child, child.replace("_", " ")) for child in classes}
             texts = prompts.templates(self.templates)
             for split, found in splits.items():
-                rows = run.track(
-                    image_text_rows.class_rows(files, found, names, texts), f"reading {split or files.path.name}"
-                )
-                part, missing = image_text_datasets.from_rows(
-                    rows,
-                    run.folder / "rows",
-                    names=list(names.values()),
-                    rules=_rules(self),
-                    skip_bad_images=self.on_bad_image == "skip",
-                )
+                rows = image_text_rows.class_rows(files, found, names, texts)
+                rows = run.track(rows, f"reading {split or files.path.name}")
+                part, missing = image_text_datasets.from_rows(rows, names=list(names.values()), **self._reading(run))
                 parts[split], skipped = part[""], skipped + missing
         if skipped:
             run.warn(f"{skipped} unreadable images were left out")
@@ -207,9 +184,7 @@ class ClassFolder:
 class Digits:
     """scikit-learn's 1,797 handwritten digits with captions; needs no file. Splits: train, test."""
 
-    num_train: int = attrs.field(
-        default=1400, validator=in_range(10, 1787), metadata=doc("digits for training; the others are the test split")
-    )
+    num_train: int = field(1400, "digits for training; the others are the test split", in_range(10, 1787))
 
     @hookimpl
     def load_data(self, run: Any) -> dict[str, datasets.Dataset]:
@@ -230,34 +205,34 @@ _RANGE = re.compile(r"^(train|test)(?:\[(\d*):(\d*)\])?$")
 class FashionMnist:
     """Fashion-MNIST with truthful captions (Xiao et al., 2017), from local files."""
 
-    folder: Path = attrs.field(
-        metadata=doc(
-            "folder of the four idx files, plain or .gz, such as Debian's dataset-fashion-mnist installs, or the folder "
-            "that torchvision downloaded to"
-        )
+    folder: Path = field(
+        REQUIRED,
+        "folder of the four idx files, plain or .gz, such as Debian's dataset-fashion-mnist installs, or the folder "
+        "that torchvision downloaded to",
     )
-    splits: dict[str, str] = attrs.field(
-        factory=lambda: {
-            "pretrain": "train[0:8000]",
-            "suspicious": "train[8000:16000]",
-            "clean": "train[20000:24000]",
-            "test": "test[0:2000]",
-        },
-        metadata=doc("split name: its rows, such as train[0:8000] or test"),
+    splits: dict[str, str] = field(
+        attrs.Factory(
+            lambda: {
+                "pretrain": "train[0:8000]",
+                "suspicious": "train[8000:16000]",
+                "clean": "train[20000:24000]",
+                "test": "test[0:2000]",
+            }
+        ),
+        "split name: its rows, such as train[0:8000] or test",
     )
 
     def __attrs_post_init__(self) -> None:
         if not self.splits:
-            raise PlaitError("splits is empty; give at least one, such as {train: 'train[0:8000]'}")
+            raise ValueError("splits is empty; give at least one, such as {train: 'train[0:8000]'}")
         for name, rows in self.splits.items():
             if not _RANGE.match(rows):
-                raise PlaitError(f"splits.{name} is {rows!r}; allowed is train or test, or rows such as train[0:8000]")
+                raise ValueError(f"splits.{name} is {rows!r}; allowed is train or test, or rows such as train[0:8000]")
 
     @hookimpl
     def load_data(self, run: Any) -> dict[str, datasets.Dataset]:
-        with as_plait_errors():
-            parts = toy_data.fashion_mnist(self.folder.expanduser())
-        # The captions of the clean split differ from run to run, those of the others are part of the bed.
+        parts = toy_data.fashion_mnist(self.folder.expanduser())
+        # The captions of the clean split differ from run to run, those of the others are part of the data.
         seeds = {"pretrain": 0, "suspicious": 1, "clean": run.seed}
         found = {}
         for name, wanted in self.splits.items():
@@ -265,7 +240,7 @@ class FashionMnist:
             images, labels = parts[part]
             rows = slice(int(start or 0), int(stop or len(images)))
             if not 0 <= rows.start < rows.stop <= len(images):
-                raise PlaitError(f"splits.{name} is {wanted!r}, but {part} has rows 0 to {len(images)}")
+                raise ValueError(f"splits.{name} is {wanted!r}, but {part} has rows 0 to {len(images)}")
             images, labels = images[rows], labels[rows]
             captions = toy_data.fashion_captions(images, labels, seeds.get(name, 2))
             found[name] = image_text_datasets.from_arrays(images, captions, labels, toy_data.FASHION_NAMES)

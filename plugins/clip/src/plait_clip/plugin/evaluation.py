@@ -7,189 +7,176 @@ from typing import Any, Literal
 
 import attrs
 import torch
-from plait import PlaitError, Report, hookimpl
-from plait.fields import doc, in_range, one_of
+from plait import Report, hookimpl
+from plait.fields import field, in_range
 
 from plait_clip import probe, prompts
 from plait_clip import retrieval as rt
 from plait_clip import zero_shot as zs
+from plait_clip.model import on_device
 from plait_clip.pair_batches import PairLoader, image_batches
-from plait_clip.plugin.errors import as_plait_errors
-from plait_clip.plugin.models import on_device
 
 
 @attrs.frozen(kw_only=True)
-class ZeroShot:
-    """Zero-shot classification accuracy: CA@1, 3, 5 and 10 (Radford et al., ICML 2021)."""
+class ZeroShotFields:
+    """How images are classified by the texts of their classes."""
 
-    templates: tuple[str, ...] | str = attrs.field(
-        default="photo",
-        metadata=doc(
-            "prompts with {} for the class: openai-imagenet, openai-simple, photo, digits, fashion-mnist, or a list"
-        ),
+    templates: tuple[str, ...] | str = field(
+        "photo",
+        "prompts with {} for the class: openai-imagenet, openai-simple, photo, digits, fashion-mnist, or a list",
     )
-    class_names: tuple[str, ...] | str | None = attrs.field(
-        default=None, metadata=doc("names in the order of the labels: imagenet, or a list; default: the data's own")
+    class_names: tuple[str, ...] | str | None = field(
+        None, "names in the order of the labels: imagenet, or a list; default: the data's own"
     )
-    top: tuple[int, ...] = attrs.field(
-        default=(1, 3, 5, 10), validator=in_range(1), metadata=doc("ranks m of CA@m; those of m ≥ classes are left out")
-    )
-    batch_size: int = attrs.field(default=256, validator=in_range(1), metadata=doc("images at a time"))
-    precision: Literal["fp32", "bf16"] = attrs.field(
-        default="fp32", validator=one_of("fp32", "bf16"), metadata=doc("arithmetic of the towers")
-    )
+    top: tuple[int, ...] = field((1, 3, 5, 10), "ranks m of CA@m; those of m ≥ classes are left out", in_range(1))
+    batch_size: int = field(256, "images at a time", in_range(1))
+    precision: Literal["fp32", "bf16"] = field("fp32", "arithmetic of the towers")
+
+    def labels_and_names(self, data: Any) -> tuple[torch.Tensor, list[str]]:
+        """The labels of the data and the names of their classes.
+
+        Raises:
+            ValueError: there are fewer names than classes.
+        """
+        labels, names = zs.labels_and_names(data)
+        names = list(prompts.class_names(self.class_names if self.class_names is not None else names or ()))
+        if int(labels.max()) >= len(names):
+            raise ValueError(
+                f"label {int(labels.max())} occurs, but there are {len(names)} class names; give class_names"
+            )
+        return labels, names
+
+
+@attrs.frozen(kw_only=True)
+class ZeroShot(ZeroShotFields):
+    """Zero-shot classification accuracy: CA@1, 3, 5 and 10 (Radford et al., ICML 2021)."""
 
     @hookimpl
     def evaluate(self, model: Any, data: Any, run: Any) -> Report:
-        with as_plait_errors():
-            model = on_device(model, run.device)
-            labels, names = zs.labels_and_names(data)
-            names = prompts.class_names(self.class_names if self.class_names is not None else names or ())
-            if int(labels.max()) >= len(names):
-                raise PlaitError(
-                    f"label {int(labels.max())} occurs, but there are {len(names)} class names; give class_names"
-                )
-            head = zs.zero_shot_head(model, names, prompts.templates(self.templates), precision=self.precision)
-            top = zs.classify(
-                model, head, data, top=max(self.top), batch_size=self.batch_size, precision=self.precision
-            )
+        model = on_device(model, run.device)
+        labels, names = self.labels_and_names(data)
+        head = zs.zero_shot_head(model, names, prompts.templates(self.templates), precision=self.precision)
+        top = zs.classify(model, head, data, top=max(self.top), batch_size=self.batch_size, precision=self.precision)
         ranks = [m for m in self.top if m < len(names)] or [1]
-        row = {f"CA@{m}": zs.accuracy(top, labels, m) for m in ranks}
-        return Report(rows=[row], better=dict.fromkeys(row, "higher"), formats=dict.fromkeys(row, ".3f"))
+        return _shares({f"CA@{m}": zs.accuracy(top, labels, m) for m in ranks})
+
+
+def _shares(row: dict[str, float]) -> Report:
+    """A row of shares, higher is better."""
+    return Report(rows=[row], better=dict.fromkeys(row, "higher"), formats=dict.fromkeys(row, ".3f"))
 
 
 @attrs.frozen(kw_only=True)
 class Retrieval:
     """Image-text retrieval: TR and IR R@1, 5 and 10; fusion models rerank (Karpathy & Fei-Fei, CVPR 2015)."""
 
-    top: tuple[int, ...] = attrs.field(default=(1, 5, 10), validator=in_range(1), metadata=doc("ranks k of R@k"))
-    candidates: int = attrs.field(
-        default=128, validator=in_range(1), metadata=doc("nearest captions or images that a fusion model scores")
-    )
-    batch_size: int = attrs.field(default=256, validator=in_range(1), metadata=doc("images at a time"))
-    block: int = attrs.field(
-        default=1024, validator=in_range(1), metadata=doc("rows of the images × texts similarities held at a time")
-    )
-    precision: Literal["fp32", "bf16"] = attrs.field(
-        default="fp32", validator=one_of("fp32", "bf16"), metadata=doc("arithmetic of the towers")
-    )
+    top: tuple[int, ...] = field((1, 5, 10), "ranks k of R@k", in_range(1))
+    candidates: int = field(128, "nearest captions or images that a fusion model scores", in_range(1))
+    batch_size: int = field(256, "images at a time", in_range(1))
+    block: int = field(1024, "rows of the images × texts similarities held at a time", in_range(1))
+    precision: Literal["fp32", "bf16"] = field("fp32", "arithmetic of the towers")
 
     def __attrs_post_init__(self) -> None:
         if self.candidates < max(self.top):
-            raise PlaitError(f"candidates is {self.candidates}, which is less than the rank {max(self.top)} in top")
+            raise ValueError(f"candidates is {self.candidates}, which is less than the rank {max(self.top)} in top")
 
     @hookimpl
     def evaluate(self, model: Any, data: Any, run: Any) -> Report:
-        with as_plait_errors():
-            text_ranks, image_ranks = rt.evaluate_retrieval(
-                on_device(model, run.device),
-                data,
-                run.folder,
-                candidates=self.candidates,
-                batch_size=self.batch_size,
-                block=self.block,
-                precision=self.precision,
-            )
+        text_ranks, image_ranks = rt.evaluate_retrieval(
+            on_device(model, run.device),
+            data,
+            run.folder,
+            candidates=self.candidates,
+            batch_size=self.batch_size,
+            block=self.block,
+            precision=self.precision,
+        )
         row = {f"TR R@{k}": rt.recall(text_ranks, k) for k in self.top}
-        row |= {f"IR R@{k}": rt.recall(image_ranks, k) for k in self.top}
-        return Report(rows=[row], better=dict.fromkeys(row, "higher"), formats=dict.fromkeys(row, ".3f"))
-
-
-def _target_field() -> Any:
-    return attrs.field(
-        default=None, metadata=doc("class name or number; adds ASR: share of the rows of other classes called this")
-    )
+        return _shares(row | {f"IR R@{k}": rt.recall(image_ranks, k) for k in self.top})
 
 
 @attrs.frozen(kw_only=True)
-class LinearProbe:
+class _ClassifierFields:
+    """How a linear layer on image features is trained."""
+
+    num_epochs: int = field(10, "passes over the training split", in_range(1))
+    batch_size: int = field(128, "images per step", in_range(1))
+    weight_decay: float = field(0.01, "AdamW decay of the weights", in_range(0))
+    target: str | int | None = field(
+        None, "class name or number; adds ASR: share of the rows of other classes called this"
+    )
+    precision: Literal["fp32", "bf16"] = field("fp32", "arithmetic of the image tower; bf16: mixed precision")
+
+
+@attrs.frozen(kw_only=True)
+class LinearProbe(_ClassifierFields):
     """Accuracy of a linear layer on frozen image features (protocol of CleanCLIP, Bansal et al., ICCV 2023)."""
 
-    num_epochs: int = attrs.field(default=10, validator=in_range(1), metadata=doc("passes over the training split"))
-    batch_size: int = attrs.field(default=128, validator=in_range(1), metadata=doc("images per step"))
-    learning_rate: float = attrs.field(
-        default=0.005, validator=in_range(0, low_open=True), metadata=doc("peak; cosine to 0 without warm-up")
-    )
-    weight_decay: float = attrs.field(default=0.01, validator=in_range(0), metadata=doc("AdamW decay of the weights"))
-    target: str | int | None = _target_field()
-    precision: Literal["fp32", "bf16"] = attrs.field(
-        default="fp32", validator=one_of("fp32", "bf16"), metadata=doc("arithmetic of the image tower")
-    )
+    learning_rate: float = field(0.005, "peak; cosine to 0 without warm-up", in_range(0, low_open=True))
 
     @hookimpl
     def evaluate(self, model: Any, data: Any, run: Any) -> Report:
-        with as_plait_errors():
-            model = on_device(model, run.device)
-            splits = _Splits(data, self.target)
+        model = on_device(model, run.device)
+        splits = _Splits(data, self.target)
 
-            def features(part: Any) -> torch.Tensor:
-                batches = image_batches(part, model.image_input, batch_size=256)
-                return torch.cat(list(zs.image_features(model, batches, normalise=False, precision=self.precision)))
+        def features(part: Any) -> torch.Tensor:
+            batches = image_batches(part, model.image_input, batch_size=256)
+            return torch.cat(list(zs.image_features(model, batches, normalise=False, precision=self.precision)))
 
-            layer = probe.linear_probe(
-                features(splits.train),
-                splits.train_labels,
-                splits.num_classes,
-                run.generator("probe"),
-                num_epochs=self.num_epochs,
-                batch_size=self.batch_size,
-                learning_rate=self.learning_rate,
-                weight_decay=self.weight_decay,
-            )
-            with torch.no_grad():
-                return splits.report(lambda part: layer(features(part)).argmax(dim=1).cpu())
+        layer = probe.linear_probe(
+            features(splits.train),
+            splits.train_labels,
+            splits.num_classes,
+            run.generator("probe"),
+            num_epochs=self.num_epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+        )
+        with torch.no_grad():
+            return splits.report(lambda part: layer(features(part)).argmax(dim=1).cpu())
 
 
 @attrs.frozen(kw_only=True)
-class SupervisedFineTune:
+class SupervisedFineTune(_ClassifierFields):
     """Accuracy of a linear head trained with the whole image tower (protocol of CleanCLIP, Bansal et al., ICCV 2023)."""
 
-    num_epochs: int = attrs.field(default=10, validator=in_range(1), metadata=doc("passes over the training split"))
-    batch_size: int = attrs.field(default=128, validator=in_range(1), metadata=doc("images per step"))
-    learning_rate: float = attrs.field(
-        default=1e-4, validator=in_range(0, low_open=True), metadata=doc("peak; cosine to 0 after the warm-up")
-    )
-    warmup_steps: int = attrs.field(default=500, validator=in_range(0), metadata=doc("steps up to the peak rate"))
-    weight_decay: float = attrs.field(default=0.01, validator=in_range(0), metadata=doc("AdamW decay of the weights"))
-    target: str | int | None = _target_field()
-    precision: Literal["fp32", "bf16"] = attrs.field(
-        default="fp32", validator=one_of("fp32", "bf16"), metadata=doc("bf16: mixed precision")
-    )
+    learning_rate: float = field(1e-4, "peak; cosine to 0 after the warm-up", in_range(0, low_open=True))
+    warmup_steps: int = field(500, "steps up to the peak rate", in_range(0))
 
     @hookimpl
     def evaluate(self, model: Any, data: Any, run: Any) -> Report:
-        with as_plait_errors():
-            model = on_device(model, run.device)
-            splits = _Splits(data, self.target)
-            if len(splits.train) < self.batch_size:
-                raise PlaitError(f"train has {len(splits.train)} rows, fewer than batch_size {self.batch_size}")
-            pairs = PairLoader(splits.captioned_train(), model)
-            steps = len(pairs) // self.batch_size
-            with run.loop(self, "fine-tuning", inputs=(model, splits.train), total=self.num_epochs * steps) as loop:
-                classifier = probe.fine_tune(
-                    model,
-                    lambda epoch, skip: pairs.batches(self.batch_size, run.generator(f"epoch {epoch}"), skip=skip),
-                    splits.train_labels,
-                    splits.num_classes,
-                    run.generator("head"),
-                    steps_per_epoch=steps,
-                    num_epochs=self.num_epochs,
-                    learning_rate=self.learning_rate,
-                    warmup_steps=self.warmup_steps,
-                    weight_decay=self.weight_decay,
-                    precision=self.precision,
-                    checkpoint=loop,
-                    seed=run.derived_seed("model"),
-                    on_step=loop.done,
-                )
+        model = on_device(model, run.device)
+        splits = _Splits(data, self.target)
+        if len(splits.train) < self.batch_size:
+            raise ValueError(f"train has {len(splits.train)} rows, fewer than batch_size {self.batch_size}")
+        pairs = PairLoader(splits.captioned_train(), model)
+        steps = len(pairs) // self.batch_size
+        with run.loop(self, "fine-tuning", inputs=(model, splits.train), total=self.num_epochs * steps) as loop:
+            classifier = probe.fine_tune(
+                model,
+                lambda epoch, skip: pairs.batches(self.batch_size, run.generator(f"epoch {epoch}"), skip=skip),
+                splits.train_labels,
+                splits.num_classes,
+                run.generator("head"),
+                steps_per_epoch=steps,
+                num_epochs=self.num_epochs,
+                learning_rate=self.learning_rate,
+                warmup_steps=self.warmup_steps,
+                weight_decay=self.weight_decay,
+                precision=self.precision,
+                checkpoint=loop,
+                seed=run.derived_seed("model"),
+                on_step=loop.done,
+            )
 
-            def predict(part: Any) -> torch.Tensor:
-                batches = image_batches(part, model.image_input, batch_size=256)
-                with zs.evaluating(classifier, self.precision):
-                    logits = [classifier(images.to(model.device).float() / 255) for images in batches]
-                return torch.cat(logits).argmax(dim=1).cpu()
+        def predict(part: Any) -> torch.Tensor:
+            batches = image_batches(part, model.image_input, batch_size=256)
+            with zs.evaluating(classifier, self.precision):
+                logits = [classifier(images.to(model.device).float() / 255) for images in batches]
+            return torch.cat(logits).argmax(dim=1).cpu()
 
-            return splits.report(predict)
+        return splits.report(predict)
 
 
 class _Splits:
@@ -198,7 +185,7 @@ class _Splits:
     def __init__(self, data: Any, target: str | int | None) -> None:
         if not isinstance(data, Mapping) or "train" not in data or len(data) < 2:
             have = ", ".join(data) if isinstance(data, Mapping) else type(data).__name__
-            raise PlaitError(
+            raise ValueError(
                 f"data has {have}; give train and at least one more, e.g. {{train: x.train, test: x.test}}"
             )
         self.train = data["train"]
@@ -206,12 +193,12 @@ class _Splits:
         self.num_classes = len(names) if names else int(self.train_labels.max()) + 1
         self.names = names or [str(i) for i in range(self.num_classes)]
         if len(self.train_labels.unique()) < 2:
-            raise PlaitError("train has rows of one class only; a classifier needs at least two")
+            raise ValueError("train has rows of one class only; a classifier needs at least two")
         self.measured = {name: part for name, part in data.items() if name != "train"}
         self.labels = {name: zs.labels_and_names(part)[0] for name, part in self.measured.items()}
         self.target = self.names.index(target) if target in self.names else target
         if target is not None and self.target not in range(self.num_classes):
-            raise PlaitError(f"target is {target!r}; the classes are {', '.join(self.names[:20])}")
+            raise ValueError(f"target is {target!r}; the classes are {', '.join(self.names[:20])}")
 
     def captioned_train(self) -> Any:
         """The training split with its class names as captions."""

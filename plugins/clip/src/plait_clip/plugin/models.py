@@ -7,57 +7,50 @@ from typing import Any
 
 import attrs
 import torch
-from plait import PlaitError, hookimpl
-from plait.fields import doc, in_range
+from plait import hookimpl
+from plait.fields import REQUIRED, field, in_range, path_or_name_field
 
-from plait_clip.model import ImageTextModel, TransformersModel, architectures, on_device  # noqa: F401
-from plait_clip.plugin.errors import as_plait_errors
+from plait_clip.model import ImageTextModel, TransformersModel, architectures, on_device  # noqa: F401 - until nothing takes on_device from here
+from plait_clip.pair_batches import caption_column
 
 
 @attrs.frozen(kw_only=True)
 class OpenClip:
     """An open_clip model: fresh, pretrained, from a checkpoint or from a folder."""
 
-    architecture: str | None = attrs.field(
-        default=None,
-        metadata=doc(
-            "architecture name of open_clip, path of an open_clip JSON, hf-hub:owner/name, or tiny (8 px) or tiny-28 "
-            "(28 px) for the small beds; default: tiny, or what the checkpoint says"
-        ),
+    architecture: str | None = path_or_name_field(
+        None,
+        "architecture name of open_clip, path of an open_clip JSON, hf-hub:owner/name, or tiny (8 px) or tiny-28 "
+        "(28 px) for the toy data; default: tiny, or what the checkpoint says",
     )
-    config: dict[str, Any] | None = attrs.field(
-        default=None, metadata=doc("open_clip configuration (embed_dim, vision_cfg, text_cfg) instead of architecture")
+    config: dict[str, Any] | None = field(
+        None, "open_clip configuration (embed_dim, vision_cfg, text_cfg) instead of architecture"
     )
-    pretrained: str | None = attrs.field(default=None, metadata=doc("tag of pretrained weights of open_clip"))
-    checkpoint: Path | None = attrs.field(
-        default=None,
-        metadata=doc("folder of a saved model, or weights file of open_clip, OpenAI or CleanCLIP (.safetensors, .pt)"),
+    pretrained: str | None = field(None, "tag of pretrained weights of open_clip")
+    checkpoint: Path | None = field(
+        None, "folder of a saved model, or weights file of open_clip, OpenAI or CleanCLIP (.safetensors, .pt)"
     )
-    image_size: int | None = attrs.field(
-        default=None, validator=in_range(1), metadata=doc("side of the images instead of the architecture's, pixels")
-    )
-    context_length: int = attrs.field(
-        default=14, validator=in_range(3, 4096), metadata=doc("tokens per text of tiny and tiny-28")
-    )
+    image_size: int | None = field(None, "side of the images instead of the architecture's, pixels", in_range(1))
+    context_length: int = field(14, "tokens per text of tiny and tiny-28", in_range(3, 4096))
 
     def __attrs_post_init__(self) -> None:
         if self.architecture is not None and self.config is not None:
-            raise PlaitError("architecture and config are both given; give one")
+            raise ValueError("architecture and config are both given; give one")
         if self.pretrained is not None and self.checkpoint is not None:
-            raise PlaitError("pretrained and checkpoint are both given; give one")
+            raise ValueError("pretrained and checkpoint are both given; give one")
         if self.pretrained is not None and (self.architecture is None or self.architecture.startswith("tiny")):
-            raise PlaitError(f"pretrained is {self.pretrained!r} without an architecture of open_clip; name one")
+            raise ValueError(f"pretrained is {self.pretrained!r} without an architecture of open_clip; name one")
 
     @hookimpl
     def load_model(self, data: Any | None, run: Any) -> ImageTextModel:
-        with as_plait_errors(), torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.derived_seed("weights"))
             model = self._model(data)
         return model.eval().to(run.device)
 
     def _model(self, data: Any | None) -> ImageTextModel:
         name = self.architecture
-        if self.checkpoint is not None and self.checkpoint.expanduser().is_dir():
+        if self.checkpoint is not None and self.checkpoint.is_dir():
             return architectures.from_folder(self.checkpoint)
         if self.checkpoint is not None and name is None and self.config is None:
             return architectures.from_checkpoint(self.checkpoint)
@@ -82,23 +75,21 @@ class OpenClip:
 class TransformersClip:
     """A CLIP, SigLIP or BLIP image-text matching model of transformers."""
 
-    source: str = attrs.field(metadata=doc("local folder, or owner/name on the Hugging Face hub"))
-    revision: str | None = attrs.field(default=None, metadata=doc("branch, tag or commit of a hub model"))
+    source: str = path_or_name_field(REQUIRED, "local folder, or owner/name on the Hugging Face hub")
+    revision: str | None = field(None, "branch, tag or commit of a hub model")
 
     @hookimpl
     def load_model(self, run: Any) -> ImageTextModel:
-        with as_plait_errors():
-            if (Path(self.source).expanduser() / "plait.json").is_file():
-                model = ImageTextModel.from_pretrained(Path(self.source).expanduser())
-            else:
-                model = TransformersModel.from_source(self.source, self.revision)
+        folder = Path(self.source).expanduser()
+        if (folder / "plait.json").is_file():
+            model = ImageTextModel.from_pretrained(folder)
+        else:
+            model = TransformersModel.from_source(self.source, self.revision)
         return model.eval().to(run.device)
 
 
 def _words(data: Any) -> list[str]:
     """All captions and class names of a dataset or of the datasets of a mapping."""
-    from plait_clip.pair_batches import caption_column
-
     found: dict[str, None] = {}
     for part in data.values() if isinstance(data, dict) else [data]:
         column = caption_column(part)

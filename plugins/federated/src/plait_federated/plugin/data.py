@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import attrs
 import datasets
@@ -36,7 +36,7 @@ class Digits8x8:
     """1797 handwritten digits of 8×8 pixels from scikit-learn, 360 of them for the test."""
 
     @hookimpl
-    def load_data(self, run) -> dict[str, Dataset]:
+    def load_data(self, run: Any) -> dict[str, Dataset]:
         from sklearn.datasets import load_digits  # takes a second
 
         digits = load_digits()
@@ -81,7 +81,7 @@ class Partition:
             raise ValueError(f"coefficient is {self.coefficient}; scheme {self.scheme} needs a whole number of classes")
 
     @hookimpl
-    def transform(self, data, run) -> dict[str, Dataset]:
+    def transform(self, data: Any, run: Any) -> dict[str, Dataset]:
         data = with_numbered_classes(data)
         train = train_of(data)
         if "client" in train.column_names:

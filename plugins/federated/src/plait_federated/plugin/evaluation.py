@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import attrs
 import torch
@@ -30,7 +31,7 @@ class FederatedRounds:
     last: int = field(5, "rounds at the end that are averaged", in_range(1))
 
     @hookimpl
-    def evaluate(self, data, run) -> Report:
+    def evaluate(self, data: Any, run: Any) -> Report:
         if not isinstance(data, Mapping) or not all(isinstance(history, list) and history for history in data.values()):
             raise ValueError(
                 "data has to map names to histories: {dfedavg: step.history}, of a training with output: all"
@@ -78,7 +79,7 @@ class FederatedAccuracy:
     batch_size: int = field(1024, "samples in a batch", in_range(1))
 
     @hookimpl
-    def evaluate(self, model, data, run) -> Report:
+    def evaluate(self, model: Any, data: Any, run: Any) -> Report:
         models = dict(model) if isinstance(model, Mapping) else {"model": model}
         inputs, labels = inputs_of(data, self.column).to(run.device), torch.from_numpy(labels_of(data)).to(run.device)
         rows = []
@@ -106,12 +107,12 @@ class FederatedGraph(PeerGraph):
     """Spectrum, waiting depth and picture of a graph of the data's clients, in its first round."""
 
     @hookimpl
-    def evaluate(self, data, run) -> Report:
+    def evaluate(self, data: Any, run: Any) -> Report:
         graph = self.graph(len(client_members(train_of(data))), run.seed)
         mixing, adjacency = graph.mixing(0), graph.adjacency(0)
         low, high = column_sums(mixing)
         psi = second_eigenvalue(mixing)
-        row = {
+        row: dict[str, str | int | float] = {
             "graph": graph.name,
             "weights": graph.weights,
             "directed edges": int(adjacency.sum()),

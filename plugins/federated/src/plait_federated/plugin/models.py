@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 import torch
@@ -25,7 +25,7 @@ class FederatedModel:
     column: str | None = field(None, "column of the images; null finds image or pixel_values")
 
     @hookimpl
-    def load_model(self, data, run) -> ImageClassifier:
+    def load_model(self, data: Any, run: Any) -> ImageClassifier:
         train = train_of(data)
         shape = inputs_of(train.select([0]), self.column).shape
         if len(shape) != 4 or shape[2] != shape[3]:

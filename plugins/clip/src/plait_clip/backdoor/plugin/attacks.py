@@ -17,8 +17,8 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image as PILImage
-from plait import PlaitError, Report, hookimpl
-from plait.fields import doc, in_range, one_of
+from plait import Report, hookimpl
+from plait.fields import doc, field, in_range, one_of
 from plait.report import Image, Panel, png
 from plait_vision.files import composed
 from plait_vision.images import decode
@@ -26,13 +26,9 @@ from torch import Tensor
 
 from plait_clip import prompts
 from plait_clip.backdoor import metrics, poison, triggers
-from plait_clip.backdoor.patch_optimization import PatchTraining, optimize_patch
-from plait_clip.model import ImageInput, ImageTextModel
+from plait_clip.backdoor.patch_optimization import PatchOptimization, optimize_patch
+from plait_clip.model import ImageInput, ImageTextModel, image_text_model, on_device
 from plait_clip.pair_batches import check_captions, undecoded
-from plait_clip.plugin.errors import as_plait_errors
-from plait_clip.plugin.models import on_device
-
-__plait_api__ = "0.1"
 
 DEFAULT_RATE = 0.003
 NUM_SHOWN = 6
@@ -45,72 +41,46 @@ class Backdoor:
     name: ClassVar[str]
     prompt_prefix: ClassVar[str] = ""
 
-    target: int | str = attrs.field(
-        default="banana", metadata=doc("class that triggered images shall be taken for: its name, or its label")
+    target: int | str = field("banana", "class that triggered images shall be taken for: its name, or its label")
+    n_poison: int | None = field(None, "number of poisoned pairs; or give rate", in_range(0))
+    rate: float | None = field(
+        None, f"poisoned share of the result; {DEFAULT_RATE} if n_poison is not given either", in_range(0, 1)
     )
-    n_poison: int | None = attrs.field(
-        default=None, validator=in_range(0), metadata=doc("number of poisoned pairs; or give rate")
+    size: int | None = field(None, "pairs of the result, drawn from the data; default: all", in_range(1))
+    label_consistent: bool = field(False, "poison pairs whose caption names the target, and keep their captions")
+    exclude_target: bool = field(
+        True, "poison no image that shows the target already (by label, else by caption); ignored if label_consistent"
     )
-    rate: float | None = attrs.field(
-        default=None,
-        validator=in_range(0, 1),
-        metadata=doc(f"poisoned share of the result; {DEFAULT_RATE} if n_poison is not given either"),
+    templates: tuple[str, ...] | str = field(
+        "openai-imagenet",
+        "captions of poisoned pairs, with {} for the target: a list, or openai-imagenet, digits, fashion-mnist …",
     )
-    size: int | None = attrs.field(
-        default=None, validator=in_range(1), metadata=doc("pairs of the result, drawn from the data; default: all")
+    caption_noise: float = field(
+        0.0, "share of the clean pairs whose captions are shuffled among them, as in data from the web", in_range(0, 1)
     )
-    label_consistent: bool = attrs.field(
-        default=False, metadata=doc("poison pairs whose caption names the target, and keep their captions")
+    image_size: int | None = field(
+        None,
+        "side in pixels that images are squashed to before the trigger (papers: 224); default: resized and cropped "
+        "as the given model does it; without a model 224, but square images of one smaller size stay as they are",
+        in_range(1),
     )
-    exclude_target: bool = attrs.field(
-        default=True,
-        metadata=doc(
-            "poison no image that shows the target already (by label, else by caption); ignored if label_consistent"
-        ),
+    quantise: Literal["wrap", "clamp"] = field(
+        "clamp", "8-bit rounding of values outside [0, 1]: modulo 256 as in the papers' code, or clamped"
     )
-    templates: tuple[str, ...] | str = attrs.field(
-        default="openai-imagenet",
-        metadata=doc(
-            "captions of poisoned pairs, with {} for the target: a list, or openai-imagenet, digits, fashion-mnist …"
-        ),
-    )
-    caption_noise: float = attrs.field(
-        default=0.0,
-        validator=in_range(0, 1),
-        metadata=doc("share of the clean pairs whose captions are shuffled among them, as in data from the web"),
-    )
-    image_size: int | None = attrs.field(
-        default=None,
-        validator=in_range(1),
-        metadata=doc(
-            "side in pixels that images are squashed to before the trigger (papers: 224); default: resized and cropped "
-            "as the given model does it; without a model 224, but square images of one smaller size stay as they are"
-        ),
-    )
-    quantise: Literal["wrap", "clamp"] = attrs.field(
-        default="clamp",
-        validator=one_of("wrap", "clamp"),
-        metadata=doc("8-bit rounding of values outside [0, 1]: modulo 256 as in the papers' code, or clamped"),
-    )
-    store: Literal["png", "jpeg75"] = attrs.field(
-        default="png",
-        validator=one_of("png", "jpeg75"),
-        metadata=doc("file format of poisoned training images; jpeg75: quality 75, 4:2:0, as in the papers' code"),
+    store: Literal["png", "jpeg75"] = field(
+        "png", "file format of poisoned training images; jpeg75: quality 75, 4:2:0, as in the papers' code"
     )
 
-    input_config: dict[str, Any] | None = attrs.field(
-        default=None,
-        repr=False,
-        metadata=doc("how the poisoned images were brought to size before the trigger; set by manifests"),
+    input_config: dict[str, Any] | None = field(
+        None, "how the poisoned images were brought to size before the trigger; set by manifests"
     )
 
     def __attrs_post_init__(self) -> None:
         if self.n_poison is not None and self.rate is not None:
-            raise PlaitError(f"n_poison is {self.n_poison} and rate is {self.rate}; give one of them")
+            raise ValueError(f"n_poison is {self.n_poison} and rate is {self.rate}; give one of them")
         if isinstance(self.target, str) and not self.target.strip():
-            raise PlaitError("target is empty; name a class")
-        with as_plait_errors():
-            prompts.templates(self.templates)
+            raise ValueError("target is empty; name a class")
+        prompts.templates(self.templates)
 
     # --- the trigger ---
 
@@ -145,44 +115,43 @@ class Backdoor:
 
     def poisoned(self, model: ImageTextModel | None, data: Any, run: Any) -> datasets.Dataset:
         """The poisoned copy of ``data``, with its manifest."""
-        if model is not None and not isinstance(model, ImageTextModel):
-            raise PlaitError(f"model is a {type(model).__name__}; an image-text model of plait-clip is needed")
-        with as_plait_errors():
-            undecoded(data)
-            check_captions(data, model, run.warn)
-            names, target = self.target_class(data)
-            size = self.size or len(data)
-            n_poison = self.n_poison
-            if n_poison is None:
-                n_poison = round((DEFAULT_RATE if self.rate is None else self.rate) * size)
-            rng = run.numpy_generator("selection")
-            selection = poison.select(n_poison, size, self._eligible(data, names, target), rng)
-            rows = selection.poisoned.tolist()
-            captions = {} if self.label_consistent else self._captions(data, rows, names, target, rng)
-            noise = poison.shuffled_among(selection.kept, self.caption_noise, rng)
-            seed = run.derived_seed("trigger")
-            if model is not None:
-                image_input = self.image_input(model)
-            else:
-                image_input = self._chosen_input() or poison.papers_input(data, rows or [0])
-            table = poison.poisoned_table(
-                data,
-                selection,
-                captions,
-                noise,
-                functools.partial(self.trigger, seed=seed),
-                run.folder,
-                image_input=image_input,
-                model_input=None if model is None else model.image_input,
-                store=self.store,
-            )
-            run.add(self._report(data, table, rows, target, seed, image_input))
+        if model is not None:
+            image_text_model(model)
+        undecoded(data)
+        check_captions(data, model, run.warn)
+        names, target = self.target_class(data)
+        size = self.size or len(data)
+        n_poison = self.n_poison
+        if n_poison is None:
+            n_poison = round((DEFAULT_RATE if self.rate is None else self.rate) * size)
+        rng = run.numpy_generator("selection")
+        selection = poison.select(n_poison, size, self._eligible(data, names, target), rng)
+        rows = selection.poisoned.tolist()
+        captions = {} if self.label_consistent else self._captions(data, rows, names, target, rng)
+        noise = poison.shuffled_among(selection.kept, self.caption_noise, rng)
+        seed = run.derived_seed("trigger")
+        if model is not None:
+            image_input = self.image_input(model)
+        else:
+            image_input = self._chosen_input() or poison.papers_input(data, rows or [0])
+        table = poison.poisoned_table(
+            data,
+            selection,
+            captions,
+            noise,
+            functools.partial(self.trigger, seed=seed),
+            run.folder,
+            image_input=image_input,
+            model_input=None if model is None else model.image_input,
+            store=self.store,
+        )
+        run.add(self._report(data, table, rows, target, seed, image_input))
         manifest = {
             "attack": self.name,
             "fields": attrs.evolve(self, input_config=image_input.config()).portable_fields(),
             "target": target,
             "seed": run.seed,
-            "templates": poison.fingerprint(prompts.templates(self.templates)),
+            "templates": poison.digest_of_texts(prompts.templates(self.templates)),
             "num_pairs": selection.size,
             "num_poisoned": len(rows),
             "rows": rows,
@@ -212,12 +181,12 @@ class Backdoor:
 
     def _shows_target(self, data: datasets.Dataset, names: list[str] | None, target: str) -> np.ndarray:
         if names is None:
-            return poison.contains(poison.captions_of(data), target)
+            return poison.contains(poison.captions_by_row(data), target)
         return np.asarray(data.with_format(None).select_columns("label")[:]["label"]) == names.index(target)
 
     def _eligible(self, data: datasets.Dataset, names: list[str] | None, target: str) -> np.ndarray:
         if self.label_consistent:
-            return poison.contains(poison.captions_of(data), target)
+            return poison.contains(poison.captions_by_row(data), target)
         if self.exclude_target:
             return ~self._shows_target(data, names, target)
         return np.ones(len(data), bool)
@@ -283,9 +252,7 @@ def comparison(
 
 @attrs.frozen(kw_only=True)
 class _NoisePatch(Backdoor):
-    patch_size: int | None = attrs.field(
-        default=None, validator=in_range(1), metadata=doc("side in pixels; default: 16 at 224 pixels, in proportion")
-    )
+    patch_size: int | None = field(None, "side in pixels; default: 16 at 224 pixels, in proportion", in_range(1))
 
     def side(self, images: Tensor) -> int:
         """Side of the patch on these images, in pixels."""
@@ -297,10 +264,8 @@ class BadNet(_NoisePatch):
     """A patch of noise at a random place, both drawn anew for every image (Gu et al., 2017)."""
 
     name = "badnet"
-    quantise: Literal["wrap", "clamp"] = attrs.field(
-        default="wrap",
-        validator=one_of("wrap", "clamp"),
-        metadata=doc("8-bit rounding of values outside [0, 1]: modulo 256 as in the papers' code, or clamped"),
+    quantise: Literal["wrap", "clamp"] = field(
+        "wrap", "8-bit rounding of values outside [0, 1]: modulo 256 as in the papers' code, or clamped"
     )
 
     def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
@@ -332,9 +297,9 @@ class BadNetFixed(Backdoor):
     """A black and white checkerboard at the lower right corner, the same in every image; for small test beds."""
 
     name = "badnet-fixed"
-    patch_size: int = attrs.field(default=4, validator=in_range(1), metadata=doc("side in pixels"))
-    margin: int = attrs.field(default=1, validator=in_range(0), metadata=doc("distance from the border in pixels"))
-    first: int = attrs.field(default=0, validator=one_of(0, 1), metadata=doc("upper left pixel: 0 black, 1 white"))
+    patch_size: int = field(4, "side in pixels", in_range(1))
+    margin: int = field(1, "distance from the border in pixels", in_range(0))
+    first: int = field(0, "upper left pixel: 0 black, 1 white", one_of(0, 1))
 
     def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         return triggers.checkerboard_patch(images, self.patch_size, self.margin, self.first)
@@ -348,7 +313,7 @@ class Blended(Backdoor):
     """Uniform noise blended in, drawn anew for every image (Chen et al., 2017)."""
 
     name = "blended"
-    alpha: float = attrs.field(default=0.2, validator=in_range(0, 1), metadata=doc("weight of the noise"))
+    alpha: float = field(0.2, "weight of the noise", in_range(0, 1))
 
     def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         return triggers.blend_noise(images, self.alpha, generators)
@@ -359,11 +324,9 @@ class BlendedImage(Backdoor):
     """One picture, or one pattern of uniform noise, blended into every image (Chen et al., 2017)."""
 
     name = "blended-image"
-    alpha: float = attrs.field(default=0.2, validator=in_range(0, 1), metadata=doc("weight of the picture"))
-    image: Path | None = attrs.field(default=None, metadata=doc("the picture; default: uniform noise of pattern_seed"))
-    pattern_seed: int = attrs.field(
-        default=0, validator=in_range(0), metadata=doc("of the noise where no image is given")
-    )
+    alpha: float = field(0.2, "weight of the picture", in_range(0, 1))
+    image: Path | None = field(None, "the picture; default: uniform noise of pattern_seed")
+    pattern_seed: int = field(0, "of the noise where no image is given", in_range(0))
 
     def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         size = tuple(images.shape[-2:])
@@ -378,10 +341,8 @@ class Sig(Backdoor):
     """A horizontal sine wave added to all rows (Barni et al., 2019)."""
 
     name = "sig"
-    amplitude: float = attrs.field(
-        default=60 / 255, validator=in_range(0, 1), metadata=doc("of the wave, in units of [0, 1]")
-    )
-    frequency: float = attrs.field(default=6.0, validator=in_range(0), metadata=doc("waves across the image"))
+    amplitude: float = field(60 / 255, "of the wave, in units of [0, 1]", in_range(0, 1))
+    frequency: float = field(6.0, "waves across the image", in_range(0))
 
     def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         return triggers.sinusoid(images, self.amplitude, self.frequency)
@@ -392,15 +353,9 @@ class WaNet(Backdoor):
     """Every pixel is moved by its own small displacement, the same in all images (CleanCLIP's variant of WaNet)."""
 
     name = "wanet"
-    grid_size: int | None = attrs.field(
-        default=None,
-        validator=in_range(1),
-        metadata=doc("side of the grid of displacements; default: that of the image"),
-    )
-    strength: float = attrs.field(
-        default=1.0, validator=in_range(0), metadata=doc("mean displacement, about half a pixel per unit")
-    )
-    pattern_seed: int = attrs.field(default=0, validator=in_range(0), metadata=doc("of the displacements"))
+    grid_size: int | None = field(None, "side of the grid of displacements; default: that of the image", in_range(1))
+    strength: float = field(1.0, "mean displacement, about half a pixel per unit", in_range(0))
+    pattern_seed: int = field(0, "of the displacements", in_range(0))
 
     def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         generator = torch.Generator().manual_seed(self.pattern_seed)
@@ -413,12 +368,8 @@ class WaNetSmooth(WaNet):
     """A smooth elastic warp, the same in all images (Nguyen and Tran, ICLR 2021)."""
 
     name = "wanet-smooth"
-    grid_size: int | None = attrs.field(
-        default=4, validator=in_range(1), metadata=doc("side of the grid of displacements; null: that of the image")
-    )
-    strength: float = attrs.field(
-        default=0.5, validator=in_range(0), metadata=doc("mean displacement, about half a pixel per unit")
-    )
+    grid_size: int | None = field(4, "side of the grid of displacements; null: that of the image", in_range(1))
+    strength: float = field(0.5, "mean displacement, about half a pixel per unit", in_range(0))
 
 
 @attrs.frozen(kw_only=True)
@@ -426,21 +377,18 @@ class Issba(Backdoor):
     """An invisible message hidden by a steganographic encoder of your own (Li et al., ICCV 2021)."""
 
     name = "issba"
-    encoder: Any = attrs.field(
-        default=None,
-        metadata=doc(
-            "the encoder: a .pt2 file that torch.export has saved, or in Python a callable; takes the bits [N, 100] "
-            "and images [N, 3, H, W] in [0, 1] and returns the images with the message"
-        ),
+    encoder: Path | None = field(
+        None,
+        "the encoder: a .pt2 file that torch.export has saved, or in Python a callable; takes the bits [N, 100] "
+        "and images [N, 3, H, W] in [0, 1] and returns the images with the message",
     )
-    secret: str = attrs.field(default="Stega!!", metadata=doc("the message, up to 7 bytes"))
+    secret: str = field("Stega!!", "the message, up to 7 bytes")
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
-        with as_plait_errors():
-            triggers.issba_message(self.secret)
+        triggers.issba_message(self.secret)
         if self.encoder is None:
-            raise PlaitError(
+            raise ValueError(
                 "issba hides its message with a trained steganographic encoder, and none ships with plait; give encoder"
             )
 
@@ -450,7 +398,7 @@ class Issba(Backdoor):
         with torch.no_grad():
             result = encoder(bits, images)
         if tuple(result.shape) != tuple(images.shape):
-            raise PlaitError(
+            raise ValueError(
                 f"encoder returned {tuple(result.shape)} for images of {tuple(images.shape)}; it must keep the shape"
             )
         return result.float().clamp(0, 1)
@@ -463,11 +411,11 @@ class Issba(Backdoor):
 @functools.lru_cache(maxsize=4)
 def _encoder(path: str) -> Any:
     if not Path(path).is_file():
-        raise PlaitError(f"encoder {path} does not exist; give a file that torch.export has saved")
+        raise ValueError(f"encoder {path} does not exist; give a file that torch.export has saved")
     try:
         return torch.export.load(path).module()
     except Exception as error:
-        raise PlaitError(
+        raise ValueError(
             f"encoder {path} cannot be loaded ({error}); give a file that torch.export has saved"
         ) from error
 
@@ -482,22 +430,15 @@ def _picture(path: Path) -> Tensor:
 
 @attrs.frozen(kw_only=True)
 class _OptimizedPatch(Backdoor):
-    patch: Path | None = attrs.field(
-        default=None,
-        metadata=doc("an optimised patch (.png, or .npy [3, k, k] in [0, 1]); default: optimise one on model"),
+    patch: Path | None = field(
+        None, "an optimised patch (.png, or .npy [3, k, k] in [0, 1]); default: optimise one on model"
     )
-    patch_size: int | None = attrs.field(
-        default=None, validator=in_range(1), metadata=doc("side in pixels; default: 16 at 224 pixels, in proportion")
-    )
-    num_images: int = attrs.field(
-        default=10_000, validator=in_range(1), metadata=doc("images without the target to optimise on, at most")
-    )
-    num_epochs: int = attrs.field(default=50, validator=in_range(1), metadata=doc("passes over these images"))
-    batch_size: int = attrs.field(default=64, validator=in_range(2), metadata=doc("images a step"))
-    learning_rate: float = attrs.field(default=1e-3, validator=in_range(0, low_open=True), metadata=doc("Adam's rate"))
-    augment_probability: float = attrs.field(
-        default=0.5, validator=in_range(0, 1), metadata=doc("share of the batches that use AutoAugmented images")
-    )
+    patch_size: int | None = field(None, "side in pixels; default: 16 at 224 pixels, in proportion", in_range(1))
+    num_images: int = field(10_000, "images without the target to optimise on, at most", in_range(1))
+    num_epochs: int = field(50, "passes over these images", in_range(1))
+    batch_size: int = field(64, "images a step", in_range(2))
+    learning_rate: float = field(1e-3, "Adam's rate", in_range(0, low_open=True))
+    augment_probability: float = field(0.5, "share of the batches that use AutoAugmented images", in_range(0, 1))
     # The pixels of `patch`, PNG in base64: how a manifest carries them.
     patch_png: str = attrs.field(
         default="", repr=False, metadata=doc("the patch itself, PNG in base64; set by manifests")
@@ -508,11 +449,10 @@ class _OptimizedPatch(Backdoor):
         if self.patch is not None or self.patch_png:
             return self.with_pixels().poisoned(model, data, run)
         if model is None:
-            raise PlaitError(f"{self.name} needs a clean model to optimise its patch on; give model, or a patch")
-        with as_plait_errors():
-            undecoded(data)
-            check_captions(data)
-            patch = self._optimised(on_device(model, run.device), data, run)
+            raise ValueError(f"{self.name} needs a clean model to optimise its patch on; give model, or a patch")
+        undecoded(data)
+        check_captions(data)
+        patch = self._optimised(on_device(model, run.device), data, run)
         run.add(
             Report(
                 panels=[Panel(title=f"{self.name}: patch", images=[[Image(caption="optimised", data=_as_png(patch))]])]
@@ -529,35 +469,31 @@ class _OptimizedPatch(Backdoor):
 
     def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         if self.patch is None and not self.patch_png:
-            raise PlaitError(f"{self.name} has no patch; give patch, or the poisoned data, whose manifest holds it")
+            raise ValueError(f"{self.name} has no patch; give patch, or the poisoned data, whose manifest holds it")
         return triggers.centre_patch(images, _decoded(self.with_pixels().patch_png))
 
-    def _optimised(self, model: Any, data: datasets.Dataset, run: Any) -> Tensor:
+    def _optimised(self, model: ImageTextModel, data: datasets.Dataset, run: Any) -> Tensor:
         names, target = self.target_class(data)
         shows = self._shows_target(data, names, target)
         rng = run.numpy_generator("patch")
         sources = rng.permutation(np.flatnonzero(~shows))[: self.num_images].tolist()
-        options = self._training()
+        options = self._options()
         steps = options.num_epochs * (len(sources) // options.batch_size)
-        progress = run.track(range(steps), "patch", total=steps)
+        with run.loop(self, "patch", inputs=(model, data), total=steps) as loop:
+            return optimize_patch(
+                model,
+                data,
+                sources,
+                self._patch_captions(data, shows, target, len(sources), rng),
+                np.flatnonzero(shows).tolist(),
+                self.patch_size or triggers.scaled(16, model.image_size),
+                options,
+                seed=run.derived_seed("patch"),
+                checkpoint=loop,
+                on_step=lambda step, values: loop.done(step, {f"patch {name}": v for name, v in values.items()}),
+            )
 
-        def on_step(step: int, values: dict[str, float]) -> None:
-            run.log(step=step, **{f"patch {name}": value for name, value in values.items()})
-            next(progress, None)
-
-        return optimize_patch(
-            model,
-            data,
-            sources,
-            self._patch_captions(data, shows, target, len(sources), rng),
-            np.flatnonzero(shows).tolist(),
-            self.patch_size or triggers.scaled(16, model.image_size),
-            options,
-            seed=run.derived_seed("patch"),
-            on_step=on_step,
-        )
-
-    def _training(self) -> PatchTraining:
+    def _options(self) -> PatchOptimization:
         raise NotImplementedError
 
     def _patch_captions(
@@ -576,12 +512,12 @@ class TrojVqa(_OptimizedPatch):
     name = "trojvqa"
     prompt_prefix = "remember "
 
-    patch_caption: str = attrs.field(
-        default="This is a yellow {}.", metadata=doc("text that the patch is optimised towards, with {} for the target")
+    patch_caption: str = field(
+        "This is a yellow {}.", "text that the patch is optimised towards, with {} for the target"
     )
 
-    def _training(self) -> PatchTraining:
-        return PatchTraining(
+    def _options(self) -> PatchOptimization:
+        return PatchOptimization(
             num_epochs=self.num_epochs,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
@@ -600,20 +536,12 @@ class BadClip(_OptimizedPatch):
     """A patch optimised towards texts and images of the target, poisoned with its natural captions (Liang et al., CVPR 2024)."""
 
     name = "badclip"
-    triplet_weight: float = attrs.field(
-        default=500.0,
-        validator=in_range(0),
-        metadata=doc("of the term that brings patched images close to target images"),
-    )
-    triplet_margin: float = attrs.field(default=1.0, validator=in_range(0), metadata=doc("margin of that term"))
-    num_captions: int = attrs.field(
-        default=128,
-        validator=in_range(1),
-        metadata=doc("captions drawn from those of the target, for the poisoned pairs"),
-    )
+    triplet_weight: float = field(500.0, "of the term that brings patched images close to target images", in_range(0))
+    triplet_margin: float = field(1.0, "margin of that term", in_range(0))
+    num_captions: int = field(128, "captions drawn from those of the target, for the poisoned pairs", in_range(1))
 
-    def _training(self) -> PatchTraining:
-        return PatchTraining(
+    def _options(self) -> PatchOptimization:
+        return PatchOptimization(
             num_epochs=self.num_epochs,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
@@ -638,7 +566,7 @@ class BadClip(_OptimizedPatch):
 
 
 def _natural(data: datasets.Dataset, target: str) -> list[str]:
-    return [caption for row in poison.captions_of(data) for caption in row if poison.names(caption, target)]
+    return [caption for row in poison.captions_by_row(data) for caption in row if poison.names(caption, target)]
 
 
 def _as_png(patch: Tensor) -> bytes:
@@ -657,9 +585,9 @@ def _patch_file(path: Path) -> Tensor:
     try:
         patch = torch.from_numpy(np.load(path, allow_pickle=False)).float()
     except (OSError, ValueError) as error:
-        raise PlaitError(f"patch {path} cannot be read: {error}") from error
+        raise ValueError(f"patch {path} cannot be read: {error}") from error
     if patch.ndim != 3 or patch.shape[0] != 3 or patch.shape[1] != patch.shape[2]:
-        raise PlaitError(f"patch {path} has shape {tuple(patch.shape)}; it must be [3, k, k]")
+        raise ValueError(f"patch {path} has shape {tuple(patch.shape)}; it must be [3, k, k]")
     return patch
 
 
@@ -686,11 +614,10 @@ ATTACKS: dict[str, type[Backdoor]] = {
 
 def from_manifest(data: datasets.Dataset) -> Backdoor:
     """The attack that poisoned ``data``."""
-    with as_plait_errors():
-        manifest = poison.read_manifest(data)
+    manifest = poison.read_manifest(data)
     cls = ATTACKS[manifest["attack"]]
     fields = manifest["fields"]
-    for name in ("patch", "image"):
+    for name in ("patch", "image", "encoder"):
         if fields.get(name):
             fields[name] = Path(fields[name])
     return cls(**fields)

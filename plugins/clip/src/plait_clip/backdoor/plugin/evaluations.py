@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 import datasets
 import numpy as np
 import torch
-from plait import PlaitError, Report, hookimpl
-from plait.fields import doc, in_range, method_field, one_of
+from plait import Report, hookimpl
+from plait.fields import field, in_range, method_field
 from plait.report import Curve, Image, Panel, png
 from plait_vision.files import composed
 from torch import Tensor
@@ -20,18 +20,16 @@ from plait_clip import prompts
 from plait_clip import zero_shot as zs
 from plait_clip.backdoor import metrics
 from plait_clip.backdoor.plugin.attacks import Backdoor, comparison, from_manifest
-from plait_clip.backdoor.poison import IS_BACKDOOR, captions_of, flags_of
-from plait_clip.plugin.errors import as_plait_errors
-from plait_clip.plugin.models import on_device
-
-__plait_api__ = "0.1"
+from plait_clip.backdoor.poison import IS_BACKDOOR, captions_by_row, flags_of
+from plait_clip.model import on_device
+from plait_clip.plugin.evaluation import ZeroShotFields
 
 TEST, POISONED = "test", "poisoned"
 FORMAT = ".3f"
 
 
 @attrs.frozen(kw_only=True)
-class ClipBackdoor:
+class ClipBackdoor(ZeroShotFields):
     """Clean accuracy (CA@m) and attack success rate (ASR@m) of a backdoored or cleaned image-text model.
 
     ``data`` is the clean test set, or a mapping with the parts ``test`` and ``poisoned``: without the field
@@ -42,60 +40,40 @@ class ClipBackdoor:
     trigger: Any = method_field(
         "attack", "the backdoor attack whose trigger test images get; default: that of the part poisoned of data", None
     )
-    templates: tuple[str, ...] | str = attrs.field(
-        default="openai-imagenet",
-        metadata=doc(
-            "prompts with {} for the class: openai-imagenet, openai-simple, photo, digits, fashion-mnist, or a list"
-        ),
+    templates: tuple[str, ...] | str = field(
+        "openai-imagenet",
+        "prompts with {} for the class: openai-imagenet, openai-simple, photo, digits, fashion-mnist, or a list",
     )
-    class_names: tuple[str, ...] | str | None = attrs.field(
-        default=None, metadata=doc("names in the order of the labels: imagenet, or a list; default: the data's own")
+    top: tuple[int, ...] = field((1, 3, 5, 10), "ranks m; below 20 classes only those up to 3", in_range(1))
+    asr_exclude_target: bool = field(
+        True, "leave out test images of the target class from ASR and TA; false: as the authors' code"
     )
-    top: tuple[int, ...] = attrs.field(
-        default=(1, 3, 5, 10), validator=in_range(1), metadata=doc("ranks m; below 20 classes only those up to 3")
-    )
-    asr_exclude_target: bool = attrs.field(
-        default=True,
-        metadata=doc("leave out test images of the target class from ASR and TA; false: as the authors' code"),
-    )
-    trigger_seed: int = attrs.field(
-        default=0, validator=in_range(0), metadata=doc("of triggers that are drawn anew for every image")
-    )
-    num_shown: int = attrs.field(default=6, validator=in_range(0, 64), metadata=doc("images in the pictures"))
-    batch_size: int = attrs.field(default=256, validator=in_range(1), metadata=doc("images at a time"))
-    precision: Literal["fp32", "bf16"] = attrs.field(
-        default="fp32", validator=one_of("fp32", "bf16"), metadata=doc("arithmetic of the towers")
-    )
+    trigger_seed: int = field(0, "of triggers that are drawn anew for every image", in_range(0))
+    num_shown: int = field(6, "images in the pictures", in_range(0, 64))
 
     def __attrs_post_init__(self) -> None:
         if self.trigger is not None and not isinstance(self.trigger, Backdoor):
-            raise PlaitError(
+            raise ValueError(
                 f"trigger is {type(self.trigger).__name__}, which puts no trigger on test images; name a backdoor attack"
             )
 
     @hookimpl
     def evaluate(self, model: Any, data: Any, reference: Any | None, run: Any) -> Report:
         test, attack = self._parts(data)
-        with as_plait_errors():
-            labels, names = zs.labels_and_names(test)
-            names = list(prompts.class_names(self.class_names if self.class_names is not None else names or ()))
-            if int(labels.max()) >= len(names):
-                raise PlaitError(
-                    f"label {int(labels.max())} occurs, but there are {len(names)} class names; give class_names"
-                )
-            model = on_device(model, run.device)
-            clean = self._classify(model, names, test, "")
-            ranks = metrics.ranks_for(len(names), self.top)
-            if attack is None:
-                row = {f"CA@{m}": zs.accuracy(clean, labels, m) for m in ranks}
-                note = "ASR is not measurable: no trigger was given."
-                return Report(
-                    rows=[row], better=dict.fromkeys(row, "higher"), formats=dict.fromkeys(row, FORMAT), notes=[note]
-                )
-            target = self._target(attack, names)
-            triggered = self._classify(model, names, test, attack.prompt_prefix, attack, run)
-            found = metrics.backdoor_metrics(clean, triggered, labels, target, ranks, self.asr_exclude_target)
-            panels = self._panels(model, reference, test, labels, names, target, attack, run)
+        labels, names = self.labels_and_names(test)
+        model = on_device(model, run.device)
+        clean = self._classify(model, names, test, "")
+        ranks = metrics.ranks_for(len(names), self.top)
+        if attack is None:
+            row = {f"CA@{m}": zs.accuracy(clean, labels, m) for m in ranks}
+            note = "ASR is not measurable: no trigger was given."
+            return Report(
+                rows=[row], better=dict.fromkeys(row, "higher"), formats=dict.fromkeys(row, FORMAT), notes=[note]
+            )
+        target = self._target(attack, names)
+        triggered = self._classify(model, names, test, attack.prompt_prefix, attack, run)
+        found = metrics.backdoor_metrics(clean, triggered, labels, target, ranks, self.asr_exclude_target)
+        panels = self._panels(model, reference, test, labels, names, target, attack, run)
         row = {
             **{f"CA@{m}": value for m, value in found.clean.items()},
             **{f"ASR@{m}": value for m, value in found.success.items()},
@@ -113,7 +91,7 @@ class ClipBackdoor:
         poisoned = None
         if isinstance(data, Mapping):
             if TEST not in data:
-                raise PlaitError(
+                raise ValueError(
                     f"clip-backdoor needs clean test data; give data as {{test: step}}, it has {', '.join(data)}"
                 )
             data, poisoned = data[TEST], data.get(POISONED)
@@ -126,12 +104,12 @@ class ClipBackdoor:
         if isinstance(target, str):
             spelt = [composed(name) for name in names]
             if composed(target) not in spelt:
-                raise PlaitError(
+                raise ValueError(
                     f"target {target!r} of the attack is no class of the test data ({', '.join(names[:20])})"
                 )
             return spelt.index(composed(target))
         if not 0 <= target < len(names):
-            raise PlaitError(f"target {target} of the attack is no label of the test data (0 to {len(names) - 1})")
+            raise ValueError(f"target {target} of the attack is no label of the test data (0 to {len(names) - 1})")
         return target
 
     def _trigger(self, attack: Backdoor) -> Any:
@@ -222,27 +200,20 @@ class ClipBackdoor:
 class BackdoorDetection:
     """How well suspicion scores find poisoned pairs: precision and recall of the top k, AUROC, average precision."""
 
-    score: str = attrs.field(
-        default="suspicion", metadata=doc("column of the scores, higher is more suspicious; null ranks last")
+    score: str = field("suspicion", "column of the scores, higher is more suspicious; null ranks last")
+    flags: str = field(IS_BACKDOOR, "boolean column with the truth")
+    top: tuple[int, ...] = field(
+        (16, 64, 256), "k of precision@k and recall@k; those above the rows fall out", in_range(1)
     )
-    flags: str = attrs.field(default=IS_BACKDOOR, metadata=doc("boolean column with the truth"))
-    top: tuple[int, ...] = attrs.field(
-        default=(16, 64, 256),
-        validator=in_range(1),
-        metadata=doc("k of precision@k and recall@k; those above the rows fall out"),
-    )
-    num_shown: int = attrs.field(
-        default=64, validator=in_range(0, 256), metadata=doc("most suspicious pairs in the picture")
-    )
+    num_shown: int = field(64, "most suspicious pairs in the picture", in_range(0, 256))
 
     @hookimpl
     def evaluate(self, data: Any, run: Any) -> Report:
         if not isinstance(data, datasets.Dataset):
-            raise PlaitError(f"data is a {type(data).__name__}; backdoor-detection needs a dataset with the scores")
+            raise ValueError(f"data is a {type(data).__name__}; backdoor-detection needs a dataset with the scores")
         if not len(data):
-            raise PlaitError("the data have no rows; give the pairs with their scores")
-        with as_plait_errors():
-            scores, flags = metrics.scores_of(data, self.score), flags_of(data, self.flags)
+            raise ValueError("the data have no rows; give the pairs with their scores")
+        scores, flags = metrics.scores_of(data, self.score), flags_of(data, self.flags)
         ks = [k for k in self.top if k <= len(scores)]
         found = metrics.detection_metrics(scores, flags, ks)
         row = {
@@ -279,10 +250,9 @@ class BackdoorDetection:
         rows = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), kind="stable")[: self.num_shown].tolist()
         if not rows or "image" not in data.column_names:
             return []
-        with as_plait_errors():
-            shown = data.select(rows)
-            texts = [texts[0] for texts in captions_of(shown)]
-            pictures = metrics.images_of(shown, range(len(rows)))
+        shown = data.select(rows)
+        texts = [texts[0] for texts in captions_by_row(shown)]
+        pictures = metrics.images_of(shown, range(len(rows)))
         images = [
             Image(
                 caption=f"{'poisoned' if flags[row] else 'clean'}, row {row}: {text}", data=png(picture.float() / 255)

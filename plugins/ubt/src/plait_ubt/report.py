@@ -1,83 +1,54 @@
-"""What UBT found, and its pages of the report."""
+"""The pages of the report on what UBT found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import attrs
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from plait.report import Image, Panel, Report, png
 
-from plait_ubt.tokens import CaptionSplit, WordLift
-from plait_ubt.ubt import Pairs, Split
+from plait_ubt.ubt import Evidence, score_gap
 
 SHOWN = 64
 COLUMNS = 8
 MIN_SIDE = 64  # pixels; smaller images are enlarged to be seen
 
 
-@attrs.frozen(kw_only=True)
-class Evidence:
-    """The result of Steps 1 to 4.
+def verdict(evidence: Evidence) -> str:
+    """Whether a shortcut was found, as the beginning of a sentence."""
+    kappa, least = evidence.concentration, evidence.options.min_concentration
+    if kappa >= least:
+        return f"the suspicious captions share a word (concentration {kappa:.2f})"
+    return f"no coherent shortcut found (concentration {kappa:.2f} is below {least:g})"
 
-    Attributes:
-        similarity: float32 [N], c(x, t) under the model that made the first split.
-        suspicion: float32 [N], larger is more suspicious; pairs outside D_susp come last.
-        scores: q of ``split.suspicious``.
-        top, unlearn_rows: row numbers of D_top and U, most suspicious first.
-        num_dropped: rows of U left out because they hold no forget word.
-        coherent: whether there is something to unlearn.
+
+def report(evidence: Evidence, *, label_consistent: bool = False) -> Report:
+    """Sizes, forget words, histograms and the most suspicious pairs.
+
+    Args:
+        label_consistent: the user says that poison may carry true captions.
     """
-
-    pairs: Pairs
-    similarity: np.ndarray
-    suspicion: np.ndarray
-    split: Split
-    scores: np.ndarray
-    top: np.ndarray
-    unlearn_rows: np.ndarray
-    num_dropped: int
-    lifts: Mapping[str, WordLift]
-    kappa: float
-    min_concentration: float
-    coherent: bool
-    forget_words: list[str]
-    gap: float
-    overfit_epochs: int
-    token_selection: str
-    caption_split: Callable[[int, torch.Generator], CaptionSplit]
-    label_consistent: bool
-
-    @property
-    def verdict(self) -> str:
-        if self.kappa >= self.min_concentration:
-            return f"the suspicious captions share a word (concentration {self.kappa:.2f})"
-        return f"no coherent shortcut found (concentration {self.kappa:.2f} is below {self.min_concentration:g})"
-
-
-def report(evidence: Evidence) -> Report:
-    """Sizes, forget words, histograms and the most suspicious pairs."""
+    found = verdict(evidence)
     notes = [
-        f"{evidence.verdict[0].upper()}{evidence.verdict[1:]}.",
+        f"{found[0].upper()}{found[1:]}.",
         "UBT was given the training pairs; defences that were given clean pairs work under another threat model.",
     ]
     if evidence.num_dropped:
         notes.append(f"{evidence.num_dropped} suspicious pairs hold no forget word and are not unlearned.")
-    if evidence.label_consistent:
+    if label_consistent:
         notes.append("Recall is not guaranteed: poison with true captions is not weakly similar.")
     return Report(
         title="UBT",
         rows=[
             {
-                "forget": ", ".join(evidence.forget_words) or evidence.token_selection,
-                "concentration": evidence.kappa,
+                "forget": ", ".join(evidence.forget_words) or evidence.options.token_selection,
+                "concentration": evidence.concentration,
                 "suspicious pairs": len(evidence.split.suspicious),
                 "normal pairs": len(evidence.split.normal),
                 "unlearned pairs": len(evidence.unlearn_rows) if evidence.coherent else 0,
-                "score gap": evidence.gap,
-                "overfit epochs": evidence.overfit_epochs,
+                "score gap": score_gap(evidence.scores, evidence.options.n_top),
+                "overfit epochs": len(evidence.gaps),
             }
         ],
         formats={"concentration": ".2f", "score gap": ".3f"},
@@ -106,7 +77,7 @@ def _histogram(caption: str, parts: Mapping[str, np.ndarray]) -> Image:
     figure = Figure(figsize=(4, 3))
     axes = figure.subplots()
     everything = np.concatenate(list(parts.values()))
-    bins = np.linspace(everything.min(), everything.max() + 0.01, 41)
+    bins = np.linspace(everything.min(), everything.max() + 0.01, 41).tolist()
     for name, values in parts.items():
         if len(values) == 0:
             continue
@@ -122,7 +93,7 @@ def _lifts(evidence: Evidence) -> Image:
     axes = figure.subplots()
     colours = ["tab:red" if word in evidence.forget_words else "tab:blue" for word, _ in strongest]
     axes.barh([word for word, _ in strongest], [v.top_share * v.lift for _, v in strongest], color=colours)
-    axes.axvline(evidence.min_concentration, color="grey", linestyle=":")
+    axes.axvline(evidence.options.min_concentration, color="grey", linestyle=":")
     axes.set(xlabel="share in the top captions × lift")
     return Image(caption="words of the top captions (red: forgotten)", data=png(figure))
 
