@@ -19,6 +19,7 @@ Place = tuple[int, int]
 KeyPath = tuple[str | int, ...]
 MAX_NODES = 100_000
 MAX_DEPTH = 50
+MERGE = "<<"
 
 
 class _Loader(yaml.SafeLoader):
@@ -172,7 +173,7 @@ def _build_mapping(
         except UnicodeError:
             problems.append(f"{at}: the key holds half of a character (a lone surrogate)")
             continue
-        if key == "<<" and key_node.style is None:
+        if key == MERGE and key_node.style is None and not _are_texts(value_node):
             merged = {**_merged(loader, value_node, path, places, problems, name), **merged}
             continue
         if key in result:
@@ -182,6 +183,12 @@ def _build_mapping(
         places[(*path, key)] = (line, column)
         result[key] = _build(loader, value_node, (*path, key), places, problems, name)
     return {**merged, **result}
+
+
+def _are_texts(node: yaml.Node) -> bool:
+    """Whether ``<<`` names things to be merged later, by their names."""
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    return bool(nodes) and all(isinstance(n, yaml.ScalarNode) and n.tag == "tag:yaml.org,2002:str" for n in nodes)
 
 
 def _merged(

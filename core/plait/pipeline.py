@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 
 from plait.configuration import configure
-from plait.document import Document, KeyPath, parse, read
+from plait.document import MERGE, Document, KeyPath, parse, read
 from plait.each import KEY as EACH
 from plait.each import EachError, Family, expanded, member_of
 from plait.errors import ConfigurationError, PipelineError, PlaitError, nearest
@@ -567,7 +567,13 @@ def _parse_reference(name: str, value: Any, cell: _Resolved, path: KeyPath, prob
     if isinstance(value, list) and value:
         return [_parse_reference(name, item, cell, (*path, i), problems) for i, item in enumerate(value)]
     if isinstance(value, dict) and value:
-        return {str(key): _parse_reference(name, item, cell, (*path, key), problems) for key, item in value.items()}
+        made: dict[str, Any] = {}
+        for key, item in value.items():
+            if key == MERGE:
+                made |= _parse_merged(name, item, cell, (*path, key), problems)
+            else:
+                made[str(key)] = _parse_reference(name, item, cell, (*path, key), problems)
+        return made
     if not isinstance(value, str) or not all(value.split(".")):
         problems.add(path, f"step {name}: {value!r} names no step; write step or step.split")
         return Reference("")
@@ -578,6 +584,18 @@ def _parse_reference(name: str, value: Any, cell: _Resolved, path: KeyPath, prob
         known = [*(n for n in cell.steps if n not in cell.family_of), *cell.families]
         problems.add(path, f"step {name}: there is no step {step!r}{nearest(step, known)}")
     return Reference(step, tuple(part))
+
+
+def _parse_merged(name: str, value: Any, cell: _Resolved, path: KeyPath, problems: _Problems) -> dict[str, Any]:
+    """``<<: noisy`` or ``<<: [noisy, dark.*.test]`` in a mapping: all members of steps with ``each``."""
+    found: dict[str, Any] = {}
+    for item in value if isinstance(value, list) else [value]:
+        members = _parse_reference(name, item, cell, path, problems)
+        if isinstance(members, dict):
+            found |= members
+        else:
+            problems.add(path, f"step {name}: << merges the members of steps with each, and {item} is a single result")
+    return found
 
 
 def _parse_member(name: str, family: Family, part: Sequence[str], path: KeyPath, problems: _Problems) -> Any:

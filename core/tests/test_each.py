@@ -32,6 +32,7 @@ steps:
   one: {evaluate: "./toy.py:Mean", from: {data: {just: again.2.5}}}
   all: {evaluate: "./toy.py:Mean", from: {data: more}}
   parts: {evaluate: "./toy.py:Mean", from: {data: "sources.*.test"}}
+  beside: {evaluate: "./toy.py:Mean", from: {data: {before: numbers.train, <<: [more, sources.*.test]}}}
   every:
     each: {amount: [1, 2.5]}
     evaluate: "./toy.py:Mean"
@@ -60,6 +61,7 @@ def test_members_are_gathered_inside_a_cell(place):
     assert result["again.1[scale=2.0]"] == pytest.approx([x + 2 for x in numbers])
     assert [row[0] for row in result.tables["all"].rows] == [("1.0", "1"), ("1.0", "2.5"), ("2.0", "1"), ("2.0", "2.5")]
     assert {texts[1] for texts, _ in result.tables["parts"].rows} == {"uniform", "normal"}
+    assert [texts[1] for texts, _ in result.tables["beside"].rows][:5] == ["before", "1", "2.5", "uniform", "normal"]
     table = result.tables["every"]
     assert table.index == ["scale", "amount", "name"]
     mean = sum(numbers) / len(numbers)
@@ -71,9 +73,9 @@ def test_another_value_runs_nothing_anew(place):
     plait.run("p.yaml")
     plan = make_plan(load_pipeline("p.yaml", ["steps.more.each.amount=[1, 2.5, 4]"]))
     missing = {task.label for task in plan.tasks if not Store().has(task.key)}
-    assert missing == {f"{name}[scale={scale}]" for name in ("more.4", "all") for scale in ("1.0", "2.0")}
+    assert missing == {f"{name}[scale={scale}]" for name in ("more.4", "all", "beside") for scale in ("1.0", "2.0")}
     fewer = make_plan(load_pipeline("p.yaml", ["steps.sources.each.kind=[normal]", "matrix.scale=[1.0]"]))
-    assert {t.label for t in fewer.tasks if not Store().has(t.key)} == {"parts[scale=1.0]"}
+    assert {t.label for t in fewer.tasks if not Store().has(t.key)} == {"parts[scale=1.0]", "beside[scale=1.0]"}
 
 
 def test_members_have_streams_of_their_own(place):
@@ -128,6 +130,7 @@ STEP = 'plait: 1\nsteps:\n  n:\n    each: {%s}\n    load-data: "./toy.py:Numbers
         ("size: [2, 0]", "n", "q.yaml:6:12: step n.0: size is 0; allowed is [1, 1000]"),
         ("size: [2, 3]", "m", "step t: there is no step 'm'"),
         ("size: '${matrix.none}'", "n", "none"),
+        ("size: [2, 3]", "{<<: n.2}", "step t: << merges the members of steps with each, and n.2 is a single result"),
     ],
 )
 def test_mistakes_have_their_place(workplace, each, data, sentence):
@@ -136,7 +139,7 @@ def test_mistakes_have_their_place(workplace, each, data, sentence):
 
 def test_each_in_the_schema_and_in_plan(place):
     import jsonschema
-    import yaml
+    from plait.document import parse
     from plait.schema import pipeline_schema
 
-    jsonschema.validate(yaml.safe_load(PIPELINE), pipeline_schema())
+    jsonschema.validate(parse(PIPELINE).data, pipeline_schema())
