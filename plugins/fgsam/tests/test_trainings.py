@@ -4,6 +4,7 @@ import subprocess
 import sys
 from functools import partial
 
+import plait
 import pytest
 import torch
 import torch_geometric.nn as pyg
@@ -139,7 +140,7 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize("stop_at", [10, 13])
 @pytest.mark.parametrize("method", [FGSAMPlusTraining, ESAMTraining])
-def test_killed_training_goes_on_bit_for_bit(method, stop_at, graph):
+def test_killed_training_resumes_bit_for_bit(method, stop_at, graph):
     model = Gnn().load_model(graph, Run())
     training = method(num_steps=19, checkpoint_every=5)
     run = Run(seed=5)
@@ -154,7 +155,7 @@ def test_killed_training_goes_on_bit_for_bit(method, stop_at, graph):
     assert same(whole, training.optimize(model, graph, Run(seed=5, folder=run.folder)))
 
 
-def test_history_tells_the_kind_of_update_and_the_cosine(graph):
+def test_history_has_the_kind_of_update_and_the_cosine(graph):
     model = Gnn().load_model(graph, Run())
     history = FGSAMPlusTraining(num_steps=6, interval=3).optimize(model, graph, Run()).history
     assert [entry["exact"] for entry in history] == [1, 0, 0, 1, 0, 0]
@@ -176,7 +177,7 @@ def test_history_tells_the_kind_of_update_and_the_cosine(graph):
         (FGSAMPlusTraining(num_steps=6, interval=3), 1 / 3),
     ],
 )
-def test_reports_tell_the_passes_of_the_graph_network(method, passes, graph):
+def test_reports_have_the_passes_of_the_graph_network(method, passes, graph):
     model = Gnn().load_model(graph, Run())
     report = NodeAccuracy().evaluate(method.optimize(model, graph, Run()), graph, model, Run())
     assert report.value("GNN passes") == pytest.approx(passes)
@@ -270,6 +271,14 @@ def test_sharpness_refuses_few_shot_models(graph):
 def test_values_out_of_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("variant", "as_released"), ("lr", "learning_rate"), ("num_updates", "num_steps")]
+)
+def test_fields_by_their_old_names_are_answered_with_the_new_ones(old, new):
+    with pytest.raises(ValueError, match=f"fgsam-plus has no field '{old}' any more .did you mean '{new}'"):
+        plait.load("fgsam-plus", **{old: 1})
 
 
 @pytest.mark.parametrize(
@@ -480,8 +489,8 @@ def test_one_call_is_a_loop_of_updates(graph):
                 return row_losses(model, rows).mean()
 
         if in_one_call:
-            told = list(fgsam(optimizer, model, batches, gnn_loss, row_losses))
-            assert [info["exact"] for info in told] == [True, False] * 3
+            reported = list(fgsam(optimizer, model, batches, gnn_loss, row_losses))
+            assert [info["exact"] for info in reported] == [True, False] * 3
         else:
             for rows in batches:
                 optimizer.step(partial(gnn_loss, model, rows), partial(mlp_loss, model, rows))

@@ -107,7 +107,7 @@ class KilledError(Exception):
 
 
 @pytest.mark.parametrize("model_of", [Gnn(), Gpn()])
-def test_killed_training_goes_on_bit_for_bit(model_of, graph):
+def test_killed_training_resumes_bit_for_bit(model_of, graph):
     model = model_of.load_model(graph, Run())
     batch = {"batch_size": 20, "num_hops": 2, "num_neighbors": 3} if isinstance(model_of, Gnn) else {}
     episodes = {"n_way": 2, "k_shot": 2, "n_query": 3, "num_val_tasks": 3}
@@ -602,7 +602,7 @@ def test_missing_validation_is_said(graph):
     assert said == ["there are no validation nodes, so patience does not stop the training"]
 
 
-def test_warnings_of_libraries_are_told_once_by_the_run(graph):
+def test_warnings_of_libraries_are_reported_once_by_the_run(graph):
     class Warns(Normalised):
         def forward(self, x, edge_index):
             warnings.warn("half of the\nweights rest", UserWarning, stacklevel=1)

@@ -16,7 +16,7 @@ The methods are in :mod:`plait_graph.plugin`.
 
 import warnings
 
-with warnings.catch_warnings():  # PyG's use of torch.jit is no business of our users
+with warnings.catch_warnings():  # users cannot change PyG's use of torch.jit
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
     import torch_geometric.nn  # noqa: F401
 

@@ -47,7 +47,7 @@ class Objective(Protocol):
         """Validation accuracy in [0, 1], ``None`` without validation nodes."""
 
 
-def call(model: nn.Module, data: Data, x: Tensor, edge_index: Tensor) -> Tensor:
+def _logits(model: nn.Module, data: Data, x: Tensor, edge_index: Tensor) -> Tensor:
     """Logits; models whose forward names edge weights or attributes are given them.
 
     On rows alone each node is joined to itself, by an edge of weight 1 with attributes 0.
@@ -102,7 +102,7 @@ def node_logits(model: nn.Module, data: Data) -> Tensor:
             f"the model is a {type(model).__name__}, which answers episodes of few nodes; use gnn, or episode-accuracy"
         )
     with _one_sentence(model, data.x, "its forward must take x [n, d] and edge_index [2, edges]"):
-        logits = call(model, data, data.x, data.edge_index)
+        logits = _logits(model, data, data.x, data.edge_index)
     classes = int(data.y.max()) + 1
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(data.y) or logits.shape[1] < classes:
@@ -121,12 +121,12 @@ class NodeTask:
     targets: Tensor
 
     def losses(self, model: nn.Module) -> Tensor:
-        logits = call(model, self.data, self.data.x, self.data.edge_index)
+        logits = _logits(model, self.data, self.data.x, self.data.edge_index)
         return F.cross_entropy(logits[self.targets], self.data.y[self.targets], reduction="none")
 
     def row_losses(self, model: nn.Module) -> Tensor:
         alone = torch.arange(len(self.targets), device=self.targets.device).expand(2, -1)
-        logits = call(model, self.data, self.data.x[self.targets], alone)
+        logits = _logits(model, self.data, self.data.x[self.targets], alone)
         return F.cross_entropy(logits, self.data.y[self.targets], reduction="none")
 
 
