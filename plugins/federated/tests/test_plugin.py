@@ -415,7 +415,7 @@ def rows(**changes):
         (lambda: train_on(rows(), engine="peers", update_order="sequential"), "allow_wavefront"),
         (lambda: DFedAvg(topology="ring", edges=((0, 1),)), "any other topology none"),
         (lambda: DFedAvg(rounds=0), "rounds is 0"),
-        (lambda: DFedProx(prox_lambda=20.0, topology="full").aggregate(None, None, plait.Run()), "must be below 1"),
+        (lambda: DFedProx(prox_lambda=20.0, topology="full"), "must be below 1"),
         (lambda: Partition(scheme="pathological", coefficient=2.5), "whole number"),
         (lambda: Partition(num_clients=1), "num_clients"),
         (lambda: FederatedModel(architecture="lenet").load_model(rows(), plait.Run()), "square images"),
@@ -437,6 +437,19 @@ def rows(**changes):
 def test_mistakes_are_named(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("method", "old", "new"),
+    [
+        ("dfedavg", "lr_decay", "learning_rate_decay"),
+        ("fedsam", "sam_rho", "rho"),
+        ("fedsam", "lr_decay", "learning_rate_decay"),
+    ],
+)
+def test_old_names_of_fields_lead_to_the_new_ones(method, old, new):
+    with pytest.raises(ValueError, match=f"{method} has no field '{old}' any more .did you mean '{new}'"):
+        plait.load(method, hook="aggregate", **{old: 0.5})
 
 
 def partitioned(data, **fields):

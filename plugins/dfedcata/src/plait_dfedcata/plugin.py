@@ -32,7 +32,7 @@ class Extrapolated(Decentralised):
 
 
 @attrs.frozen(kw_only=True)
-class DFedCata(Extrapolated, Proximal):
+class DFedCata(Proximal, Extrapolated):
     """DFedCata: extrapolated mixing and proximal local training (Li et al., arXiv 2410.07272)."""
 
     renamed_fields: ClassVar[Mapping[str, str]] = {
@@ -81,6 +81,8 @@ class DFedCata(Extrapolated, Proximal):
 @attrs.frozen(kw_only=True)
 class OledFL(Extrapolated):
     """OledFL: extrapolation away from the own last model, plain or sharpness-aware steps (Li et al., arXiv 2410.06482)."""
+
+    renamed_fields: ClassVar[Mapping[str, str]] = {**Decentralised.renamed_fields, "sam_rho": "rho"}
 
     rho: float = field(0.0, "radius of the sharpness-aware perturbation; 0 is plain SGD", in_range(0))
     update_order: UpdateOrder = field(

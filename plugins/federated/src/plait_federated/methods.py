@@ -32,6 +32,7 @@ from plait_federated.layout import Layout
 from plait_federated.rounds import Gossip, Server, ServerWeights
 from plait_federated.settings import FederatedSettings, UpdateOrder
 from plait_federated.shards import Augmentation, ClientShards
+from plait_federated.steps import check_prox
 from plait_federated.topology import Graph, MixingWeights, Topology, column_sums, read_graph
 from plait_federated.training import EngineName, TrainingOutcome, follow
 
@@ -42,7 +43,7 @@ CURVES = ("accuracy", "loss", "consensus_distance", "mean_client_accuracy", "wor
 class Federated:
     """Local training and engine of every federated method."""
 
-    renamed_fields: ClassVar[Mapping[str, str]] = {"lr_decay": "learning_rate_decay", "sam_rho": "rho"}
+    renamed_fields: ClassVar[Mapping[str, str]] = {"lr_decay": "learning_rate_decay"}
 
     rounds: int = field(500, "communication rounds", in_range(1))
     local_epochs: int = field(5, "passes over a client's data in a round", in_range(1))
@@ -165,16 +166,26 @@ class Centralised(Federated):
     weights: ServerWeights = field("uniform", "of the clients in the average: uniform, or by the size of their data")
 
 
+def _does_not_overshoot(instance: Any, attribute: attrs.Attribute[Any], value: float) -> None:
+    check_prox(value, instance.learning_rate)
+
+
 @attrs.frozen(kw_only=True, slots=False)
 class Proximal:
     """The field of methods with a proximal term in local training."""
 
-    prox_lambda: float = field(0.05, "λ of the proximal term (λ/2)‖w − start‖²; λ · learning_rate < 1", in_range(0))
+    prox_lambda: float = field(
+        0.05,
+        "λ of the proximal term (λ/2)‖w − start‖²; λ · learning_rate < 1",
+        attrs.validators.and_(in_range(0), _does_not_overshoot),
+    )
 
 
 @attrs.frozen(kw_only=True, slots=False)
 class SharpnessAware:
     """The field of methods with sharpness-aware local steps."""
+
+    renamed_fields: ClassVar[Mapping[str, str]] = {**Federated.renamed_fields, "sam_rho": "rho"}
 
     rho: float = field(0.05, "radius of the sharpness-aware perturbation", in_range(0))
 

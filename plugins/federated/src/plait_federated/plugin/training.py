@@ -8,7 +8,6 @@ from plait.fields import field, in_range
 from plait_federated import rounds
 from plait_federated.methods import Centralised, Decentralised, Proximal, SharpnessAware
 from plait_federated.rounds import Gossip, Server
-from plait_federated.steps import check_prox
 
 
 @attrs.frozen(kw_only=True)
@@ -40,7 +39,7 @@ class DFedAvgM(Decentralised):
 
 
 @attrs.frozen(kw_only=True)
-class DFedSAM(Decentralised, SharpnessAware):
+class DFedSAM(SharpnessAware, Decentralised):
     """DFedSAM: sharpness-aware local steps; DFedSAM-MGS with several gossip steps (Shi et al., ICML 2023)."""
 
     gossip_steps: int = field(1, "how often a round mixes; more than 1 is DFedSAM-MGS", in_range(1))
@@ -50,11 +49,10 @@ class DFedSAM(Decentralised, SharpnessAware):
 
 
 @attrs.frozen(kw_only=True)
-class DFedProx(Decentralised, Proximal):
+class DFedProx(Proximal, Decentralised):
     """DFedAvg with a proximal term around the mixed model: the proximal part of DFedCata alone."""
 
     def rule(self) -> Gossip:
-        check_prox(self.prox_lambda, self.learning_rate)
         return rounds.dfedprox(self.prox_lambda)
 
 
@@ -67,16 +65,15 @@ class FedAvg(Centralised):
 
 
 @attrs.frozen(kw_only=True)
-class FedProx(Centralised, Proximal):
+class FedProx(Proximal, Centralised):
     """FedProx: FedAvg with a proximal term around the server's model (Li et al., MLSys 2020)."""
 
     def rule(self) -> Server:
-        check_prox(self.prox_lambda, self.learning_rate)
         return rounds.fedprox(self.active_ratio, self.server_learning_rate, self.prox_lambda, self.weights)
 
 
 @attrs.frozen(kw_only=True)
-class FedSAM(Centralised, SharpnessAware):
+class FedSAM(SharpnessAware, Centralised):
     """FedSAM: FedAvg with sharpness-aware local steps (Qu et al., ICML 2022)."""
 
     def rule(self) -> Server:
