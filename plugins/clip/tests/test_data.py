@@ -160,7 +160,7 @@ def test_bad_rows_are_named(folder, run):
         with pytest.raises(ValueError, match=message):
             ImageText(source=csv_of(folder, *content), **fields).load_data(run=run[0])
     source = csv_of(folder, "id,image,caption", f"7,{good}", f"8,{good}", f"7,{good}")
-    with pytest.raises(ValueError, match="row 2: id '7' occurs twice"):
+    with pytest.raises(ValueError, match="row 2: duplicate id '7'"):
         ImageText(source=source, id_column="id").load_data(run=run[0])
     with pytest.raises(ValueError, match="no such file"):
         ImageText(source=str(folder / "missing.csv")).load_data(run=run[0])
@@ -422,7 +422,7 @@ def test_fashion_mnist_folders(idx_folder, run):
 
 def test_fashion_mnist_mistakes(tmp_path, run):
     method = FashionMnist(folder=tmp_path, splits={"a": "train"})
-    with pytest.raises(ValueError, match="neither train-images-idx3-ubyte nor"):
+    with pytest.raises(FileNotFoundError, match="neither train-images-idx3-ubyte nor"):
         method.load_data(run=run[0])
     write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((4, 28, 28), np.uint8), packed=False)
     path = tmp_path / "train-images-idx3-ubyte"

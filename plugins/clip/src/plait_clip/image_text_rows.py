@@ -82,7 +82,7 @@ def read(
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
-        ValueError: the format is unknown, text of another encoding, or a column is missing; a row id occurs twice.
+        ValueError: the format is unknown, text of another encoding, or a column is missing; a row id has a duplicate.
     """
     if not path.exists():
         raise FileNotFoundError(f"source {path}: there is no such file or folder")

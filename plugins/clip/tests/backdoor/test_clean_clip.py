@@ -8,8 +8,17 @@ import pytest
 import torch
 from PIL import Image
 from plait_clip import toy_data
-from plait_clip.backdoor import clean_clip as cc
-from plait_clip.backdoor.clean_clip import FineTuning, encode_views, fine_tune, released_groups, view_batches
+from plait_clip.backdoor.clean_clip import (
+    FineTuning,
+    clean_clip,
+    clean_clip_loss,
+    encode_views,
+    fine_tune,
+    optimizer,
+    released_groups,
+    released_optimizer_state,
+    view_batches,
+)
 from plait_clip.backdoor.plugin.defences import CleanClip
 from plait_clip.backdoor.synonyms import mapped_synonyms
 from plait_clip.losses import clip_loss
@@ -161,7 +170,7 @@ def test_the_authors_weight_decay_goes_by_names():
 def rates(model, pairs, **more):
     seen = []
     options = FineTuning(num_epochs=4, batch_size=20, learning_rate=1e-5, warmup_steps=5, **more)
-    cc.clean_clip(model, pairs, SYNONYMS, options, on_step=lambda step, values: seen.append(values["learning_rate"]))
+    clean_clip(model, pairs, SYNONYMS, options, on_step=lambda step, values: seen.append(values["learning_rate"]))
     return seen
 
 
@@ -185,7 +194,7 @@ def test_the_authors_schedule_starts_late_and_rises_at_the_end(small, model):
 def test_logit_scale_is_kept_in_range(small, model):
     with torch.no_grad():
         model.logit_scale.fill_(7.0)
-    cc.clean_clip(model, small, SYNONYMS, FineTuning(num_epochs=1, learning_rate=1e-6))
+    clean_clip(model, small, SYNONYMS, FineTuning(num_epochs=1, learning_rate=1e-6))
     assert model.logit_scale.item() <= MAX_LOG_SCALE
 
 
@@ -231,8 +240,8 @@ def authors_checkpoint(model, **more):
 @pytest.mark.parametrize("vision", [VIT, RESNET], ids=["vit", "resnet"])
 def test_the_authors_optimizer_state_belongs_to_parameters_by_name(vision):
     model = clip_with(vision)
-    state = cc.released_optimizer_state(authors_checkpoint(model), model)
-    adamw = cc.optimizer(model, FineTuning(as_released=True, optimizer_state=state))
+    state = released_optimizer_state(authors_checkpoint(model), model)
+    adamw = optimizer(model, FineTuning(as_released=True, optimizer_state=state))
     for name, parameter in model.model.named_parameters():
         moments = adamw.state[parameter]
         gradient = torch.full_like(parameter, len(f"module.{name}"))
@@ -251,9 +260,9 @@ def test_an_optimizer_state_of_old_torch_versions(small):
     for group in checkpoint["optimizer"]["param_groups"]:
         for key in set(group) - {"params", "lr", "betas", "eps", "weight_decay", "amsgrad"}:
             del group[key]
-    state = cc.released_optimizer_state(checkpoint, model)
+    state = released_optimizer_state(checkpoint, model)
     options = FineTuning(num_epochs=1, batch_size=50, as_released=True, optimizer_state=state)
-    cc.clean_clip(model, small, SYNONYMS, options)
+    clean_clip(model, small, SYNONYMS, options)
 
 
 @pytest.mark.parametrize("vision", [VIT, RESNET], ids=["vit", "resnet"])
@@ -293,7 +302,7 @@ def test_an_optimizer_state_of_other_shapes_is_refused():
     model, wider = clip_with(VIT), clip_with({**VIT, "patch_size": 4})
     checkpoint = authors_checkpoint(wider)
     with pytest.raises(ValueError, match=r"of visual\.\w+.* is not of the model's shape"):
-        cc.released_optimizer_state(checkpoint, model)
+        released_optimizer_state(checkpoint, model)
 
 
 def test_an_optimizer_checkpoint_needs_the_authors_schedule(tmp_path):
@@ -307,7 +316,7 @@ def test_an_optimizer_checkpoint_needs_the_authors_schedule(tmp_path):
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(small, model, checkpoint):
     options = FineTuning(num_epochs=3, batch_size=64, learning_rate=1e-3, warmup_steps=0.1)
     whole = copy.deepcopy(model)
-    cc.clean_clip(whole, small, SYNONYMS, options, seed=3)
+    clean_clip(whole, small, SYNONYMS, options, seed=3)
 
     class StopError(Exception):
         pass
@@ -318,9 +327,9 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(small, model, chec
 
     broken = copy.deepcopy(model)
     with pytest.raises(StopError):
-        cc.clean_clip(broken, small, SYNONYMS, options, seed=3, checkpoint=checkpoint, on_step=stop)
+        clean_clip(broken, small, SYNONYMS, options, seed=3, checkpoint=checkpoint, on_step=stop)
     resumed, steps = copy.deepcopy(model), []
-    cc.clean_clip(
+    clean_clip(
         resumed,
         small,
         SYNONYMS,
@@ -340,7 +349,7 @@ def test_without_the_in_modal_term_the_gradient_is_that_of_fine_tuning(small, mo
     images, texts = model.encode_image(batch.images.float() / 255), model.encode_text(batch.captions)
     parameters = list(model.parameters())
     expected = torch.autograd.grad(clip_loss(images, texts, model.logit_scale.exp()), parameters)
-    loss = cc.clean_clip_loss(encode_views(model, batch), self_supervised_weight=0.0)
+    loss = clean_clip_loss(encode_views(model, batch), self_supervised_weight=0.0)
     for a, b in zip(torch.autograd.grad(loss, parameters), expected, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
