@@ -3,13 +3,14 @@
 import copy
 import math
 
+import plait
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plait_wemoe import adaptive, static
 from plait_wemoe.adaptation import entropy, minimise_entropy
-from plait_wemoe.states import check_states, fingerprint
+from plait_wemoe.baselines import adaptive, static
+from plait_wemoe.states import check_states, digest
 from torch import nn
 from torch.nn import functional as F
 
@@ -167,7 +168,9 @@ def test_accumulated_and_summed_losses_give_the_same_gradients():
     base, states, heads, batches = toy()
     found = []
     for accumulate in (True, False):
-        state, _ = adaptive.adamerging(base, states, heads, batches, max_steps=3, lr=0.1, grad_accumulate=accumulate)
+        state, _ = adaptive.adamerging(
+            base, states, heads, batches, num_steps=3, learning_rate=0.1, grad_accumulate=accumulate
+        )
         found.append(state["0.weight"])
     assert torch.allclose(*found, atol=1e-6)
 
@@ -175,10 +178,10 @@ def test_accumulated_and_summed_losses_give_the_same_gradients():
 @pytest.mark.parametrize("level", ["task", "layer"])
 def test_adamerging_lowers_the_entropy_and_starts_as_task_arithmetic(level):
     base, states, heads, batches = toy()
-    start, _ = adaptive.adamerging(base, states, heads, batches, level=level, max_steps=0)
+    start, _ = adaptive.adamerging(base, states, heads, batches, level=level, num_steps=0)
     expected = static.task_arithmetic(base.state_dict(), states, 0.3)
     assert all(torch.allclose(start[name], expected[name], atol=1e-6) for name in expected)
-    _, history = adaptive.adamerging(base, states, heads, batches, level=level, max_steps=40, lr=0.05)
+    _, history = adaptive.adamerging(base, states, heads, batches, level=level, num_steps=40, learning_rate=0.05)
     totals = [sum(step) for step in zip(*history.entropies.values(), strict=True)]
     assert totals[-1] < totals[0]
 
@@ -186,9 +189,9 @@ def test_adamerging_lowers_the_entropy_and_starts_as_task_arithmetic(level):
 @pytest.mark.parametrize("method", [adaptive.concrete_task_arithmetic, adaptive.concrete_adamerging])
 def test_concrete_masks_are_reproducible_and_train(method):
     base, states, heads, batches = toy()
-    one, history = method(base, states, heads, batches, max_steps=30, lr=0.1, seed=1)
-    two, _ = method(base, states, heads, batches, max_steps=30, lr=0.1, seed=1)
-    other, _ = method(base, states, heads, batches, max_steps=30, lr=0.1, seed=2)
+    one, history = method(base, states, heads, batches, num_steps=30, learning_rate=0.1, seed=1)
+    two, _ = method(base, states, heads, batches, num_steps=30, learning_rate=0.1, seed=1)
+    other, _ = method(base, states, heads, batches, num_steps=30, learning_rate=0.1, seed=2)
     assert torch.equal(one["0.weight"], two["0.weight"])
     assert not torch.equal(one["0.weight"], other["0.weight"])
     totals = [sum(step) for step in zip(*history.entropies.values(), strict=True)]
@@ -223,14 +226,15 @@ def test_resumed_training_ends_where_an_unbroken_one_does(tmp_path):
         def __getitem__(self, step):
             return self.images * (1 + step % 3)
 
-    options = {"max_steps": 10, "lr": 0.1, "lr_schedule": "cosine", "checkpoint_every": 3}
+    options = {"num_steps": 10, "learning_rate": 0.1, "learning_rate_schedule": "cosine", "checkpoint_every": 3}
     expected = nn.Parameter(torch.ones(3))
     train(expected, {"t": Whole(x)}, **options)
+    saved = plait.Run(folder=tmp_path).loop("test", "train")
     broken = nn.Parameter(torch.ones(3))
     with pytest.raises(KeyboardInterrupt):
-        train(broken, {"t": Broken(x)}, checkpoint=tmp_path / "c.pt", **options)
+        train(broken, {"t": Broken(x)}, checkpoint=saved, **options)
     fresh = nn.Parameter(torch.ones(3))
-    history = train(fresh, {"t": Whole(x)}, checkpoint=tmp_path / "c.pt", **options)
+    history = train(fresh, {"t": Whole(x)}, checkpoint=saved, **options)
     assert torch.equal(fresh, expected)
     assert len(history.entropies["t"]) == 10
 
@@ -242,17 +246,17 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_task_and_the_last_finite_
 
     parameter = nn.Parameter(torch.ones(3))
     with pytest.raises(FloatingPointError, match="task 't' is nan in step 2"):
-        train(parameter, {"t": Bad(torch.randn(4, 3))}, lr=0.1)
+        train(parameter, {"t": Bad(torch.randn(4, 3))}, learning_rate=0.1)
     two_steps = nn.Parameter(torch.ones(3))
     assert torch.isfinite(parameter).all()
     assert not torch.equal(parameter, two_steps)
 
 
-def test_collapse_is_told_and_confident_varied_predictions_are_not():
+def test_collapse_is_reported_and_confident_varied_predictions_are_not():
     one_class = {"t": Repeated(torch.tensor([[50.0, 0.0, 0.0]]).repeat(8, 1))}
-    assert "may have collapsed" in train(nn.Parameter(torch.ones(3)), one_class, max_steps=3).warnings[0]
+    assert "may have collapsed" in train(nn.Parameter(torch.ones(3)), one_class, num_steps=3).warnings[0]
     varied = {"t": Repeated(50 * torch.eye(3).repeat(3, 1))}
-    assert train(nn.Parameter(torch.ones(3)), varied, max_steps=3).warnings == []
+    assert train(nn.Parameter(torch.ones(3)), varied, num_steps=3).warnings == []
 
 
 def test_tasks_without_head_or_data_are_named():
@@ -260,7 +264,7 @@ def test_tasks_without_head_or_data_are_named():
         train(nn.Parameter(torch.ones(3)), {"t": Repeated(torch.ones(2, 3)), "other": Repeated(torch.ones(2, 3))})
 
 
-def test_fingerprints_and_unchanged_experts():
-    assert fingerprint(BASE) == fingerprint(dict(reversed(BASE.items())))
-    assert fingerprint(BASE) != fingerprint(moved(1e-3)["t0"])
+def test_digests_and_unchanged_experts():
+    assert digest(BASE) == digest(dict(reversed(BASE.items())))
+    assert digest(BASE) != digest(moved(1e-3)["t0"])
     assert check_states(BASE, {"same": dict(BASE), **moved(1.0)}) == ["same"]

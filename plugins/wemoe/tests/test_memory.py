@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from plait_wemoe import static
+from plait_wemoe import states
+from plait_wemoe.baselines import static
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -25,7 +26,7 @@ class Allocated(TorchDispatchMode):
 
 @pytest.mark.parametrize("merge", [static.simple_average, lambda b, e: static.task_arithmetic(b, e, 0.3)])
 def test_nothing_as_large_as_the_model_is_made_but_the_result(merge, monkeypatch):
-    monkeypatch.setattr(static, "PIECE", 64)
+    monkeypatch.setattr(states, "PIECE", 64)
     base = {f"w{i}": torch.randn(50, 40) for i in range(5)}
     experts = {f"t{i}": {name: torch.randn(50, 40) for name in base} for i in range(6)}
     with Allocated() as allocated:
@@ -35,10 +36,10 @@ def test_nothing_as_large_as_the_model_is_made_but_the_result(merge, monkeypatch
 
 def test_pieces_do_not_change_the_result(monkeypatch):
     base, experts = torch.randn(7, 9), [torch.randn(7, 9) for _ in range(3)]
-    whole = static.scaled_sum(base, experts, 0.3)
+    whole = states.scaled_sum(base, experts, 0.3)
     assert torch.equal(whole, 0.3 * sum(expert - base for expert in experts) + base)
-    monkeypatch.setattr(static, "PIECE", 5)
-    assert torch.equal(static.scaled_sum(base, experts, 0.3), whole)
-    half = static.scaled_sum(base.half(), [expert.half() for expert in experts], 0.3)
+    monkeypatch.setattr(states, "PIECE", 5)
+    assert torch.equal(states.scaled_sum(base, experts, 0.3), whole)
+    half = states.scaled_sum(base.half(), [expert.half() for expert in experts], 0.3)
     assert half.dtype == torch.float16
     assert torch.allclose(half.float(), whole, atol=1e-2)

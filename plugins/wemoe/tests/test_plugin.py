@@ -8,12 +8,12 @@ import plait
 import pytest
 import torch
 from PIL import Image
-from plait import PlaitError
 from plait_wemoe import plugin
 from plait_wemoe.columns import Reading
 from plait_wemoe.four_tasks import TASKS, four_tasks
 from plait_wemoe.heads import CosineHead, head_places, split_head
 from plait_wemoe.images import ImageColumn, ShuffledBatches
+from plait_wemoe.plugin.multi_task import labelled
 from plait_wemoe.tasks import IndividualModels
 from timm.models.vision_transformer import VisionTransformer
 
@@ -26,16 +26,16 @@ METHODS = {
     "dare-ties": plugin.Dare(then="ties"),
     "fisher": plugin.Fisher(num_examples=40),
     "regmean": plugin.RegMean(num_examples=40),
-    "adamerging-layer": plugin.AdaMerging(max_steps=2),
-    "adamerging-task": plugin.AdaMerging(max_steps=2, level="task"),
-    "concrete": plugin.Concrete(max_steps=2),
-    "concrete-adamerging": plugin.Concrete(max_steps=2, then="adamerging"),
-    "wemoe": plugin.WEMoE(max_steps=2),
-    "wemoe-icml": plugin.WEMoEIcml(max_steps=2),
-    "e-wemoe": plugin.EWEMoE(max_steps=2),
-    "e-wemoe-fixed": plugin.EWEMoE(max_steps=2, eval_routing="fixed", gate_prune_ratio=0.2),
-    "e-wemoe-fast": plugin.EWEMoEFast(max_steps=2),
-    "e-wemoe-published": plugin.EWEMoEPublished(max_steps=2),
+    "adamerging-layer": plugin.AdaMerging(num_steps=2),
+    "adamerging-task": plugin.AdaMerging(num_steps=2, level="task"),
+    "concrete": plugin.Concrete(num_steps=2),
+    "concrete-adamerging": plugin.Concrete(num_steps=2, then="adamerging"),
+    "wemoe": plugin.WEMoE(num_steps=2),
+    "wemoe-icml": plugin.WEMoEIcml(num_steps=2),
+    "e-wemoe": plugin.EWEMoE(num_steps=2),
+    "e-wemoe-fixed": plugin.EWEMoE(num_steps=2, eval_routing="fixed", gate_prune_ratio=0.2),
+    "e-wemoe-fast": plugin.EWEMoEFast(num_steps=2),
+    "e-wemoe-published": plugin.EWEMoEPublished(num_steps=2),
 }
 
 
@@ -50,7 +50,7 @@ def bed():
     base = plugin.MultiTaskTraining(num_steps=20, batch_size=32, train_heads=True).optimize(
         model=fresh, data=train, run=run
     )
-    expert = plugin.MultiTaskTraining(num_steps=40, batch_size=32, lr=3e-3, trainable=r"\.(mlp|norm2)\.")
+    expert = plugin.MultiTaskTraining(num_steps=40, batch_size=32, learning_rate=3e-3, trainable=r"\.(mlp|norm2)\.")
     experts = {name: expert.optimize(model=base, data={name: train[name]}, run=run) for name in tasks}
     return base, experts, train, test
 
@@ -89,7 +89,7 @@ def test_every_method_merges_saves_and_leaves_the_callers_models_alone(bed, meth
 
 def test_labels_never_reach_the_merge(bed):
     base, experts, _, test = bed
-    method = plugin.EWEMoE(max_steps=3)
+    method = plugin.EWEMoE(num_steps=3)
     blind = {task: part.remove_columns("label").add_column("label", [0] * len(part)) for task, part in test.items()}
     one = method.merge(base=base, experts=experts, data=test, run=plait.Run())
     two = method.merge(base=base, experts=experts, data=blind, run=plait.Run())
@@ -106,7 +106,7 @@ def test_experts_are_better_than_the_base_and_kept_as_they_are(bed):
 
 def test_training_needs_no_more_than_its_checkpoint_to_go_on(bed, tmp_path):
     base, experts, _, test = bed
-    method, seen = plugin.EWEMoE(max_steps=4, checkpoint_every=2), []
+    method, seen = plugin.EWEMoE(num_steps=4, checkpoint_every=2), []
     whole = method.merge(base=base, experts=experts, data=test, run=plait.Run())
 
     def stop(values, step):
@@ -115,7 +115,7 @@ def test_training_needs_no_more_than_its_checkpoint_to_go_on(bed, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         method.merge(base=base, experts=experts, data=test, run=plait.Run(folder=tmp_path, on_log=stop))
-    assert len(list(tmp_path.rglob("training.pt"))) == 1
+    assert len(list(tmp_path.rglob("checkpoint.pt"))) == 1
     run = plait.Run(folder=tmp_path, on_log=lambda values, step: seen.append(step))
     rest = method.merge(base=base, experts=experts, data=test, run=run)
     assert same(rest.state_dict(), whole.state_dict())
@@ -126,8 +126,8 @@ def test_training_needs_no_more_than_its_checkpoint_to_go_on(bed, tmp_path):
 def test_one_run_serves_several_trainings(method, bed):
     base, experts, _, test = bed
     run = plait.Run()
-    options = {"max_steps": 2, "checkpoint_every": 1}
-    slow, fast = (method(lr=lr, **options) for lr in (1e-4, 1e-1))
+    options = {"num_steps": 2, "checkpoint_every": 1}
+    slow, fast = (method(learning_rate=rate, **options) for rate in (1e-4, 1e-1))
     first = slow.merge(base=base, experts=experts, data=test, run=run)
     second = fast.merge(base=base, experts=experts, data=test, run=run)
     assert not same(first.state_dict(), second.state_dict())
@@ -165,7 +165,7 @@ def test_mixed_batches_score_every_image_with_its_own_head(bed):
     base, _, _, test = bed
     from plait_wemoe.evaluation import mixed_accuracy, one_task_accuracy
 
-    tasks = plugin._labelled(test, Reading(image_size=16))
+    tasks = labelled(test, Reading(image_size=16))
     generator = torch.Generator().manual_seed(0)
     assert mixed_accuracy(base, tasks, 17, generator) == pytest.approx(one_task_accuracy(base, tasks, 64))
 
@@ -180,7 +180,7 @@ def test_models_with_a_linear_head():
     images = torch.rand(2, 3, 8, 8)
     assert merged.logits(images, "a").shape == (2, 3)
     assert merged.logits(images, "b").shape == (2, 5)
-    routed = plugin.WEMoE(max_steps=1, init_lambda=1.0, router_init_std=0.0).merge(
+    routed = plugin.WEMoE(num_steps=1, init_lambda=1.0, router_init_std=0.0).merge(
         base=base, experts={"a": experts["a"]}, data={"a": data["a"]}, run=plait.Run()
     )
     assert routed.logits(images, "a").shape == (2, 3)
@@ -211,10 +211,10 @@ def test_models_without_a_head_are_merged_whole(tmp_path):
     assert torch.equal(type(merged).from_pretrained(tmp_path)(x), merged(x))
     data = dict.fromkeys(experts, pictures(6, 8))
     for method in (
-        plugin.AdaMerging(max_steps=1),
+        plugin.AdaMerging(num_steps=1),
         plugin.Fisher(),
         plugin.RegMean(),
-        plugin.EWEMoE(max_steps=1, pattern=r"(?P<block>layers)\.\d", eval_routing="fixed"),
+        plugin.EWEMoE(num_steps=1, pattern=r"(?P<block>layers)\.\d", eval_routing="fixed"),
     ):
         merged = method.merge(base=base, experts=experts, data=data, run=plait.Run())
         assert merged(torch.rand(2, 3, 8, 8)).shape == (2, 4)
@@ -236,7 +236,7 @@ def test_image_text_models_keep_being_image_text_models(tmp_path):
     names = datasets.ClassLabel(names=["one", "two", "three"])
     data = {task: pictures(10, 8).add_column("label", [0] * 10).cast_column("label", names) for task in experts}
     run = plait.Run()
-    for method in (plugin.SimpleAverage(), plugin.EWEMoE(max_steps=2)):
+    for method in (plugin.SimpleAverage(), plugin.EWEMoE(num_steps=2)):
         merged = method.merge(base=base, experts=experts, data=data, run=run)
         merged.save_pretrained(tmp_path)
         loaded = type(merged).from_pretrained(tmp_path).eval()
@@ -251,7 +251,7 @@ def test_image_text_models_keep_being_image_text_models(tmp_path):
         assert set(data) <= report.rows[0].keys()
     mixture_blocks = {name for block in merged.mixture.blocks for name in block.modules}
     assert all("visual" in name for name in mixture_blocks)
-    with pytest.raises(PlaitError, match="has no class names"):
+    with pytest.raises(KeyError, match="has no class names"):
         plugin.SimpleAverage().merge(base=base, experts=experts, data=None, run=run)
 
 
@@ -314,8 +314,8 @@ def test_images_of_other_sizes_are_resized_where_the_model_says_so():
 def merge_wrong(bed, match, *, method=None, **changes):
     base, experts, _, test = bed
     arguments = {"base": base, "experts": experts, "data": test, **changes}
-    with pytest.raises(PlaitError, match=match):
-        (method or plugin.EWEMoE(max_steps=1)).merge(**arguments, run=plait.Run())
+    with pytest.raises((ValueError, KeyError, TypeError), match=match):
+        (method or plugin.EWEMoE(num_steps=1)).merge(**arguments, run=plait.Run())
 
 
 def test_refusals(bed):
@@ -349,7 +349,7 @@ def test_warnings(bed):
     base, experts, _, test = bed
     said = []
     run = plait.Run(on_warning=said.append)
-    method = plugin.EWEMoEPublished(max_steps=0, init_lambda=1.5)
+    method = plugin.EWEMoEPublished(num_steps=0, init_lambda=1.5)
     method.merge(base=base, experts={**experts, "digits": base}, data=test, run=run)
     assert any("'digits' equals the base" in sentence for sentence in said)
     assert any("outside the usual" in sentence for sentence in said)
@@ -358,7 +358,7 @@ def test_warnings(bed):
 
 def test_no_steps_leave_the_routers_at_their_first_values(bed):
     base, experts, _, test = bed
-    merged = plugin.WEMoE(max_steps=0, router_init_std=0.0).merge(
+    merged = plugin.WEMoE(num_steps=0, router_init_std=0.0).merge(
         base=base, experts=experts, data=test, run=plait.Run()
     )
     weights = merged.mixture.routing_weights(torch.rand(2, 3, 16, 16))
@@ -379,24 +379,24 @@ def test_no_steps_leave_the_routers_at_their_first_values(bed):
     ],
 )
 def test_wrong_fields(cls, fields, match):
-    with pytest.raises(PlaitError, match=match):
+    with pytest.raises(ValueError, match=match):
         cls(**fields)
 
 
 def test_wrong_training_and_evaluation(bed):
     base, _, train, test = bed
     run = plait.Run()
-    with pytest.raises(PlaitError, match="matches no parameter"):
+    with pytest.raises(ValueError, match="matches no parameter"):
         plugin.MultiTaskTraining(trainable="nothing").optimize(model=base, data=train, run=run)
-    with pytest.raises(PlaitError, match="needs a MultiTaskModel"):
+    with pytest.raises(ValueError, match="needs a MultiTaskModel"):
         plugin.MultiTaskTraining().optimize(model=torch.nn.Linear(1, 1), data=train, run=run)
-    with pytest.raises(PlaitError, match="no dataset with a column 'label'"):
+    with pytest.raises(ValueError, match="not a dataset with a column 'label'"):
         plugin.MultiTaskAccuracy().evaluate(model=base, data={"digits": pictures(2, 16)}, run=run)
-    with pytest.raises(PlaitError, match="no head for task 'x'"):
+    with pytest.raises(KeyError, match="no head for task 'x'"):
         plugin.MultiTaskAccuracy().evaluate(model=base, data={"x": test["digits"]}, run=run)
-    with pytest.raises(PlaitError, match="give a mapping"):
+    with pytest.raises(ValueError, match="give a mapping"):
         plugin.MultiTaskAccuracy().evaluate(model=base, data=test["digits"], run=run)
-    with pytest.raises(PlaitError, match="models with heads"):
+    with pytest.raises(ValueError, match="models with heads"):
         plugin.MultiTaskAccuracy().evaluate(model=torch.nn.Linear(1, 1), data=test, run=run)
 
 

@@ -6,12 +6,13 @@ import datasets
 import plait
 import pytest
 import torch
-from plait import PlaitError
-from plait_wemoe import plugin, static
+from plait_wemoe import plugin
+from plait_wemoe.baselines import static
 from plait_wemoe.columns import Reading, column_of, reading_of, tokenizer_of
 from plait_wemoe.routing import Router
 from plait_wemoe.texts import TokenColumn
-from plait_wemoe.upscaling import UpscaleConfig, upscale
+from plait_wemoe.upscaling import UpscaleConfig
+from plait_wemoe.wemoe import upscale
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -153,11 +154,11 @@ def test_tokens_that_cannot_be_read(columns, match):
 @pytest.mark.parametrize("text", [None, "", "  "])
 def test_texts_without_text_are_named(text, tokenizer):
     data = datasets.Dataset.from_dict({"text": ["so", text]})
-    with pytest.raises(ValueError, match=r"row 1 of column 'text' is .*; a text is needed"):
+    with pytest.raises(ValueError, match=r"row 1 of column 'text' is .*; expected a text"):
         column_of(data, Reading(tokenizer=tokenizer_of(tokenizer)))
 
 
-def test_texts_that_are_too_long_are_told(pool, tokenizer):
+def test_texts_that_are_too_long_are_reported(pool, tokenizer):
     said = []
     reading = reading_of(pool[0], None, tokenizer_of(tokenizer), said.append)
     assert reading.max_length == 10
@@ -167,7 +168,7 @@ def test_texts_that_are_too_long_are_told(pool, tokenizer):
 
 
 def test_folders_without_a_tokenizer(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
+    with pytest.raises(ValueError, match="holds no tokenizer"):
         tokenizer_of(tmp_path / "nowhere")
     BertModel(BertConfig(**CONFIG)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tokenizer"):
@@ -180,7 +181,7 @@ def test_folders_without_a_tokenizer(tmp_path):
 def test_texts_through_merge_and_evaluation(pool, tokenizer, tmp_path):
     base, experts, data = pool
     run = plait.Run()
-    merged = plugin.WEMoE(max_steps=2, lr=1e-2, tokenizer=tokenizer).merge(
+    merged = plugin.WEMoE(num_steps=2, learning_rate=1e-2, tokenizer=tokenizer).merge(
         base=base, experts=experts, data=data, run=run
     )
     merged.save_pretrained(tmp_path)
@@ -195,8 +196,8 @@ def test_texts_through_merge_and_evaluation(pool, tokenizer, tmp_path):
     with torch.no_grad():
         right = experts["mood"](**inputs).logits.argmax(dim=1) == torch.tensor(data["mood"]["label"])
     assert rows["individual", "any"]["mood"] == pytest.approx(100 * right.double().mean().item())
-    with pytest.raises(PlaitError, match="task 'colour': the data holds texts; set tokenizer"):
-        plugin.EWEMoE(max_steps=1).merge(base=base, experts=experts, data=data, run=run)
+    with pytest.raises(ValueError, match="task 'colour': the data holds texts; set tokenizer"):
+        plugin.EWEMoE(num_steps=1).merge(base=base, experts=experts, data=data, run=run)
 
 
 def test_tokenised_and_raw_texts_give_the_same_merge(pool, tokenizer):
@@ -204,7 +205,7 @@ def test_tokenised_and_raw_texts_give_the_same_merge(pool, tokenizer):
     fast = tokenizer_of(tokenizer)
     tokens = {task: part.map(lambda row: fast(row["text"]), remove_columns=["text"]) for task, part in data.items()}
     one, two = (
-        plugin.AdaMerging(max_steps=2, lr=0.1, tokenizer=folder).merge(
+        plugin.AdaMerging(num_steps=2, learning_rate=0.1, tokenizer=folder).merge(
             base=base, experts=experts, data=given, run=plait.Run()
         )
         for folder, given in ((tokenizer, data), (None, tokens))

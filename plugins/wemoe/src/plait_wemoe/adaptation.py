@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +23,20 @@ class Batches(Protocol):
     """A stream of unlabelled batches that can be entered at any step: ``batches[step]``."""
 
     def __getitem__(self, step: int) -> Inputs: ...
+
+
+class UnlabelledBatches(Batches, Protocol):
+    """Such a stream whose inputs can also be read once, in order."""
+
+    def in_order(self, batch_size: int = 128) -> Iterable[Inputs]: ...
+
+
+class Checkpoint(Protocol):
+    """What a training goes on from: ``load`` gives the last saved state, or ``None``."""
+
+    def load(self) -> Any: ...
+
+    def save(self, state: Any) -> None: ...
 
 
 def entropy(logits: Tensor, epsilon: float = 1e-8) -> Tensor:
@@ -49,14 +61,14 @@ def minimise_entropy(
     heads: Mapping[str, Callable[[Tensor], Tensor]],
     batches: Mapping[str, Batches],
     *,
-    max_steps: int = 1000,
-    lr: float = 1e-4,
+    num_steps: int = 1000,
+    learning_rate: float = 1e-4,
     optimizer: str = "adam",
-    lr_schedule: str = "constant",
+    learning_rate_schedule: str = "constant",
     entropy_eps: float = 1e-8,
     grad_accumulate: bool = True,
     keep_graph: bool = False,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     checkpoint_every: int = 100,
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
@@ -68,10 +80,10 @@ def minimise_entropy(
         encoder_at: step → function from inputs to features that depends on ``parameters``; called once a step.
         heads: task → frozen function from features to logits, or a head inside the encoder.
         batches: task → unlabelled batches; steps 0, 1, … are asked for.
-        lr_schedule: ``constant`` or ``cosine`` (to 0 at ``max_steps``).
+        learning_rate_schedule: ``constant`` or ``cosine`` (to 0 at ``num_steps``).
         grad_accumulate: a backward pass after each task (same gradient, memory of one task).
         keep_graph: what ``encoder_at`` computed is shared by the tasks of a step, so its graph must last.
-        checkpoint: file from which to go on and to write to every ``checkpoint_every`` steps.
+        checkpoint: where the training goes on from, saved every ``checkpoint_every`` steps.
 
     Raises:
         KeyError: a task with a head but no data, or the other way round.
@@ -80,19 +92,24 @@ def minimise_entropy(
     if heads.keys() != batches.keys():
         raise KeyError(f"tasks with only a head or only data: {sorted(heads.keys() ^ batches.keys())}")
     step_rule = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer](
-        parameters, lr=lr
+        parameters, lr=learning_rate
     )
     schedule = {
         "constant": lambda: torch.optim.lr_scheduler.ConstantLR(step_rule, factor=1.0, total_iters=0),
-        "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(step_rule, T_max=max(1, max_steps)),
-    }[lr_schedule]()
+        "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(step_rule, T_max=max(1, num_steps)),
+    }[learning_rate_schedule]()
     history = History({task: [] for task in heads})
     predictions: dict[str, list[Tensor]] = {task: [] for task in heads}
     classes: dict[str, int] = {}
-    start = _resume(checkpoint, parameters, step_rule, schedule, history)
+    start = 0
+    if checkpoint is not None and (state := checkpoint.load()) is not None:
+        _restore(parameters, state["parameters"])
+        step_rule.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        start, history.entropies = state["step"], state["entropies"]
     last_finite = [parameter.detach().clone() for parameter in parameters]
 
-    for step in track(range(start, max_steps)):
+    for step in track(range(start, num_steps)):
         encoder = encoder_at(step)
         losses = {}
         total: Tensor | None = None
@@ -102,7 +119,9 @@ def minimise_entropy(
             losses[task] = loss.item()
             if not math.isfinite(losses[task]):
                 _restore(parameters, last_finite)
-                raise FloatingPointError(f"the entropy of task {task!r} is {losses[task]} in step {step}; lower lr")
+                raise FloatingPointError(
+                    f"the entropy of task {task!r} is {losses[task]} in step {step}; lower learning_rate"
+                )
             predictions[task] = [*predictions[task], logits.detach().argmax(dim=-1)][-COLLAPSE_WINDOW:]
             classes[task] = logits.shape[1]
             history.entropies[task].append(losses[task])
@@ -119,10 +138,20 @@ def minimise_entropy(
         schedule.step()
         on_step(step, losses)
         if checkpoint is not None and (step + 1) % checkpoint_every == 0:
-            _save(checkpoint, step + 1, parameters, step_rule, schedule, history)
+            checkpoint.save(
+                {
+                    "step": step + 1,
+                    "parameters": [parameter.detach().cpu() for parameter in parameters],
+                    "optimizer": step_rule.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "entropies": history.entropies,
+                }
+            )
     if not all(torch.isfinite(parameter).all() for parameter in parameters):
         _restore(parameters, last_finite)
-        raise FloatingPointError(f"the trained parameters are not finite after step {max_steps - 1}; lower lr")
+        raise FloatingPointError(
+            f"the trained parameters are not finite after step {num_steps - 1}; lower learning_rate"
+        )
     history.warnings += collapsed(history, predictions, classes)
     return history
 
@@ -140,7 +169,7 @@ def collapsed(history: History, predictions: Mapping[str, Sequence[Tensor]], cla
         if mean < COLLAPSE_ENTROPY * math.log(max(2, classes[task])) and share > COLLAPSE_SHARE:
             sentences.append(
                 f"task {task!r} may have collapsed: entropy {mean:.2g} and {share:.0%} of the last inputs in one class; "
-                "train for fewer steps or with a lower lr"
+                "train for fewer steps or with a lower learning_rate"
             )
     return sentences
 
@@ -149,40 +178,3 @@ def _restore(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> No
     with torch.no_grad():
         for parameter, value in zip(parameters, values, strict=True):
             parameter.copy_(value)
-
-
-def _save(
-    path: Path,
-    step: int,
-    parameters: Sequence[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    history: History,
-) -> None:
-    state = {
-        "step": step,
-        "parameters": [parameter.detach().cpu() for parameter in parameters],
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "entropies": history.entropies,
-    }
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-def _resume(
-    path: Path | None,
-    parameters: Sequence[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    history: History,
-) -> int:
-    if path is None or not path.exists():
-        return 0
-    state = torch.load(path, weights_only=True)
-    _restore(parameters, state["parameters"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    history.entropies = state["entropies"]
-    return state["step"]

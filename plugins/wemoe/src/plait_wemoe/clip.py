@@ -12,9 +12,9 @@ from plait_clip.zero_shot import zero_shot_head
 from torch import Tensor, nn
 
 from plait_wemoe.heads import CosineHead
+from plait_wemoe.mixture import WeightEnsemblingMoE
 from plait_wemoe.storing import load_module, save_module
 from plait_wemoe.tasks import WithHeads, read_heads, write_heads
-from plait_wemoe.upscaling import WEMoE
 
 
 class ImageTower(nn.Module):
@@ -49,13 +49,13 @@ class MergedImageText(ImageTextModel, WithHeads):
         self.encoder = encoder
         self.set_heads(heads)
         inner = self.inner
-        start = "encoder.backbone.model." if isinstance(encoder, WEMoE) else "encoder.model."
+        start = "encoder.backbone.model." if isinstance(encoder, WeightEnsemblingMoE) else "encoder.model."
         self.image_prefixes = (*(start + prefix for prefix in inner.image_prefixes), "encoder.routers.", "task_heads.")
         self.kind, self.image_input, self.context_length = inner.kind, inner.image_input, inner.context_length
 
     @property
     def inner(self) -> ImageTextModel:
-        tower = self.encoder.backbone if isinstance(self.encoder, WEMoE) else self.encoder
+        tower = self.encoder.backbone if isinstance(self.encoder, WeightEnsemblingMoE) else self.encoder
         return tower.model
 
     @property

@@ -75,15 +75,10 @@ def tokenizer_of(folder: Path | None) -> Any:
     """The tokenizer of transformers in a local folder.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: it holds no tokenizer, or one without a vocabulary.
+        ValueError: it holds no tokenizer, or one without a vocabulary.
     """
     if folder is None:
         return None
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"tokenizer is {str(folder)!r}, which is not a folder; give one with the tokenizer's files"
-        )
     from transformers import AutoTokenizer
 
     try:

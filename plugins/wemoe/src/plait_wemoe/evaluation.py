@@ -10,9 +10,9 @@ from torch import Tensor
 
 from plait_wemoe.columns import Column
 from plait_wemoe.inputs import Inputs, call, input_dtype, placed, take
+from plait_wemoe.mixture import WeightEnsemblingMoE
+from plait_wemoe.supervised import LabelledTask
 from plait_wemoe.tasks import WithHeads
-from plait_wemoe.training import LabelledTask
-from plait_wemoe.upscaling import WEMoE
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def mixed_accuracy(
 
 
 @torch.no_grad()
-def task_routing(mixture: WEMoE, columns: Mapping[str, Column], batch_size: int) -> tuple[Tensor, Tensor]:
+def task_routing(mixture: WeightEnsemblingMoE, columns: Mapping[str, Column], batch_size: int) -> tuple[Tensor, Tensor]:
     """Mean coefficients (K, tasks, T), and the share of samples whose largest one is expert t's, (K, tasks, T)."""
     means, shares = [], []
     for column in columns.values():

@@ -41,7 +41,7 @@ def _merge(progress: bool = True, random: bool = False, **fields: Any) -> Exampl
 static = partial(_merge, progress=False)
 dare = partial(_merge, progress=False, random=True)
 statistics = partial(_merge, num_examples=8)
-trained = partial(_merge, random=True, max_steps=3, batch_size=8, checkpoint_every=1)
+trained = partial(_merge, random=True, num_steps=3, batch_size=8, checkpoint_every=1)
 
 
 def four_tasks() -> Example:

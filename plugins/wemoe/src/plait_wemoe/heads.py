@@ -96,7 +96,7 @@ def feature_tensor(output: Any) -> Tensor:
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
         return output[0]
     raise TypeError(
-        f"the model returns {type(output).__name__}; a tensor, logits, image_embeds or pooler_output is needed"
+        f"the model returns a {type(output).__name__}; expected a tensor, or an output with logits, image_embeds or pooler_output"
     )
 
 

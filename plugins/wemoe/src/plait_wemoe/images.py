@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from PIL import Image
+from plait_vision import decode
 from torch import Tensor
 
 from plait_wemoe.inputs import Inputs, placed
@@ -24,7 +26,8 @@ class ImageColumn:
         size: side to which images are resized and cropped; ``None`` takes them as they are.
 
     Raises:
-        ValueError: no image column, or no row.
+        ValueError: no image column, or no row; when reading, an image that is not plain 8-bit (see
+            :func:`plait_vision.decode`), or images of several sizes.
     """
 
     def __init__(self, dataset: Any, size: int | None = None) -> None:
@@ -32,7 +35,10 @@ class ImageColumn:
             raise ValueError(f"the data has no column 'image'; its columns are {', '.join(dataset.column_names)}")
         if len(dataset) == 0:
             raise ValueError("the data has no sample")
-        self._images = dataset.with_format(None).select_columns("image")
+        images = dataset.with_format(None).select_columns("image")
+        if isinstance(images.features["image"], datasets.Image):
+            images = images.cast_column("image", datasets.Image(decode=False))
+        self._images = images
         self.size = size
         self._held: dict[int, np.ndarray] = {}
         self._room = HELD_BYTES
@@ -50,7 +56,10 @@ class ImageColumn:
         rows = list(rows)
         missing = [row for row in rows if row not in self._held]
         cells = self._images[missing]["image"] if missing else []
-        found = {row: _pixels(cell, self.size) for row, cell in zip(missing, cells, strict=True)}
+        found = {
+            row: _pixels(decode(cell, f"the image in row {row}"), self.size)
+            for row, cell in zip(missing, cells, strict=True)
+        }
         images = [found[row] if row in found else self._held[row] for row in rows]
         for row, image in found.items():
             if image.nbytes <= self._room:
@@ -88,6 +97,10 @@ class ShuffledBatches:
     def __getitem__(self, step: int) -> Inputs:
         return placed(self.column.read(self.rows(step)), self.device, self.dtype)
 
+    def in_order(self, batch_size: int = 128) -> Iterator[Inputs]:
+        """Every input once, in the order of the data."""
+        return (placed(inputs, self.device, self.dtype) for inputs in self.column.batches(batch_size))
+
     def rows(self, step: int) -> list[int]:
         epoch, position = divmod(step, self.per_epoch)
         generator = torch.Generator().manual_seed((self.seed + 1_000_003 * epoch) % 2**63)
@@ -96,7 +109,6 @@ class ShuffledBatches:
 
 
 def _pixels(image: Image.Image, size: int | None) -> np.ndarray:
-    image = image.convert("RGB")
     if size is not None and image.size != (size, size):
         scale = size / min(image.size)
         width, height = (max(size, round(side * scale)) for side in image.size)

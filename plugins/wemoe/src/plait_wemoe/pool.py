@@ -12,10 +12,10 @@ from torch import nn
 
 from plait_wemoe.columns import Column, Reading, column_of
 from plait_wemoe.heads import has_places, head_places, split_head
+from plait_wemoe.mixture import WeightEnsemblingMoE
 from plait_wemoe.states import State, buffer_names, check_states, state_like, state_of
 from plait_wemoe.storing import Portable, check_storable, saves_itself
 from plait_wemoe.tasks import IndividualModels, MultiTaskModel
-from plait_wemoe.upscaling import WEMoE
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Pool:
     def merged(self, encoder: nn.Module) -> nn.Module:
         """The model to return, in evaluation mode; what could be trained in the base can be trained in it."""
         flags = {name: parameter.requires_grad for name, parameter in self.base.named_parameters()}
-        backbone = encoder.backbone if isinstance(encoder, WEMoE) else encoder
-        routed = {id(p) for p in encoder.routed_parameters()} if isinstance(encoder, WEMoE) else set()
+        backbone = encoder.backbone if isinstance(encoder, WeightEnsemblingMoE) else encoder
+        routed = {id(p) for p in encoder.routed_parameters()} if isinstance(encoder, WeightEnsemblingMoE) else set()
         for name, parameter in backbone.named_parameters():
             # A base that is frozen as a whole says nothing about which weights may move.
             wanted = parameter.is_floating_point() and (flags.get(name, True) or not any(flags.values()))

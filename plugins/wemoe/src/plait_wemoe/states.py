@@ -1,30 +1,35 @@
-"""State dicts of the models to merge: where they come from, what must hold, task vectors, statistics."""
+"""State dicts of the models to merge: where they come from, what must hold, task vectors and their sum, statistics."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from plait.fingerprints import fingerprint
+from plait.weights import read_weights
 from torch import Tensor, nn
+
+from plait_wemoe.inputs import Inputs, call
 
 State = dict[str, Tensor]
 Source = nn.Module | Mapping[str, Tensor] | str | Path
 # What normalisation layers track; in a state dict without its module they are known by these names.
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+NO_STATISTICS = "statistics is recompute, but the model has no layer with running statistics"
+PIECE = 1 << 18  # entries merged at a time
 
 
 def state_of(source: Source) -> State:
-    """The state dict of a module, a mapping, a ``.safetensors`` / ``torch.save`` file or a folder with one.
+    """The state dict of a module, a mapping, or a file or folder of weights (see :func:`plait.weights.read_weights`).
 
     Of a module, a tensor with several names is there once, under the first of them.
 
     Raises:
         TypeError: an adapter (LoRA) is still unmerged, or the source is none of these.
-        FileNotFoundError: no weights at the path.
+        ValueError: no weights at the path.
     """
     if hasattr(source, "merge_and_unload"):
         raise TypeError(f"{type(source).__name__} carries unmerged adapters; call merge_and_unload() first")
@@ -36,17 +41,7 @@ def state_of(source: Source) -> State:
         return dict(source)
     if not isinstance(source, (str, Path)):
         raise TypeError(f"an expert is a module, a state dict or a path, not {type(source).__name__}")
-    path = Path(source)
-    if path.is_dir():
-        found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
-        if not found:
-            raise FileNotFoundError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
-        path = found[0]
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return read_weights(source)
 
 
 def state_like(model: nn.Module, source: Source) -> State:
@@ -212,6 +207,31 @@ def task_vector(base: Tensor, expert: Tensor, dtype: torch.dtype = torch.float32
     return expert.to(base.device, dtype) - base.to(dtype)
 
 
+def scaled_sum(base: Tensor, experts: Sequence[Tensor], scaling: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """θ₀ + λ Σ_t (θ_t − θ₀) of one tensor, summed in ``dtype``, in the type of the base.
+
+    It goes through the tensor in pieces that stay in a core's cache: nothing but the result is as large as it.
+    """
+    flat, flat_experts = base.reshape(-1), [expert.reshape(-1) for expert in experts]
+    merged = torch.empty_like(flat)
+    # Written over and over, for fresh memory costs more than the arithmetic.
+    total, vector = (torch.empty(min(PIECE, len(flat)), dtype=dtype, device=base.device) for _ in range(2))
+    for start in range(0, len(flat), PIECE):
+        piece = slice(start, start + PIECE)
+        origin = flat[piece].to(dtype)
+        total, vector = total[: len(origin)], vector[: len(origin)]
+        torch.sub(flat_experts[0][piece].to(base.device, dtype), origin, out=total)
+        for expert in flat_experts[1:]:
+            total += torch.sub(expert[piece].to(base.device, dtype), origin, out=vector)
+        merged[piece] = total.mul_(scaling).add_(origin)
+    return merged.view(base.shape)
+
+
+def changed(base: Mapping[str, Tensor], change: Mapping[str, Tensor]) -> State:
+    """θ₀ + change of the entries that change, summed in the type of the change, in the type of the base."""
+    return {name: (base[name].to(value.dtype) + value).to(base[name].dtype) for name, value in change.items()}
+
+
 def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the model that holds these very tensors; what ``state`` lacks is copied.
 
@@ -234,11 +254,33 @@ def same_tensors(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(value): value for value in (*model.parameters(), *model.buffers())})
 
 
-def fingerprint(state: State) -> str:
-    """SHA-256 over names, shapes, types and bytes of a state dict."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+@torch.no_grad()
+def recompute_statistics(model: nn.Module, inputs: Iterable[Iterable[Inputs]]) -> bool:
+    """Running statistics of normalisation layers anew: means over the batches that the model is called with.
+
+    Args:
+        inputs: batches, task by task; they are read only where there is such a layer.
+
+    Returns:
+        Whether there is such a layer.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+    before = [(norm.momentum, norm.training) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    try:
+        for batches in inputs if norms else ():
+            for batch in batches:
+                call(model, batch)
+    finally:
+        for norm, (momentum, training) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.train(training)
+    return bool(norms)
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values of a state dict, whatever its order."""
+    return fingerprint(dict(sorted(state.items())))

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from plait_wemoe.heads import CosineHead, Features, InnerHead, feature_tensor, logits_of
 from plait_wemoe.inputs import Inputs, call
+from plait_wemoe.mixture import WeightEnsemblingMoE
 from plait_wemoe.storing import load_module, save_module
-from plait_wemoe.upscaling import WEMoE
 
 
 class WithHeads(nn.Module):
@@ -63,9 +63,9 @@ class WithHeads(nn.Module):
         }
 
     @property
-    def mixture(self) -> WEMoE | None:
+    def mixture(self) -> WeightEnsemblingMoE | None:
         """The part that routes, if this is a WEMoE."""
-        return next((module for module in self.modules() if isinstance(module, WEMoE)), None)
+        return next((module for module in self.modules() if isinstance(module, WeightEnsemblingMoE)), None)
 
 
 class MultiTaskModel(WithHeads):

@@ -56,7 +56,7 @@ class TokenColumn:
         """
         for row, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"row {row} of column 'text' is {text!r}; a text is needed")
+                raise ValueError(f"row {row} of column 'text' is {text!r}; expected a text")
         if not texts:
             raise ValueError("the data has no sample")
         whole = tokenizer(list(texts))["input_ids"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,9 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from plait_wemoe.adaptation import Batches, Encoder, History, minimise_entropy
-from plait_wemoe.states import State, buffer_names, completed, merged_buffer, state_of, task_vectors, weight_names
-from plait_wemoe.static import add_to_base
+from plait_wemoe.adaptation import Batches, Checkpoint, Encoder, History, minimise_entropy
+from plait_wemoe.states import (
+    State,
+    buffer_names,
+    changed,
+    completed,
+    merged_buffer,
+    state_of,
+    task_vectors,
+    weight_names,
+)
 
 Heads = Mapping[str, Callable[[Tensor], Tensor]]
 LEVELS = ("task", "layer")
@@ -51,7 +60,7 @@ def adamerging(
     coefficients = Coefficients(list(stacked), len(experts), level, initial).to(_device(base))
 
     def encoder_at(step: int) -> Encoder:
-        return _functional(base, add_to_base(state, coefficients.combine(stacked)))
+        return _functional(base, {**state, **changed(state, coefficients.combine(stacked))})
 
     history = minimise_entropy(list(coefficients.parameters()), encoder_at, heads, batches, keep_graph=True, **training)
     with torch.no_grad():
@@ -114,23 +123,37 @@ def concrete_adamerging(
     """First the mask as in :func:`concrete_task_arithmetic`, then AdaMerging's w with one draw of it."""
     state, stacked = _stacked(base, experts)
     fixed = Coefficients(list(stacked), len(experts), "task", initial).to(_device(base)).requires_grad_(False)
-    checkpoint = training.pop("checkpoint", None)
-    stage = None if checkpoint is None else checkpoint.with_name("mask-" + checkpoint.name)
+    checkpoint: Checkpoint | None = training.pop("checkpoint", None)
+    parts = {} if checkpoint is None else checkpoint.load() or {}
+    saved = {name: None if checkpoint is None else _Part(checkpoint, parts, name) for name in ("mask", "coefficients")}
     mask, _ = _train_mask(
-        base, state, stacked, fixed, heads, batches, temperature, seed, {**training, "checkpoint": stage}
+        base, state, stacked, fixed, heads, batches, temperature, seed, {**training, "checkpoint": saved["mask"]}
     )
     with torch.no_grad():
         masked = _masked(stacked, mask.sample(_seeded(seed, -1)))
     coefficients = Coefficients(list(stacked), len(experts), level, initial).to(_device(base))
 
     def encoder_at(step: int) -> Encoder:
-        return _functional(base, add_to_base(state, coefficients.combine(masked)))
+        return _functional(base, {**state, **changed(state, coefficients.combine(masked))})
 
-    history = minimise_entropy(
-        list(coefficients.parameters()), encoder_at, heads, batches, keep_graph=True, checkpoint=checkpoint, **training
-    )
+    training["checkpoint"] = saved["coefficients"]
+    history = minimise_entropy(list(coefficients.parameters()), encoder_at, heads, batches, keep_graph=True, **training)
     with torch.no_grad():
         return _merged(base, experts, coefficients.combine(masked), "Concrete AdaMerging"), history
+
+
+class _Part:
+    """One of several trainings that share a checkpoint."""
+
+    def __init__(self, whole: Checkpoint, parts: dict[str, Any], name: str) -> None:
+        self.whole, self.parts, self.name = whole, parts, name
+
+    def load(self) -> Any:
+        return self.parts.get(self.name)
+
+    def save(self, state: Any) -> None:
+        self.parts[self.name] = copy.deepcopy(state)  # the tensors of a training that is over move on in the next one
+        self.whole.save(self.parts)
 
 
 def _train_mask(
@@ -148,7 +171,7 @@ def _train_mask(
 
     def encoder_at(step: int) -> Encoder:
         masked = _masked(stacked, mask.sample(_seeded(seed, step)))
-        return _functional(base, add_to_base(state, coefficients.combine(masked)))
+        return _functional(base, {**state, **changed(state, coefficients.combine(masked))})
 
     return mask, minimise_entropy(list(mask.parameters()), encoder_at, heads, batches, keep_graph=True, **training)
 
@@ -178,8 +201,7 @@ def _stacked(base: nn.Module, experts: Mapping[str, State]) -> tuple[State, dict
 
 def _merged(base: nn.Module, experts: Mapping[str, State], change: Mapping[str, Tensor], method: str) -> State:
     state = state_of(base)
-    moved = add_to_base(state, change)
-    return completed(state, experts, {name: moved[name] for name in change}, method, buffer_names(base))
+    return completed(state, experts, changed(state, change), method, buffer_names(base))
 
 
 def _functional(model: nn.Module, state: State) -> Encoder:

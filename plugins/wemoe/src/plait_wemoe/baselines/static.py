@@ -9,18 +9,16 @@ no task vector. What comes out not finite is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from plait_wemoe.heads import logits_of
 from plait_wemoe.inputs import Inputs, call, count, token_mask
-from plait_wemoe.states import State, completed, task_vectors, tied_names, weight_names
+from plait_wemoe.states import State, changed, completed, scaled_sum, task_vectors, tied_names, weight_names
 
 MERGE_FUNCTIONS = ("sum", "mean", "max")
-PIECE = 1 << 18  # entries merged at a time
 Buffers = Collection[str] | None
 
 
@@ -44,26 +42,6 @@ def _scaled_sum(
     return completed(base, experts, merged, method, buffers)
 
 
-def scaled_sum(base: Tensor, experts: Sequence[Tensor], scaling: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """θ₀ + λ Σ_t (θ_t − θ₀) of one tensor, summed in ``dtype``, in the type of the base.
-
-    It goes through the tensor in pieces that stay in a core's cache: nothing but the result is as large as it.
-    """
-    flat, flat_experts = base.reshape(-1), [expert.reshape(-1) for expert in experts]
-    merged = torch.empty_like(flat)
-    # Written over and over, for fresh memory costs more than the arithmetic.
-    total, vector = (torch.empty(min(PIECE, len(flat)), dtype=dtype, device=base.device) for _ in range(2))
-    for start in range(0, len(flat), PIECE):
-        piece = slice(start, start + PIECE)
-        origin = flat[piece].to(dtype)
-        total, vector = total[: len(origin)], vector[: len(origin)]
-        torch.sub(flat_experts[0][piece].to(base.device, dtype), origin, out=total)
-        for expert in flat_experts[1:]:
-            total += torch.sub(expert[piece].to(base.device, dtype), origin, out=vector)
-        merged[piece] = total.mul_(scaling).add_(origin)
-    return merged.view(base.shape)
-
-
 def ties(
     base: State,
     experts: Mapping[str, State],
@@ -83,7 +61,7 @@ def ties(
     flat = torch.stack([torch.cat([vector[name].flatten() for name in names]) for vector in vectors.values()])
     del vectors
     change = _unflatten(base, names, scaling * ties_merge(flat, keep, merge))
-    return completed(base, experts, _changed(base, change), "TIES", buffers)
+    return completed(base, experts, changed(base, change), "TIES", buffers)
 
 
 def ties_merge(vectors: Tensor, keep: float, merge: str = "sum") -> Tensor:
@@ -238,34 +216,6 @@ def regmean(
         factor = torch.linalg.cholesky(sum(shrunk.values()))
         merged[name] = torch.cholesky_solve(right, factor).T.to(base[name].dtype).contiguous()
     return completed(base, experts, merged, "RegMean", buffers)
-
-
-@contextmanager
-def recomputed_statistics(model: nn.Module) -> Iterator[bool]:
-    """Normalisation layers of the model start their running statistics anew, from what it is called with in the block.
-
-    They are the means over the calls. Gives whether there is such a layer.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
-    before = [(norm.momentum, norm.training) for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    try:
-        yield bool(norms)
-    finally:
-        for norm, (norm.momentum, training) in zip(norms, before, strict=True):
-            norm.train(training)
-
-
-def add_to_base(base: State, change: Mapping[str, Tensor]) -> State:
-    """θ₀ + change where there is one, summed in the type of the change, in the type of the base."""
-    return {**base, **_changed(base, change)}
-
-
-def _changed(base: State, change: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: (base[name].to(value.dtype) + value).to(base[name].dtype) for name, value in change.items()}
 
 
 def _unflatten(base: State, names: list[str], flat: Tensor) -> dict[str, Tensor]:

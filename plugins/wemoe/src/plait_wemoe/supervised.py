@@ -30,7 +30,7 @@ def train_tasks(
     *,
     num_steps: int,
     batch_size: int,
-    lr: float,
+    learning_rate: float,
     weight_decay: float,
     seed: int,
     trainable: str | None = None,
@@ -62,7 +62,7 @@ def train_tasks(
     streams = {
         name: ShuffledBatches(task.inputs, batch_size, seed + index) for index, (name, task) in enumerate(tasks.items())
     }
-    optimizer = torch.optim.AdamW(chosen, lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(chosen, lr=learning_rate, weight_decay=weight_decay)
     for step in track(range(num_steps)):
         losses = []
         for name, task in tasks.items():
@@ -71,7 +71,7 @@ def train_tasks(
             losses.append(F.cross_entropy(logits, task.labels[rows].to(device)))
         loss = torch.stack(losses).sum()
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} in step {step}; lower lr")
+            raise FloatingPointError(f"the loss is {loss.item()} in step {step}; lower learning_rate")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -1,0 +1,42 @@
+"""The methods: ``merge`` (WEMoE, E-WEMoE, baselines), and the toy tasks that they are measured on."""
+
+from plait_wemoe.plugin.merging import (
+    Dare,
+    Fisher,
+    Individual,
+    RegMean,
+    SimpleAverage,
+    TaskArithmetic,
+    Ties,
+)
+from plait_wemoe.plugin.multi_task import FourTasks, MultiTaskAccuracy, MultiTaskTraining, MultiTaskViT
+from plait_wemoe.plugin.training import (
+    AdaMerging,
+    Concrete,
+    EWEMoE,
+    EWEMoEFast,
+    EWEMoEPublished,
+    WEMoE,
+    WEMoEIcml,
+)
+
+__all__ = [
+    "AdaMerging",
+    "Concrete",
+    "Dare",
+    "EWEMoE",
+    "EWEMoEFast",
+    "EWEMoEPublished",
+    "Fisher",
+    "FourTasks",
+    "Individual",
+    "MultiTaskAccuracy",
+    "MultiTaskTraining",
+    "MultiTaskViT",
+    "RegMean",
+    "SimpleAverage",
+    "TaskArithmetic",
+    "Ties",
+    "WEMoE",
+    "WEMoEIcml",
+]

@@ -1,0 +1,213 @@
+"""Merges that are done once: what all merge methods share, and the baselines without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+import torch
+from plait import hookimpl
+from plait.fields import field, in_range
+
+from plait_wemoe.baselines import static
+from plait_wemoe.columns import Column, reading_of, tokenizer_of
+from plait_wemoe.heads import Features
+from plait_wemoe.inputs import Inputs, input_dtype, placed
+from plait_wemoe.pool import Pool, columns_of, label_names, pool_of
+from plait_wemoe.states import NO_STATISTICS, State, recompute_statistics, with_state
+from plait_wemoe.tasks import IndividualModels
+
+STATISTICS_BATCH = 128
+
+
+@attrs.frozen(kw_only=True)
+class ReadsTexts:
+    """What all methods have in common that take texts."""
+
+    tokenizer: Path | None = field(None, "folder with the tokenizer of text models, for data with a column of texts")
+
+
+@attrs.frozen(kw_only=True)
+class Merging(ReadsTexts):
+    """What all merge methods have in common."""
+
+    templates: tuple[str, ...] | str = field(
+        "photo", "prompts with {} for zero-shot heads of image-text models, or a set's name"
+    )
+    class_names: dict[str, tuple[str, ...]] | None = field(
+        None, "task → class names of image-text models; default: the names that the data declares"
+    )
+    strict: bool = field(False, "refuse an expert that equals the base, not only warn")
+
+    def pool(self, base: Any, experts: Mapping[str, Any], data: Mapping[str, Any] | None, run: Any) -> Pool:
+        for name, value in (("experts", experts), ("data", data)):
+            if value is not None and not isinstance(value, Mapping):
+                raise ValueError(f"{name} is a {type(value).__name__}; give a mapping from task to step")
+        names = {**label_names(data), **(self.class_names or {})}
+        pool = pool_of(base, experts, names, self.templates)
+        for task in pool.unchanged:
+            if self.strict:
+                raise ValueError(f"expert {task!r} equals the base bit by bit; fine-tune it, or set strict to false")
+            run.warn(f"expert {task!r} equals the base bit by bit; it adds nothing")
+        return pool.to(run.device)
+
+    def columns(self, pool: Pool, data: Mapping[str, Any] | None, run: Any) -> dict[str, Column]:
+        """Every expert's unlabelled data."""
+        reading = reading_of(pool.base, pool.image_size, tokenizer_of(self.tokenizer), run.warn)
+        return columns_of(data, list(pool.encoders), reading)
+
+
+@attrs.frozen(kw_only=True)
+class Individual(Merging):
+    """No merge: every task keeps its own expert (upper bound, T times the size)."""
+
+    @hookimpl
+    def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> IndividualModels:
+        return self.pool(base, experts, data, run).individual()
+
+
+@attrs.frozen(kw_only=True)
+class OneModel(Merging):
+    """What methods have in common that make one model of all."""
+
+    statistics: Literal["average", "recompute"] = field(
+        "average", "running statistics of normalisation layers: the experts' mean, or anew from all the data"
+    )
+
+    def merged(self, pool: Pool, state: State, data: Any, run: Any) -> torch.nn.Module:
+        """The model with the merged weights, with its statistics."""
+        encoder = with_state(pool.base, state)
+        if self.statistics == "recompute":
+            columns = self.columns(pool, data, run).values()
+            inputs = (in_order(column, STATISTICS_BATCH, encoder, run) for column in columns)
+            if not recompute_statistics(encoder.eval(), inputs):
+                run.warn(NO_STATISTICS)
+        return pool.merged(encoder)
+
+
+@attrs.frozen(kw_only=True)
+class SimpleAverage(OneModel):
+    """Mean of the experts' weights (Wortsman et al., ICML 2022)."""
+
+    @hookimpl
+    def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> torch.nn.Module:
+        pool = self.pool(base, experts, data, run)
+        return self.merged(pool, static.simple_average(pool.base_state, pool.states, pool.buffers), data, run)
+
+
+@attrs.frozen(kw_only=True)
+class Scaled(OneModel):
+    """What methods have in common that add a scaled task vector to the base."""
+
+    scaling: float = field(0.3, "λ, factor of the merged task vector", in_range())
+
+
+@attrs.frozen(kw_only=True)
+class TaskArithmetic(Scaled):
+    """Base plus scaled sum of the task vectors (Ilharco et al., ICLR 2023)."""
+
+    @hookimpl
+    def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> torch.nn.Module:
+        pool = self.pool(base, experts, data, run)
+        state = static.task_arithmetic(pool.base_state, pool.states, self.scaling, pool.buffers)
+        return self.merged(pool, state, data, run)
+
+
+@attrs.frozen(kw_only=True)
+class Trimming(Scaled):
+    """What TIES and methods that may end in it have in common."""
+
+    keep: float = field(20.0, "entries that TIES keeps, % (up to 1: a fraction)", in_range(0, 100, low_open=True))
+
+
+@attrs.frozen(kw_only=True)
+class Ties(Trimming):
+    """Trim, elect sign, merge (Yadav et al., NeurIPS 2023)."""
+
+    merge_function: Literal["sum", "mean", "max"] = field("sum", "how agreeing entries are joined")
+
+    @hookimpl
+    def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> torch.nn.Module:
+        pool = self.pool(base, experts, data, run)
+        facts = (self.scaling, self.keep, self.merge_function, pool.buffers)
+        return self.merged(pool, static.ties(pool.base_state, pool.states, *facts), data, run)
+
+
+@attrs.frozen(kw_only=True)
+class Dare(Trimming):
+    """Randomly dropped and rescaled task vectors, then task arithmetic or TIES (Yu et al., ICML 2024)."""
+
+    drop_rate: float = field(0.5, "share dropped", in_range(0, 1, high_open=True))
+    then: Literal["task-arithmetic", "ties"] = field("task-arithmetic", "how the rest is merged")
+
+    @hookimpl
+    def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> torch.nn.Module:
+        pool = self.pool(base, experts, data, run)
+
+        def join(base_state: State, states: Mapping[str, State]) -> State:
+            if self.then == "ties":
+                return static.ties(base_state, states, self.scaling, self.keep, buffers=pool.buffers)
+            return static.task_arithmetic(base_state, states, self.scaling, pool.buffers)
+
+        facts = (self.drop_rate, join, run.generator("drop"), pool.buffers)
+        return self.merged(pool, static.dare(pool.base_state, pool.states, *facts), data, run)
+
+
+@attrs.frozen(kw_only=True)
+class ByInputs(OneModel):
+    """What methods have in common that weigh the experts by what some inputs do in them."""
+
+    num_examples: int = field(256, "inputs per task", in_range(1))
+    batch_size: int = field(32, "inputs at a time", in_range(1))
+
+    def experts_with_inputs(
+        self, pool: Pool, data: Any, description: str, run: Any
+    ) -> Iterator[tuple[str, torch.nn.Module, Iterator[Inputs]]]:
+        """Task, a copy of its expert's encoder, and the first inputs of the task."""
+        columns = self.columns(pool, data, run)
+        for task, encoder in run.track(pool.encoders.items(), description):
+            inputs = in_order(columns[task], self.batch_size, encoder, run, self.num_examples)
+            yield task, with_state(encoder, encoder.state_dict()).eval(), inputs
+
+
+@attrs.frozen(kw_only=True)
+class Fisher(ByInputs):
+    """Average weighted by diagonal Fisher information, from unlabelled inputs (Matena & Raffel, NeurIPS 2022)."""
+
+    batch_size: int = field(32, "inputs whose gradients are summed before squaring", in_range(1))
+
+    @hookimpl
+    def merge(self, base: Any, experts: Any, data: Any, run: Any) -> torch.nn.Module:
+        pool = self.pool(base, experts, data, run)
+        information = {}
+        for task, encoder, inputs in self.experts_with_inputs(pool, data, "Fisher information", run):
+            found = static.fisher_information(Features(encoder).eval(), pool.heads[task], inputs)
+            information[task] = {name.removeprefix("encoder."): value for name, value in found.items()}
+        return self.merged(pool, static.fisher(pool.base_state, pool.states, information, pool.buffers), data, run)
+
+
+@attrs.frozen(kw_only=True)
+class RegMean(ByInputs):
+    """Least squares for linear layers, average for the rest (Jin et al., ICLR 2023)."""
+
+    off_diagonal: float = field(0.6, "factor of off-diagonals", in_range(0, 1))
+    ridge: float = field(1e-6, "share of the mean diagonal that is added", in_range(0, low_open=True))
+
+    @hookimpl
+    def merge(self, base: Any, experts: Any, data: Any, run: Any) -> torch.nn.Module:
+        pool = self.pool(base, experts, data, run)
+        grams = {
+            task: static.gram_matrices(encoder, inputs)
+            for task, encoder, inputs in self.experts_with_inputs(pool, data, "inner products", run)
+        }
+        facts = (self.off_diagonal, self.ridge, pool.buffers)
+        return self.merged(pool, static.regmean(pool.base_state, pool.states, grams, *facts), data, run)
+
+
+def in_order(
+    column: Column, batch_size: int, model: torch.nn.Module, run: Any, limit: int | None = None
+) -> Iterator[Inputs]:
+    """Batches of a column in its order, as the model takes them."""
+    return (placed(inputs, run.device, input_dtype(model)) for inputs in column.batches(batch_size, limit))

@@ -1,0 +1,226 @@
+"""Several tasks at once: toy data, a small model with a head per task, its training, and accuracy per task."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import attrs
+import torch
+from plait import Report, hookimpl
+from plait.fields import REQUIRED, field, in_range
+from plait.report import Image, Panel, png
+
+from plait_wemoe.columns import Reading, column_of, reading_of, tokenizer_of
+from plait_wemoe.evaluation import mixed_accuracy, one_task_accuracy, routing_figure, task_routing
+from plait_wemoe.four_tasks import CLASSES, four_tasks
+from plait_wemoe.heads import CosineHead
+from plait_wemoe.mixture import WeightEnsemblingMoE
+from plait_wemoe.plugin.merging import ReadsTexts
+from plait_wemoe.pool import label_names
+from plait_wemoe.supervised import LabelledTask, first_per_class, train_tasks
+from plait_wemoe.tasks import IndividualModels, MultiTaskModel, WithHeads
+from plait_wemoe.vit import seeded_vit
+
+
+@attrs.frozen(kw_only=True)
+class FourTasks:
+    """Small classification tasks from packaged digits and photographs, 16×16: train and test of one of four."""
+
+    task: Literal["digits", "clutter", "rotated", "textures"] = field(
+        REQUIRED, "which: digits, digits over photos, digits turned and renamed, textures"
+    )
+
+    @hookimpl
+    def load_data(self, run: Any) -> Any:
+        import datasets
+
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES[self.task]))}
+        )
+        parts = {}
+        for split, (images, labels) in four_tasks(self.task, run.seed).items():
+            rows = {"image": [_picture(image) for image in images], "label": labels.tolist()}
+            parts[split] = datasets.Dataset.from_dict(rows, features=features)
+        return datasets.DatasetDict(parts)
+
+
+def _picture(image: Any) -> Any:
+    import PIL.Image
+
+    return PIL.Image.fromarray(image).convert("RGB")
+
+
+@attrs.frozen(kw_only=True)
+class MultiTaskViT:
+    """A small fresh vision transformer with one cosine head per task of ``data``."""
+
+    image_size: int = field(16, "side, pixels", in_range(1))
+    patch_size: int = field(4, "side of a patch, pixels", in_range(1))
+    embed_dim: int = field(48, "hidden size", in_range(1))
+    depth: int = field(4, "blocks", in_range(1))
+    num_heads: int = field(4, "attention heads", in_range(1))
+    logit_scale: float = field(10.0, "factor of the cosines", in_range(0, low_open=True))
+
+    @hookimpl
+    def load_model(self, data: Any, run: Any) -> MultiTaskModel:
+        if not isinstance(data, Mapping):
+            raise ValueError("multi-task-vit needs a mapping from task to labelled data")
+        if self.image_size % self.patch_size or self.embed_dim % self.num_heads:
+            raise ValueError("patch_size must divide image_size, and num_heads must divide embed_dim")
+        sizes = {name: getattr(self, name) for name in ("image_size", "patch_size", "embed_dim", "depth", "num_heads")}
+        encoder = seeded_vit(run.derived_seed("weights"), **sizes)
+        draw = run.generator("heads")
+        heads = {
+            task: CosineHead(
+                torch.randn(len(names), self.embed_dim, generator=draw) * self.embed_dim**-0.5, self.logit_scale
+            )
+            for task, names in label_names(data).items()
+        }
+        missing = [task for task in data if task not in heads]
+        if missing:
+            raise ValueError(f"the data of task {missing[0]!r} declares no class names; make its label a ClassLabel")
+        return MultiTaskModel(encoder, heads).to(run.device)
+
+
+@attrs.frozen(kw_only=True)
+class MultiTaskTraining(ReadsTexts):
+    """Supervised training on the tasks of ``data``: pre-training, one expert, or joint training."""
+
+    renamed_fields: ClassVar[Mapping[str, str]] = {"lr": "learning_rate"}
+
+    num_steps: int = field(250, "optimizer steps", in_range(0))
+    batch_size: int = field(64, "images per task and step", in_range(1))
+    learning_rate: float = field(1e-3, "of AdamW", in_range(0, low_open=True))
+    weight_decay: float = field(0.01, "of AdamW", in_range(0))
+    trainable: str | None = field(None, "regular expression for names of encoder parameters; default: all")
+    train_heads: bool = field(False, "train the heads too")
+    examples_per_class: int | None = field(None, "use the first ones of every class only; default: all", in_range(1))
+
+    @hookimpl
+    def optimize(self, model: Any, data: Any, run: Any) -> MultiTaskModel:
+        if not isinstance(model, MultiTaskModel):
+            raise ValueError(f"multi-task training needs a MultiTaskModel, not a {type(model).__name__}")
+        tasks = labelled(data, _reading(model, self.tokenizer, run), self.examples_per_class)
+        return train_tasks(
+            model.to(run.device),
+            tasks,
+            num_steps=self.num_steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            seed=run.derived_seed("batches"),
+            trainable=self.trainable,
+            train_heads=self.train_heads,
+            track=lambda steps: run.track(steps, "train"),
+            on_step=lambda step, loss: run.log(step=step, loss=loss),
+        )
+
+
+@attrs.frozen(kw_only=True)
+class MultiTaskAccuracy(ReadsTexts):
+    """Accuracy of every task and their mean, size, and what the routers do."""
+
+    batch_size: int = field(128, "inputs at a time", in_range(1))
+    batches: tuple[Literal["one-task", "mixed"], ...] = field(
+        ("one-task",), "one-task: a batch holds one task's images in order; mixed: all, shuffled"
+    )
+    routing: tuple[Literal["sample", "batch", "fixed"], ...] = field(
+        (), "routings to measure of models that route; default: the one each model is set to"
+    )
+    pictures: bool = field(True, "draw routing weights and first choices")
+
+    @hookimpl
+    def evaluate(self, model: Any, data: Any, run: Any) -> Report:
+        models = model if isinstance(model, Mapping) else {"": model}
+        rows, panels = [], []
+        for name, one in models.items():
+            if not isinstance(one, WithHeads):
+                raise ValueError(f"evaluate: multi-task needs models with heads, not a {type(one).__name__}")
+            tasks = labelled(data, _reading(one, self.tokenizer, run))
+            one = one.to(run.device).eval()
+            size = {"parameters": stored_numbers(one), "bytes on disk": _bytes_on_disk(one)}
+            label = {"method": name} if name else {}
+            rows += [{**label, **row, **size} for row in self._rows(one, tasks, run)]
+            if self.pictures and one.mixture is not None:
+                panels += self._panels(name, one.mixture, tasks)
+        metrics = [*tasks, "mean"]
+        return Report(
+            rows=rows,
+            better=dict.fromkeys(metrics, "higher") | {"bytes on disk": "lower"},
+            formats=dict.fromkeys(metrics, ".1f") | dict.fromkeys(("parameters", "bytes on disk"), ".0f"),
+            panels=panels,
+        )
+
+    def _rows(self, model: WithHeads, tasks: Mapping[str, LabelledTask], run: Any) -> Iterator[dict[str, Any]]:
+        mixture = model.mixture
+        before = None if mixture is None else mixture.gates[0].routing
+        for routing in self.routing or (before,) if mixture is not None else (None,):
+            if routing is not None and routing != before:
+                mixture.set_routing(routing)
+            for batches in self.batches:
+                # Without routing by batch an output does not depend on the batch; experts cannot be mixed.
+                if batches == "mixed" and (mixture is None or isinstance(model, IndividualModels)):
+                    continue
+                if batches == "mixed":
+                    scores = mixed_accuracy(model, tasks, self.batch_size, run.generator("mixed"))
+                else:
+                    scores = one_task_accuracy(model, tasks, self.batch_size)
+                kind = {"routing": routing or "–", "batches": batches if mixture is not None else "any"}
+                yield {**kind, **scores, "mean": sum(scores.values()) / len(scores)}
+            if routing is not None and routing != before:
+                mixture.set_routing(before)
+
+    def _panels(self, name: str, mixture: WeightEnsemblingMoE, tasks: Mapping[str, LabelledTask]) -> list[Panel]:
+        columns = {task: part.inputs for task, part in tasks.items()}
+        means, shares = task_routing(mixture, columns, self.batch_size)
+        experts = list(mixture.experts)
+        drawn = [(means, "mean coefficient"), (shares, "share of samples with this first choice")]
+        return [
+            Panel(
+                title=f"{name}: {text}, task × expert".removeprefix(": "),
+                images=[[Image(caption=text, data=png(routing_figure(values, list(columns), experts, text)))]],
+            )
+            for values, text in drawn
+        ]
+
+
+def stored_numbers(model: WithHeads) -> int:
+    """Numbers that the model keeps, heads left out; of sparse task vectors only values count, as in the papers."""
+    if model.mixture is not None:
+        return model.mixture.summary()["total"]
+    heads = sum(parameter.numel() for parameter in model.task_heads.parameters())
+    return sum(parameter.numel() for parameter in model.parameters()) - heads
+
+
+def _bytes_on_disk(model: WithHeads) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(Path(folder))
+        weights = [path for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".pt", ".bin")]
+        return sum(path.stat().st_size for path in weights)
+
+
+def _reading(model: WithHeads, tokenizer: Path | None, run: Any) -> Reading:
+    if hasattr(model, "encode_image"):
+        return reading_of(model, model.image_size, None)
+    encoder = model.encoders[0] if isinstance(model, IndividualModels) else model.encoder
+    encoder = getattr(encoder, "backbone", encoder)
+    return reading_of(encoder, getattr(encoder, "image_size", None), tokenizer_of(tokenizer), run.warn)
+
+
+def labelled(data: Any, reading: Reading, per_class: int | None = None) -> dict[str, LabelledTask]:
+    """task → inputs and labels; ``per_class`` keeps the first ones of every class."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"data is a {type(data).__name__}; give a mapping from task to labelled data")
+    found = {}
+    for task, part in data.items():
+        if "label" not in getattr(part, "column_names", ()):
+            raise ValueError(f"the data of task {task!r} is not a dataset with a column 'label'")
+        labels = torch.tensor(part.with_format(None)["label"][:])
+        if per_class is not None:
+            rows = first_per_class(labels, per_class)
+            part, labels = part.select(rows.tolist()), labels[rows]
+        found[task] = LabelledTask(column_of(part, reading), labels)
+    return found
