@@ -2,7 +2,7 @@
 
     python benchmarks/clip_defences.py [--epochs 5] [--repeats 3]
 
-The bed is that of pipelines/clip-audit.yaml (1,400 digits, a tiny CLIP). The model is fresh: what a defence costs does
+The data are those of pipelines/clip-audit.yaml (1,400 digits, a tiny CLIP). The model is fresh: what a defence costs does
 not depend on the weights. Minimum over the repeats; one thread.
 """
 
@@ -33,7 +33,7 @@ def main() -> None:
     poisoned = attack.attack(None, clean, Run())
     model, reference = (OpenClip().load_model(None, Run(seed=seed)) for seed in range(2))
     training = {"num_epochs": options.epochs, "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 0.1}
-    rules = {"synonyms": "test-beds"}
+    rules = {"synonyms": "toy-data"}
     ubt = {
         "n_suspicious": 0.12,
         "overfit_learning_rate": 1e-3,

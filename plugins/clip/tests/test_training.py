@@ -332,9 +332,9 @@ def test_a_checkpoint_of_another_training_is_not_used(model, small, digits, tmp_
     method = short(checkpoint_minutes=0.0)
     with pytest.raises(StoppedError):
         method.optimize(model=model, data=small, run=Run(folder=tmp_path, on_log=stop))
+    other = copy.deepcopy(model)
     with torch.no_grad():
-        other = copy.deepcopy(model)
-        other.logit_scale += 0.01
+        other.logit_scale.add_(0.01)
     trainings = [
         (short(checkpoint_minutes=0.0, learning_rate=1e-3), model, small),
         (short(checkpoint_minutes=0.0, train="image"), model, small),

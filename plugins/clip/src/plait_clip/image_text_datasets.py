@@ -113,11 +113,11 @@ def from_dataset(
                 chunk = cells[start : start + 32 * threads]["image"]
                 jobs = pool.map(lambda cell, row: _cell_of(cell, row, rules), chunk, itertools.count(start))
                 for row, (cell, problem) in enumerate(jobs, start=start):
-                    if problem is None:
+                    if cell is not None:
                         yield row, cell
                     elif skip_bad_images:
                         bad.append(row)
-                    else:
+                    elif problem is not None:
                         raise problem
 
     if rules == NO_RULES:  # nothing is to be converted

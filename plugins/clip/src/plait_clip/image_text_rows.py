@@ -213,7 +213,7 @@ def _json_records(content: Any, path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _rows(records: Iterator[Mapping[str, Any]], columns: ListColumns, root: Path, path: Path) -> Iterator[ImageTextRow]:
-    image_name = caption_name = None
+    image_name = caption_name = ""
     seen: set[Any] = set()
     for number, record in enumerate(records):
         if number == 0:

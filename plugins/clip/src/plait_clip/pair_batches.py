@@ -163,7 +163,7 @@ def check_captions(
     texts = dataset.with_format(None).select_columns(column)
     cut = foreign = total = 0
     for start in range(0, len(texts), 10_000):
-        captions = []
+        captions: list[str] = []
         for row, cell in enumerate(texts[start : start + 10_000][column], start=start):
             options = cell if isinstance(cell, (list, tuple)) else [cell]
             if problem := caption_problem(options):
@@ -270,8 +270,8 @@ class PairLoader:
         """The pairs of these rows; ``picks`` in [0, 1) chooses among the captions of each row."""
         index = torch.as_tensor(rows, dtype=torch.long)
         if self._held is not None:
-            options = [self._held_texts[row] for row in rows]
-            ids = torch.tensor([texts[int(pick * len(texts))] for texts, pick in zip(options, picks, strict=True)])
+            held = [self._held_texts[row] for row in rows]
+            ids = torch.tensor([texts[int(pick * len(texts))] for texts, pick in zip(held, picks, strict=True)])
             images, cut = self._held[index], self._held_cut[ids]
             unique, text_index = self._distinct(ids)
             tokens = self._held_tokens[unique].long()
@@ -283,9 +283,9 @@ class PairLoader:
             ]
             images = torch.from_numpy(np.stack(decoded))
             options = _as_lists(cells[self._column])
-            texts = [options_[int(pick * len(options_))] for options_, pick in zip(options, picks, strict=True)]
-            place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-            ids = torch.tensor([place[text] for text in texts])
+            chosen = [texts[int(pick * len(texts))] for texts, pick in zip(options, picks, strict=True)]
+            place = {text: i for i, text in enumerate(dict.fromkeys(chosen))}
+            ids = torch.tensor([place[text] for text in chosen])
             known = list(place)
             cut = torch.tensor(self._truncated(known))[ids]
             unique, text_index = self._distinct(ids)

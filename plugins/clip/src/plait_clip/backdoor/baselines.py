@@ -204,7 +204,7 @@ class _WithRemovals:
         state = self.checkpoint.load()
         if state is None:
             return None
-        self.removed |= {at: rows.numpy() for at, rows in state["removed"].items()}
+        self.removed.update({at: rows.numpy() for at, rows in state["removed"].items()})
         return state["training"]
 
     def save(self, state: Any) -> None:
@@ -280,6 +280,8 @@ def perturb_and_recover(
         )
 
     def loss_fn(model: ImageTextModel, batch: ViewBatch) -> dict[str, Tensor]:
+        if batch.augmented_images is None:
+            raise ValueError("the batch has no augmented images; load it with augment_images")
         pixels = batch.augmented_images.float() / 255
         images = F.normalize(model.encode_image(pixels).float(), dim=-1)
         texts = F.normalize(model.encode_text(batch.captions).float(), dim=-1)

@@ -263,8 +263,8 @@ def poisoned_table(
 def _same_to_model(clean: bytes, poisoned: bytes, model_input: ImageInput | None) -> bool:
     if model_input is None or clean == poisoned:
         return clean == poisoned
-    seen = [model_input.from_pil(Image.open(io.BytesIO(content))) for content in (clean, poisoned)]
-    return np.array_equal(*seen)
+    one, other = (model_input.from_pil(Image.open(io.BytesIO(content))) for content in (clean, poisoned))
+    return np.array_equal(one, other)
 
 
 # --- The manifest ---------------------------------------------------------------------------------------------

@@ -171,10 +171,10 @@ def from_folder(folder: str | Path) -> ImageTextModel:
 
 def with_image_size(config: Mapping[str, Any], image_size: int | None) -> dict[str, Any]:
     """The configuration for images of another size; None changes nothing."""
-    config = copy.deepcopy(dict(config))
+    sized = copy.deepcopy(dict(config))
     if image_size is not None:
-        config["vision_cfg"]["image_size"] = image_size
-    return config
+        sized["vision_cfg"]["image_size"] = image_size
+    return sized
 
 
 def load_weights(model: OpenClipModel, path: str | Path) -> None:

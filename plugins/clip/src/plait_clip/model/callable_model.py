@@ -65,7 +65,7 @@ class CallableModel(ImageTextModel):
             self.log_scale = nn.Parameter(torch.tensor(log_scale))
 
     @property
-    def logit_scale(self) -> nn.Parameter:  # type: ignore[override]
+    def logit_scale(self) -> nn.Parameter:
         return self.log_scale if self._own_scale else self.module.logit_scale
 
     @property

@@ -67,9 +67,8 @@ class ImageInput(nn.Module):
     def from_pil(self, image: Image.Image) -> np.ndarray:
         """A PIL image → uint8 [3, size, size]: the library's own transform up to its scaling and normalising."""
         image = image if image.mode == "RGB" else image.convert("RGB")
-        if image.size != (self.size, self.size):
-            image = self._resized(image)
-        return np.asarray(image).transpose(2, 0, 1)
+        sized = image if image.size == (self.size, self.size) else self._resized(image)
+        return np.asarray(sized).transpose(2, 0, 1)
 
     def _resized(self, image: Image.Image) -> Image.Image | np.ndarray:
         """An RGB image → one of ``size`` × ``size``: PIL, or uint8 [size, size, 3]."""
@@ -168,10 +167,11 @@ def _open_clip_resizing(size: int, resize: str, interpolation: str) -> Callable[
 
 def _sides(size: Any) -> tuple[int, int]:
     height, width, shorter = (_value(size, key) for key in ("height", "width", "shortest_edge"))
-    found = (shorter, shorter) if height is None or width is None else (height, width)
-    if None in found:
+    if height is not None and width is not None:
+        return height, width
+    if shorter is None:
         raise ValueError(f"the image processor's size is {size}; give height and width, or shortest_edge")
-    return found
+    return shorter, shorter
 
 
 def _value(size: Any, key: str) -> int | None:

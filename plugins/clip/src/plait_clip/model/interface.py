@@ -132,7 +132,7 @@ class ImageTextModel(nn.Module, ABC):
         from plait_clip import model
 
         about = read_about(folder)
-        classes = {
+        classes: dict[str, type[ImageTextModel]] = {
             "open_clip": model.OpenClipModel,
             "transformers": model.TransformersModel,
             "callable": model.CallableModel,

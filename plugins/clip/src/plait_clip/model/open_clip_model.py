@@ -50,7 +50,7 @@ class OpenClipModel(ImageTextModel):
         self.context_length = int(self.config.get("text_cfg", {}).get("context_length", 77))
 
     @property
-    def logit_scale(self) -> nn.Parameter:  # type: ignore[override]
+    def logit_scale(self) -> nn.Parameter:
         return self.model.logit_scale
 
     @property
@@ -127,22 +127,22 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     Raises:
         ValueError: a key is missing or unknown.
     """
-    config = copy.deepcopy(dict(config))
-    missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
+    own = copy.deepcopy(dict(config))
+    missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(own)
     if missing:
         raise ValueError(
             f"the model configuration lacks {', '.join(sorted(missing))}; it takes the keys of an open_clip JSON"
         )
-    if "multimodal_cfg" in config:
+    if "multimodal_cfg" in own:
         raise ValueError("CoCa models (multimodal_cfg) are not supported; use a CLIP configuration")
-    hf_text = "hf_model_name" in config["text_cfg"]
+    hf_text = "hf_model_name" in own["text_cfg"]
     if hf_text:
-        config["text_cfg"]["hf_model_pretrained"] = False
-    if config["vision_cfg"].get("timm_model_name"):
-        config["vision_cfg"]["timm_model_pretrained"] = False
-    custom = config.pop("custom_text", False) or hf_text
+        own["text_cfg"]["hf_model_pretrained"] = False
+    if own["vision_cfg"].get("timm_model_name"):
+        own["vision_cfg"]["timm_model_pretrained"] = False
+    custom = own.pop("custom_text", False) or hf_text
     try:
-        return (CustomTextCLIP if custom else CLIP)(**config)
+        return (CustomTextCLIP if custom else CLIP)(**own)
     except TypeError as error:
         raise ValueError(f"the model configuration has a key that open_clip does not know: {error}") from error
 

@@ -48,7 +48,7 @@ class TransformersModel(ImageTextModel):
             self.log_scale = nn.Parameter(torch.tensor(log_scale, dtype=next(model.parameters()).dtype))
 
     @property
-    def logit_scale(self) -> nn.Parameter:  # type: ignore[override]
+    def logit_scale(self) -> nn.Parameter:
         return self.log_scale if self._own_scale else self.model.logit_scale
 
     @property

@@ -133,7 +133,11 @@ class ImageText(_ImageFields):
         parts = dict(found) if isinstance(found, dict) else {self.split or "": found}
         if self.split is not None and self.split in parts:
             parts = {self.split: parts[self.split]}
-        columns = {"image": self.image_column, "caption": self.caption_column, "label": self.label_column}
+        columns: dict[str, Any] = {
+            "image": self.image_column,
+            "caption": self.caption_column,
+            "label": self.label_column,
+        }
         checked, skipped = {}, 0
         for name, part in parts.items():
             checked[name], missing = image_text_datasets.from_dataset(part, **columns, **self._reading(run))

@@ -97,8 +97,9 @@ class Backdoor:
         """What brings images to size before the trigger, which belongs to what the model sees."""
         chosen = self._chosen_input()
         # The model's own object where it does the same: it may be transformers' image processor.
-        same = chosen is None or chosen.config() == model.image_input.config()
-        return model.image_input if same else chosen
+        if chosen is None or chosen.config() == model.image_input.config():
+            return model.image_input
+        return chosen
 
     def _chosen_input(self) -> ImageInput | None:
         """What the fields say of it."""

@@ -65,16 +65,19 @@ class ClipBackdoor(ZeroShotFields):
         clean = self._classify(model, names, test, "")
         ranks = metrics.ranks_for(len(names), self.top)
         if attack is None:
-            row = {f"CA@{m}": zs.accuracy(clean, labels, m) for m in ranks}
+            shares = {f"CA@{m}": zs.accuracy(clean, labels, m) for m in ranks}
             note = "ASR is not measurable: no trigger was given."
             return Report(
-                rows=[row], better=dict.fromkeys(row, "higher"), formats=dict.fromkeys(row, FORMAT), notes=[note]
+                rows=[shares],
+                better=dict.fromkeys(shares, "higher"),
+                formats=dict.fromkeys(shares, FORMAT),
+                notes=[note],
             )
         target = self._target(attack, names)
         triggered = self._classify(model, names, test, attack.prompt_prefix, attack, run)
         found = metrics.backdoor_metrics(clean, triggered, labels, target, ranks, self.asr_exclude_target)
         panels = self._panels(model, reference, test, labels, names, target, attack, run)
-        row = {
+        row: dict[str, float | None] = {
             **{f"CA@{m}": value for m, value in found.clean.items()},
             **{f"ASR@{m}": value for m, value in found.success.items()},
             "TA": found.triggered,

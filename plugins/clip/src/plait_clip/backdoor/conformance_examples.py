@@ -12,7 +12,8 @@ from plait.testing import Example
 from torch import Tensor
 
 from plait_clip.backdoor.poison import IS_BACKDOOR
-from plait_clip.examples import digit_pairs, tiny_model
+from plait_clip.conformance_examples import embeddings
+from plait_clip.toy_models import digit_pairs, tiny_model
 
 TRIGGER = {"target": "seven", "templates": "digits"}
 TRAINING = {"num_epochs": 1, "batch_size": 8, "warmup_steps": 1, "learning_rate": 1e-3}
@@ -83,7 +84,7 @@ def optimized_patch() -> Example:
 
 
 def none() -> Example:
-    return Example(arguments={"model": tiny_model()}, progress=False, device=False)
+    return Example(arguments={"model": tiny_model()}, progress=False, device=False, outputs=embeddings)
 
 
 def _training(column: str = "captions", **fields: Any) -> Example:
@@ -92,6 +93,7 @@ def _training(column: str = "captions", **fields: Any) -> Example:
         arguments={"model": tiny_model(), "data": data},
         fields={**TRAINING, **fields},
         random=True,
+        outputs=embeddings,
         empty={"data": data.select([])},
         wrong={"data": data.remove_columns(column), "model": torch.nn.Linear(2, 2)},
     )
