@@ -3,10 +3,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from plait_clip.beds import SYNONYMS, vocabulary
-from plait_clip.model.image_input import ImageInput
-from plait_clip.model.open_clip_model import OpenClipModel, build
-from plait_clip.model.tokenizer import WordTokenizer
+from plait_clip import ImageInput, OpenClipModel, WordTokenizer, toy_data
+from plait_clip.model.open_clip_model import build
 
 COLOURS = {"dark": 40, "grey": 120, "bright": 220}
 NOUNS = ["bag", "boot", "coat", "dress"]
@@ -15,7 +13,7 @@ NOUNS = ["bag", "boot", "coat", "dress"]
 @pytest.fixture(scope="session")
 def make_model():
     def make(seed=0):
-        tokenizer = WordTokenizer(vocabulary(), 14)
+        tokenizer = WordTokenizer(toy_data.vocabulary(), 14)
         config = {
             "embed_dim": 16,
             "vision_cfg": {"image_size": 8, "patch_size": 4, "width": 32, "layers": 1, "head_width": 16},
@@ -52,5 +50,5 @@ def pairs():
 
 
 @pytest.fixture(scope="session")
-def bed_synonyms():
-    return lambda word: SYNONYMS.get(word, ())
+def toy_synonyms():
+    return lambda word: toy_data.SYNONYMS.get(word, ())

@@ -1,14 +1,14 @@
 import json
 
+import plait
 import pytest
 import torch
-from plait import PlaitError, Run
-from plait_clip.backdoor.clean_clip import official_groups
-from plait_clip.backdoor.plugin.defences import CleanClip
+from plait import Run
+from plait_clip.backdoor import released_groups
 from plait_ta_cleaner.plugin import FtHardNegatives, Subcaptions, TaCleaner
 
 TRAINING = {"num_epochs": 2, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 2}
-RULES = {"synonyms": "test-beds", "min_pool_count": 1}
+RULES = {"synonyms": "toy-data", "min_pool_count": 1}
 
 
 def same(a, b):
@@ -22,7 +22,7 @@ def collected():
 
 
 def test_without_alignment_the_step_is_clean_clip_bit_for_bit(make_model, pairs):
-    plain = CleanClip(**TRAINING, synonyms="test-beds").defend(make_model(), pairs, None, Run())
+    plain = plait.load("clean-clip", **TRAINING, synonyms="toy-data").defend(make_model(), pairs, None, Run())
     off = TaCleaner(**TRAINING, **RULES, ta_weight=0.0).defend(make_model(), {"clean": pairs}, None, Run())
     assert same(plain, off)
     on = TaCleaner(**TRAINING, **RULES).defend(make_model(), pairs, None, Run())
@@ -31,8 +31,8 @@ def test_without_alignment_the_step_is_clean_clip_bit_for_bit(make_model, pairs)
 
 def test_the_optimizer_state_of_the_authors_checkpoints_is_taken_over(make_model, pairs, tmp_path):
     """By the kit's own function: the same state as clean-clip starts from."""
-    trained, official = make_model(), {**TRAINING, "compat": "cleanclip", "learning_rate": 1e-4}
-    adamw = torch.optim.AdamW(official_groups(trained.model, 0.1))
+    trained, released = make_model(), {**TRAINING, "as_released": True, "learning_rate": 1e-4}
+    adamw = torch.optim.AdamW(released_groups(trained.model, 0.1))
     trained.encode_text(["a bag", "a boot"]).sum().backward()
     adamw.step()
     weights = {f"module.{name}": tensor for name, tensor in trained.model.state_dict().items()}
@@ -41,9 +41,9 @@ def test_the_optimizer_state_of_the_authors_checkpoints_is_taken_over(make_model
     plain, off, without = (
         method.defend(make_model(), pairs, None, Run())
         for method in (
-            CleanClip(**official, **state, synonyms="test-beds"),
-            TaCleaner(**official, **state, **RULES, ta_weight=0.0),
-            TaCleaner(**official, **RULES, ta_weight=0.0),
+            plait.load("clean-clip", **released, **state, synonyms="toy-data"),
+            TaCleaner(**released, **state, **RULES, ta_weight=0.0),
+            TaCleaner(**released, **RULES, ta_weight=0.0),
         )
     )
     assert same(plain, off)
@@ -101,7 +101,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(make_model, pairs, tmp_p
         {"negative_scope": "own", "negative_slots": ("noun",)},
         {"negative_loss": "margin"},
         {"augment_images": False, "augment_texts": False},
-        {"compat": "cleanclip", "eda_resample": "epoch"},
+        {"as_released": True, "eda_resample": "epoch"},
         {"pool_extra": ("purse",), "pool_exclude_synonyms": False},
     ],
 )
@@ -122,7 +122,7 @@ def test_columns_give_the_sub_captions(make_model, pairs):
             assert len(changed) == 1
     method = TaCleaner(**TRAINING, **RULES, n_negatives=2, subcaptions="columns")
     assert not same(method.defend(make_model(), written, None, Run()), make_model())
-    with pytest.raises(PlaitError, match="caption_pos"):
+    with pytest.raises(ValueError, match="caption_pos"):
         method.defend(make_model(), pairs, None, Run())
     again = Subcaptions(**RULES, n_negatives=2).transform(written, Run())
     assert again.column_names == written.column_names
@@ -137,7 +137,7 @@ def test_hard_negatives(make_model, pairs):
 
 def test_overlap_with_the_suspicious_data_is_refused_unless_allowed(make_model, pairs):
     data = {"clean": pairs.select(range(32)), "suspicious": pairs.select(range(24, 64))}
-    with pytest.raises(PlaitError, match="8 clean images occur"):
+    with pytest.raises(ValueError, match="8 clean images occur"):
         TaCleaner(**TRAINING, **RULES).defend(make_model(), data, None, Run())
     run = Run()
     TaCleaner(**{**TRAINING, "num_epochs": 1}, **RULES, allow_overlap=True).defend(make_model(), data, None, run)
@@ -146,7 +146,7 @@ def test_overlap_with_the_suspicious_data_is_refused_unless_allowed(make_model, 
 
 def test_warnings(make_model, pairs, collected):
     run, warnings = collected
-    TaCleaner(**TRAINING, synonyms="test-beds", min_pool_count=60, n_subtext=4).defend(make_model(), pairs, None, run)
+    TaCleaner(**TRAINING, synonyms="toy-data", min_pool_count=60, n_subtext=4).defend(make_model(), pairs, None, run)
     text = " ".join(warnings)
     assert "no verb and no adj occurs 60 times" in text
     assert "less than two of the 4 pairs" in text
@@ -154,7 +154,7 @@ def test_warnings(make_model, pairs, collected):
 
 def test_captions_without_a_replacement_are_counted(make_model, pairs, collected):
     run, warnings = collected
-    TaCleaner(**TRAINING, synonyms="test-beds", min_pool_count=1000).defend(make_model(), pairs, None, run)
+    TaCleaner(**TRAINING, synonyms="toy-data", min_pool_count=1000).defend(make_model(), pairs, None, run)
     assert run.reports[0].rows[0]["no counterfactual"] == 32
     assert "no word to exchange" in warnings[-1]
 
@@ -171,7 +171,7 @@ def test_captions_without_a_replacement_are_counted(make_model, pairs, collected
     ],
 )
 def test_bad_fields_are_refused(fields, message):
-    with pytest.raises(PlaitError, match=message):
+    with pytest.raises(ValueError, match=message):
         TaCleaner(**fields)
 
 
@@ -186,13 +186,13 @@ def test_bad_input_is_one_sentence(make_model, pairs, tmp_path):
         (TaCleaner(**TRAINING, **RULES, word_list=tmp_path), pairs, "WordNet"),
         (TaCleaner(**TRAINING, synonyms=str(tmp_path / "none.json")), pairs, "none.json"),
         (TaCleaner(**{**TRAINING, "learning_rate": 1e30}, **RULES), pairs, "learning rate"),
-        (TaCleaner(**TRAINING, **RULES, compat="cleanclip", optimizer_checkpoint=tmp_path / "no.pt"), pairs, "no.pt"),
+        (TaCleaner(**TRAINING, **RULES, as_released=True, optimizer_checkpoint=tmp_path / "no.pt"), pairs, "no.pt"),
     ]
     for method, data, message in cases:
-        with pytest.raises(PlaitError, match=message) as error:
+        with pytest.raises((ValueError, FileNotFoundError, RuntimeError), match=message) as error:
             method.defend(make_model(), data, None, Run())
         assert "\n" not in str(error.value)
-    with pytest.raises(PlaitError, match="dataset"):
+    with pytest.raises(TypeError, match="dataset"):
         Subcaptions(**RULES).transform({"train": pairs}, Run())
 
 
@@ -202,3 +202,19 @@ def test_synonyms_from_a_file_are_never_drawn(pairs, tmp_path):
     rules = {"synonyms": str(tmp_path / "all.json"), "min_pool_count": 1, "negative_slots": ("noun",)}
     written = Subcaptions(**rules).transform(pairs, Run())
     assert set(written["caption_neg_1"]) == {""}
+
+
+def test_a_tagger_by_import_path(pairs, monkeypatch, tmp_path):
+    (tmp_path / "my_tagger.py").write_text("def tag(words):\n    return ['OTHER' for _ in words]\nnumber = 3\n")
+    monkeypatch.chdir(tmp_path)
+    for tagger in ("my_tagger:tag", "./my_tagger.py:tag", f"{tmp_path}/my_tagger.py:tag"):
+        written = Subcaptions(**{**RULES, "tagger": tagger}).transform(pairs, Run())
+        assert set(written["caption_neg_1"]) == {""}
+    for bad, message in [
+        ("spacy", "import path"),
+        ("my_tagger:nothing", "cannot be imported"),
+        ("no_such_module:tag", "cannot be imported"),
+        ("my_tagger:number", "not a function"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Subcaptions(**{**RULES, "tagger": bad}).transform(pairs, Run())

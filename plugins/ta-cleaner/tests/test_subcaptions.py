@@ -1,4 +1,5 @@
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plait_ta_cleaner import subcaptions
 from plait_ta_cleaner.subcaptions import SubcaptionSource, Tagged, WordPool
-from plait_ta_cleaner.tagging import LexiconTagger, WordList, caption_words
+from plait_ta_cleaner.tagging import LexiconTagger, WordList
 
 DOG = "a small brown dog chases the red ball across a wet park"
 # Of every tag what the captions below hold; other words count as nouns.
@@ -44,27 +45,55 @@ def tagged(caption):
 # --- factual
 
 
+def without_adjectives(caption):
+    return subcaptions.factual_text(tagged(caption), subcaptions.drop_adjectives(tagged(caption)))
+
+
+def relation(caption, seed):
+    kept = subcaptions.first_relation(tagged(caption), random.Random(seed))
+    return subcaptions.factual_text(tagged(caption), kept)
+
+
 def test_adjectives_go():
-    assert " ".join(subcaptions.drop_adjectives(tagged(DOG))) == "a dog chases the ball across a park"
-    assert " ".join(subcaptions.drop_adjectives(tagged("a red dog runs in the park"))) == "a dog runs in the park"
-    assert subcaptions.drop_adjectives(tagged("a very dirty old apple")) == ["an", "apple"]
-    assert subcaptions.drop_adjectives(tagged("a black and white dog")) == ["a", "dog"]
-    assert subcaptions.drop_adjectives(tagged("a red dog and a cat")) == ["a", "dog", "and", "a", "cat"]
+    assert without_adjectives(DOG) == "a dog chases the ball across a park"
+    assert without_adjectives("a red dog runs in the park") == "a dog runs in the park"
+    assert without_adjectives("a very dirty old apple") == "an apple"
+    assert without_adjectives("a black and white dog") == "a dog"
+    assert without_adjectives("a red dog and a cat") == "a dog and a cat"
 
 
 def test_first_relation_keeps_two_nouns_and_what_joins_them():
-    texts = {" ".join(subcaptions.first_relation(tagged(DOG), random.Random(i))) for i in range(200)}
+    texts = {relation(DOG, seed) for seed in range(200)}
     assert "a dog chases a park" in texts
     assert {text.replace("small ", "").replace("brown ", "").replace("wet ", "") for text in texts} == {
         "a dog chases a park"
     }
     assert len(texts) == 8  # each of three adjectives stays or goes
-    fruit = {
-        " ".join(subcaptions.first_relation(tagged("apples and pears lie on a table"), random.Random(i)))
-        for i in range(50)
-    }
+    fruit = {relation("apples and pears lie on a table", seed) for seed in range(50)}
     assert fruit == {"apples lie a table", "pears lie a table"}
-    assert subcaptions.first_relation(tagged("a dog"), random.Random(0)) == ["a", "dog"]
+    assert relation("a dog", 0) == "a dog"
+
+
+@pytest.mark.parametrize(
+    ("caption", "positive"),
+    [
+        ("A small, brown dog runs in the park.", "A dog runs in the park."),
+        ("Small dogs run.", "Dogs run."),
+        ("THE DIRTY APPLE!", "THE APPLE!"),
+        ("Look: a ball. Small cats run!", "Look: a ball. cats run!"),
+        ('"The dog," a red ball (old)', '"The dog," a ball'),
+        ("a dog in a park.", "a dog in a park."),
+    ],
+)
+def test_case_and_punctuation_do_not_tell_positives_from_negatives(caption, positive):
+    """What the caption has besides words, both rewritings have, whether words were left out or not."""
+    texts = source().draw(caption, 0, 0)
+    assert texts.positive == positive
+    (negative,) = texts.negatives
+    signs = re.sub(r"\w+", "", caption)
+    assert re.sub(r"\w+", "", negative) == signs
+    for old, new in zip(re.findall(r"\w+", caption), re.findall(r"\w+", negative), strict=True):
+        assert (new[0].isupper(), new.isupper()) == (old[0].isupper(), old.isupper())
 
 
 def test_articles_suit_the_next_word():
@@ -107,9 +136,9 @@ captions = st.lists(
 @given(captions)
 def test_a_factual_text_is_a_subsequence_with_all_nouns(words):
     caption = tagged(" ".join(words))
-    kept = [word.replace("an", "a") if word == "an" else word for word in subcaptions.drop_adjectives(caption)]
-    rest = iter(caption.words)
-    assert all(word in rest for word in kept)
+    places = subcaptions.drop_adjectives(caption)
+    assert places == sorted(set(places))
+    kept = [caption.words[place] for place in places]
     nouns = [word for word, tag in zip(caption.words, caption.tags, strict=True) if tag == "NOUN"]
     assert Counter(nouns) <= Counter(kept)
 
@@ -219,4 +248,11 @@ def test_a_tagger_that_gives_wrong_tags_is_named():
 
 
 def test_words_come_from_the_caption():
-    assert tagged(DOG) == Tagged(tuple(caption_words(DOG)), tuple(TAGGER(caption_words(DOG))))
+    found = tagged("A Dog, a ball.")
+    assert found == Tagged(
+        words=("a", "dog", "a", "ball"),
+        tags=("DET", "NOUN", "DET", "NOUN"),
+        spelled=("A", "Dog", "a", "ball"),
+        between=("", " ", ", ", " ", "."),
+    )
+    assert found.text(range(4)) == "A Dog, a ball."

@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from plait_clip.backdoor.clean_clip import FineTuning, clean_clip, encode_views, view_batches
-from plait_clip.losses import clip_loss
+from plait_clip import clip_loss
+from plait_clip.backdoor import FineTuning, clean_clip, encode_views, view_batches
+from plait_ta_cleaner import baselines
 from plait_ta_cleaner import ta_cleaner as ta
 from plait_ta_cleaner.subcaptions import SubcaptionSource, WordPool, pool_words
 from plait_ta_cleaner.tagging import LexiconTagger, open_words
@@ -23,18 +24,16 @@ def source(pairs):
 
 
 @pytest.fixture(scope="module")
-def train(make_model, pairs, source, bed_synonyms):
-    def run(alignment=None, n_subtext=16, **settings):
+def train(make_model, pairs, source, toy_synonyms):
+    def run(n_subtext=16, ta_weight=1.0, **settings):
         model = make_model()
         ta.ta_cleaner(
             model,
             pairs,
-            settings.pop("draw", source.draw),
-            n_subtext,
-            True,
-            ta.Augmentation(synonyms=bed_synonyms),
-            alignment or ta.Alignment(),
-            settings.pop("training", TRAINING),
+            source.draw,
+            TRAINING,
+            ta.Alignment(n_subtext=n_subtext, ta_weight=ta_weight),
+            ta.Augmentation(synonyms=toy_synonyms),
             seed=7,
             **settings,
         )
@@ -129,9 +128,9 @@ def test_a_subset_of_the_asked_size_is_drawn_anew_every_epoch():
 
 
 @pytest.fixture(scope="module")
-def batch(make_model, pairs, bed_synonyms):
+def batch(make_model, pairs, toy_synonyms):
     views = view_batches(
-        pairs, make_model(), batch_size=16, seed=0, epoch=0, augment_images=True, synonyms=bed_synonyms
+        pairs, make_model(), batch_size=16, seed=0, epoch=0, augment_images=True, synonyms=toy_synonyms
     )
     return next(iter(views))
 
@@ -188,36 +187,56 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(make_model, batch, source):
 # --- The training
 
 
-@pytest.mark.parametrize(("alignment", "n_subtext"), [(ta.Alignment(ta_weight=0.0), 16), (ta.Alignment(), 0)])
-def test_without_alignment_it_is_clean_clip_bit_for_bit(make_model, pairs, bed_synonyms, train, alignment, n_subtext):
+@pytest.mark.parametrize("settings", [{"ta_weight": 0.0}, {"n_subtext": 0}])
+def test_without_alignment_it_is_clean_clip_bit_for_bit(make_model, pairs, toy_synonyms, train, settings):
     plain = make_model()
-    clean_clip(plain, pairs, bed_synonyms, TRAINING, seed=7)
-    assert equal_weights(train(alignment, n_subtext), plain)
+    clean_clip(plain, pairs, toy_synonyms, TRAINING, seed=7)
+    assert equal_weights(train(**settings), plain)
 
 
 def test_alignment_changes_the_result_and_is_reproducible(train, make_model):
     first, second = train(), train()
     assert equal_weights(first, second)
-    assert not equal_weights(first, train(ta.Alignment(ta_weight=0.0)))
+    assert not equal_weights(first, train(ta_weight=0.0))
     assert first.logit_scale.item() <= 4.6052 + 1e-6
     assert not equal_weights(first, make_model())
+
+
+def test_the_number_of_rows_with_sub_captions():
+    assert [ta.num_subtext_rows(asked, 40) for asked in (0, 0.25, 1, 1.0, 16)] == [0, 10, 40, 40, 16]
+    with pytest.raises(ValueError, match="up to the 40"):
+        ta.num_subtext_rows(41, 40)
+    with pytest.raises(ValueError, match="whole number"):
+        ta.num_subtext_rows(3.5, 40)
 
 
 def test_the_number_of_workers_does_not_matter(train):
     assert equal_weights(train(), train(num_workers=2))
 
 
-def test_it_resumes_to_the_same_weights(train, tmp_path):
+class Memory:
+    """A checkpoint in memory."""
+
+    state = None
+
+    def load(self):
+        return copy.deepcopy(self.state)
+
+    def save(self, state):
+        self.state = copy.deepcopy(state)
+
+
+def test_it_resumes_to_the_same_weights(train):
     whole = train()
 
     def stop(step, values):
         if step >= 5:
             raise KeyboardInterrupt
 
-    checkpoint = tmp_path / "training.pt"
+    checkpoint = Memory()
     with pytest.raises(KeyboardInterrupt):
         train(checkpoint=checkpoint, on_step=stop)
-    assert checkpoint.is_file()
+    assert checkpoint.state is not None
     assert equal_weights(train(checkpoint=checkpoint), whole)
 
 
@@ -234,14 +253,16 @@ def test_hard_negatives_without_any_are_the_contrastive_loss(make_model, batch):
     model = make_model()
     u = model.encode_image(batch.images.float() / 255)
     v = model.encode_text(batch.captions)
-    torch.testing.assert_close(ta.hard_negative_loss(model, batch, []), clip_loss(u, v, model.logit_scale.exp()))
-    assert ta.hard_negative_loss(model, batch, ["a photo of a dress"]) > ta.hard_negative_loss(model, batch, [])
+    torch.testing.assert_close(baselines.hard_negative_loss(model, batch, []), clip_loss(u, v, model.logit_scale.exp()))
+    assert baselines.hard_negative_loss(model, batch, ["a photo of a dress"]) > baselines.hard_negative_loss(
+        model, batch, []
+    )
 
 
 def test_fine_tuning_with_hard_negatives_learns(make_model, pairs, source):
     model, losses = make_model(), []
     before = copy.deepcopy(model)
-    ta.fine_tune_with_hard_negatives(
+    baselines.fine_tune_with_hard_negatives(
         model, pairs, source.draw, 64, FineTuning(num_epochs=6, batch_size=16, learning_rate=3e-3, warmup_steps=1),
         on_step=lambda step, values: losses.append(values["loss"]),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plait_clip import beds, prompts
+from plait_clip import prompts, toy_data
 from plait_ta_cleaner import tagging
 
 
@@ -35,13 +35,15 @@ def test_known_captions(tagger, caption, tags):
     assert tagger(tagging.caption_words(caption)) == tags.split()
 
 
-def test_captions_of_both_beds(tagger):
+def test_captions_of_the_toy_data(tagger):
     adjectives = {"small", "dark", "square", "patterned"}
     verbs = {"lying", "hanging", "showing", "selling", "wrote"}
     captions = [
-        c.format(b="dark", s="square", t="patterned", n=n) for c in beds.FASHION_CAPTIONS for n in beds.FASHION_NAMES
+        c.format(b="dark", s="square", t="patterned", n=n)
+        for c in toy_data.FASHION_CAPTIONS
+        for n in toy_data.FASHION_NAMES
     ]
-    captions += [c.format(name) for c in prompts.DIGITS for name in beds.DIGIT_NAMES]
+    captions += [c.format(name) for c in prompts.DIGITS for name in toy_data.DIGIT_NAMES]
     for caption in captions:
         words = tagging.caption_words(caption)
         for word, tag in zip(words, tagger(words), strict=True):
@@ -85,20 +87,6 @@ def test_words_do_not_depend_on_what_is_installed(words, tmp_path, monkeypatch):
 def test_wordnet_folder_must_hold_wordnet(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"index\.noun"):
         tagging.open_words(tmp_path)
-
-
-def test_a_tagger_by_import_path(monkeypatch, tmp_path):
-    (tmp_path / "my_tagger.py").write_text("def tag(words):\n    return ['OTHER' for _ in words]\nnumber = 3\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert tagging.load_tagger("my_tagger:tag", frozenset)(["a", "b"]) == ["OTHER", "OTHER"]
-    for bad, message in [
-        ("spacy", "import path"),
-        ("my_tagger:nothing", "cannot be imported"),
-        ("no_such_module:tag", "cannot be imported"),
-        ("my_tagger:number", "not a function"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            tagging.load_tagger(bad, frozenset)
 
 
 def test_tags_are_checked():

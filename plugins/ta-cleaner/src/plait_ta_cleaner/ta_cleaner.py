@@ -1,42 +1,143 @@
 """TA-Cleaner, step by step (Xun et al., arXiv 2409.17601; v3: CleanerCLIP).
 
 CleanCLIP's fine-tuning on clean pairs; for a random subset of them, redrawn in every epoch, the image is also drawn to
-a factual and pushed from a counterfactual rewriting of its caption. The sub-captions: :mod:`.subcaptions`.
+a factual and pushed from a counterfactual rewriting of its caption. :func:`ta_cleaner` is the whole
+method, its parts follow in their order; the sub-captions: :mod:`plait_ta_cleaner.subcaptions`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import datasets
 import torch
 import torch.nn.functional as F
-from plait_clip.backdoor.clean_clip import (
+from plait_clip import Checkpoint, ImageTextModel, clip_loss
+from plait_clip.backdoor import (
     Embeddings,
     FineTuning,
+    Synonyms,
     ViewBatch,
     encode_views,
     fine_tune,
     seed_of,
+    self_supervised_loss,
     steps_of_epoch,
     view_batches,
 )
-from plait_clip.backdoor.eda import Synonyms
-from plait_clip.backdoor.losses import self_supervised_loss
-from plait_clip.losses import clip_loss
-from plait_clip.model import ImageTextModel
 from torch import Tensor
 
-from plait_ta_cleaner.subcaptions import Subcaption
+from plait_ta_cleaner.subcaptions import Draw, Subcaption
 
-Draw = Callable[[str, int, int], Subcaption]
-"""(caption, epoch, row) → its sub-captions in that epoch."""
 NegativeScope = Literal["batch", "own"]
+NegativeLoss = Literal["softmax", "margin"]
+NUM_SHOWN = 6
+OnStep = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """How L_TA is made and weighted: L = λ_clip L_clip + λ_ss L_ss + λ_ta L_TA.
+
+    Attributes:
+        n_subtext: K, pairs with sub-captions in an epoch: a share up to 1, or a number of pairs.
+        negatives_required: leave out pairs without a counterfactual text.
+    """
+
+    n_subtext: float = 0.25
+    negatives_required: bool = True
+    ta_weight: float = 1.0
+    clip_weight: float = 1.0
+    ss_weight: float = 1.0
+    negative_scope: NegativeScope = "batch"
+    negative_loss: NegativeLoss = "softmax"
+
+    def __post_init__(self) -> None:
+        if self.ta_weight == self.clip_weight == self.ss_weight == 0:
+            raise ValueError("ta_weight, clip_weight and self_supervised_weight are all 0; nothing would be learned")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """CleanCLIP's views: ``text`` captions by EDA drawn ``once`` or in every ``epoch``, ``none``: the caption itself."""
+
+    images: bool = True
+    text: Literal["once", "epoch", "none"] = "once"
+    synonyms: Synonyms | None = None
+
+
+DEFAULTS = Alignment()
+
+
+def ta_cleaner(
+    model: ImageTextModel,
+    pairs: datasets.Dataset,
+    draw: Draw,
+    training: FineTuning,
+    alignment: Alignment = DEFAULTS,
+    augmentation: Augmentation = Augmentation(),
+    *,
+    seed: int = 0,
+    num_workers: int = 0,
+    checkpoint: Checkpoint | None = None,
+    on_step: OnStep = lambda step, values: None,
+    warn: Callable[[str], None] = lambda sentence: None,
+) -> None:
+    """Fine-tune ``model`` in place on clean pairs.
+
+    Args:
+        draw: makes the sub-captions of a caption, epoch and row, such as
+            :meth:`plait_ta_cleaner.subcaptions.SubcaptionSource.draw`.
+        num_workers: processes that decode and augment images; they change no result.
+        checkpoint, on_step and further errors: as of :func:`plait_clip.train`.
+
+    Raises:
+        ValueError: there are fewer pairs than K or than a batch.
+    """
+    k = num_subtext_rows(alignment.n_subtext, len(pairs))
+    if alignment.ta_weight > 0 and 0 < k * training.batch_size < 2 * len(pairs):
+        warn(f"a batch holds less than two of the {k} pairs with sub-captions; raise n_subtext")
+    chosen: dict[int, Tensor] = {}
+
+    def batches(epoch: int, skip: int) -> Iterator[ViewBatch]:
+        chosen.clear()
+        chosen[epoch] = subtext_rows(len(pairs), k, seed, epoch)
+        return augmented_batches(
+            pairs,
+            model,
+            augmentation,
+            batch_size=training.batch_size,
+            seed=seed,
+            epoch=epoch,
+            num_workers=num_workers,
+            skip=skip,
+        )
+
+    def losses(model: ImageTextModel, batch: ViewBatch) -> dict[str, Tensor]:
+        texts = texts_of_step(batch, chosen[batch.epoch], draw, alignment.negatives_required)
+        return ta_cleaner_losses(model, batch, texts, alignment)
+
+    steps = steps_of_epoch(pairs, training.batch_size)
+    fine_tune(model, batches, losses, steps, training, seed=seed, checkpoint=checkpoint, on_step=on_step)
+
 
 # --- Which rows get sub-captions in an epoch -------------------------------------------------------------------
+
+
+def num_subtext_rows(n_subtext: float, num_pairs: int) -> int:
+    """K for so many pairs: ``n_subtext`` is a share up to 1, or a number of pairs.
+
+    Raises:
+        ValueError: it is more than the pairs, or neither a share nor a whole number.
+    """
+    if n_subtext > 1 and n_subtext != int(n_subtext):
+        raise ValueError(f"n_subtext is {n_subtext}; allowed is a share up to 1 or a whole number of pairs")
+    count = int(n_subtext * num_pairs) if n_subtext <= 1 else int(n_subtext)
+    if count > num_pairs:
+        raise ValueError(f"n_subtext is {count}; allowed is up to the {num_pairs} clean pairs")
+    return count
 
 
 def subtext_rows(num_rows: int, n_subtext: int, seed: int, epoch: int) -> Tensor:
@@ -87,17 +188,6 @@ def margin_loss(
     if negative_scope == "own":
         excess = excess[owners, torch.arange(len(owners), device=owners.device)]
     return excess.mean() if excess.numel() else excess.sum()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Alignment:
-    """How L_TA is made and weighted; names as in the defaults of the method."""
-
-    ta_weight: float = 1.0
-    clip_weight: float = 1.0
-    ss_weight: float = 1.0
-    negative_scope: NegativeScope = "batch"
-    negative_loss: Literal["softmax", "margin"] = "softmax"
 
 
 def alignment_losses(
@@ -183,16 +273,7 @@ def ta_cleaner_losses(
     return {"loss": loss, **terms}
 
 
-# --- The training ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """CleanCLIP's views: ``text`` captions by EDA drawn ``once`` or in every ``epoch``, ``none``: the caption itself."""
-
-    images: bool = True
-    text: Literal["once", "epoch", "none"] = "once"
-    synonyms: Synonyms | None = None
+# --- CleanCLIP's batches ----------------------------------------------------------------------------------------------
 
 
 def augmented_batches(
@@ -206,7 +287,7 @@ def augmented_batches(
     num_workers: int = 0,
     skip: int = 0,
 ) -> Iterator[ViewBatch]:
-    """The batches of :func:`plait_clip.backdoor.clean_clip.view_batches`; a view that is off repeats the original."""
+    """The batches of :func:`plait_clip.backdoor.view_batches`; a view that is off repeats the original."""
     batches = view_batches(
         pairs,
         model,
@@ -227,91 +308,27 @@ def augmented_batches(
         )
 
 
-def ta_cleaner(
-    model: ImageTextModel,
-    pairs: datasets.Dataset,
-    draw: Draw,
-    n_subtext: int,
-    negatives_required: bool,
-    augmentation: Augmentation,
-    alignment: Alignment,
-    training: FineTuning,
-    *,
-    seed: int = 0,
-    num_workers: int = 0,
-    checkpoint: Path | None = None,
-    on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None,
-) -> None:
-    """Fine-tune ``model`` in place on clean pairs.
+# --- What was drawn --------------------------------------------------------------------------------------------
 
-    Args:
-        draw: makes the sub-captions of a caption, row and epoch.
-        n_subtext: K, rows with sub-captions in an epoch.
-        negatives_required: leave out rows without a counterfactual text.
-        checkpoint, on_step and errors: as of :func:`plait_clip.training.train`.
+
+def subcaption_counts(
+    captions: Sequence[str], draw: Draw, alignment: Alignment, num_epochs: int, seed: int
+) -> tuple[dict[str, int], list[tuple[str, Subcaption]]]:
+    """How the captions of the chosen rows were rewritten, all epochs of a training together.
+
+    Returns:
+        counts (``drawn``, ``rewritten``, ``positive = caption``, ``no counterfactual``), and a few captions with theirs.
     """
-    chosen: dict[int, Tensor] = {}
-
-    def batches(epoch: int, skip: int) -> Iterator[ViewBatch]:
-        chosen.clear()
-        chosen[epoch] = subtext_rows(len(pairs), n_subtext, seed, epoch)
-        return augmented_batches(
-            pairs,
-            model,
-            augmentation,
-            batch_size=training.batch_size,
-            seed=seed,
-            epoch=epoch,
-            num_workers=num_workers,
-            skip=skip,
-        )
-
-    def losses(model: ImageTextModel, batch: ViewBatch) -> dict[str, Tensor]:
-        texts = texts_of_step(batch, chosen[batch.epoch], draw, negatives_required)
-        return ta_cleaner_losses(model, batch, texts, alignment)
-
-    steps = steps_of_epoch(pairs, training.batch_size)
-    fine_tune(model, batches, losses, steps, training, seed=seed, checkpoint=checkpoint, on_step=on_step)
-
-
-# --- An ablation: the negatives without CleanCLIP --------------------------------------------------------------
-
-
-def hard_negative_loss(model: ImageTextModel, batch: ViewBatch, negatives: Sequence[str]) -> Tensor:
-    """L_clip with counterfactual texts as further columns of its image → text half."""
-    images = F.normalize(model.encode_image(batch.images.float() / 255).float(), dim=-1)
-    texts = F.normalize(model.encode_text([*batch.captions, *negatives]).float(), dim=-1)
-    captions, others = texts[: len(images)], texts[len(images) :]
-    scale = model.logit_scale.float().exp()
-    owners = torch.zeros(len(others), dtype=torch.long, device=images.device)
-    i2t = image_to_text_loss(images, captions, others, owners, scale)
-    return (i2t + text_to_image_loss(images, captions, scale)) / 2
-
-
-def fine_tune_with_hard_negatives(
-    model: ImageTextModel,
-    pairs: datasets.Dataset,
-    draw: Draw,
-    n_subtext: int,
-    training: FineTuning,
-    *,
-    seed: int = 0,
-    num_workers: int = 0,
-    checkpoint: Path | None = None,
-    on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None,
-) -> None:
-    """Plain contrastive fine-tuning in place, with :func:`hard_negative_loss`; arguments as of :func:`ta_cleaner`."""
-    chosen: dict[int, Tensor] = {}
-
-    def batches(epoch: int, skip: int) -> Iterator[ViewBatch]:
-        chosen.clear()
-        chosen[epoch] = subtext_rows(len(pairs), n_subtext, seed, epoch)
-        settings = {"batch_size": training.batch_size, "seed": seed, "epoch": epoch}
-        return view_batches(pairs, model, **settings, num_workers=num_workers, skip=skip)
-
-    def loss(model: ImageTextModel, batch: ViewBatch) -> Tensor:
-        texts = texts_of_step(batch, chosen[batch.epoch], draw, negatives_required=True)
-        return hard_negative_loss(model, batch, texts.negatives)
-
-    steps = steps_of_epoch(pairs, training.batch_size)
-    fine_tune(model, batches, loss, steps, training, seed=seed, checkpoint=checkpoint, on_step=on_step)
+    counts = dict.fromkeys(["drawn", "rewritten", "positive = caption", "no counterfactual"], 0)
+    shown: list[tuple[str, Subcaption]] = []
+    k = num_subtext_rows(alignment.n_subtext, len(captions))
+    for epoch in range(num_epochs):
+        for row in subtext_rows(len(captions), k, seed, epoch).nonzero().flatten().tolist():
+            texts = draw(captions[row], epoch, row)
+            skipped = alignment.negatives_required and not texts.negatives
+            kind = "no counterfactual" if skipped else "positive = caption" if texts.identity else "rewritten"
+            counts[kind] += 1
+            counts["drawn"] += 1
+            if len(shown) < NUM_SHOWN:
+                shown.append((captions[row], texts))
+    return counts, shown

@@ -6,13 +6,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
-from typing import Literal
 
-from plait_clip.backdoor.wordnet import WordNet, open_wordnet
+from plait_clip.backdoor import WordNet, open_wordnet
 
-Tag = Literal["NOUN", "VERB", "ADJ", "ADV", "ADP", "DET", "OTHER"]
 TAGS = ("NOUN", "VERB", "ADJ", "ADV", "ADP", "DET", "OTHER")
 Tagger = Callable[[Sequence[str]], Sequence[str]]
 """Lower-case words of a caption → one of :data:`TAGS` for each."""
@@ -20,12 +17,17 @@ Tagger = Callable[[Sequence[str]], Sequence[str]]
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 
+def word_spans(caption: str) -> list[tuple[int, int]]:
+    """Where the words of a caption begin and end; hyphenated ones stay whole."""
+    return [found.span() for found in WORD.finditer(caption)]
+
+
 def caption_words(caption: str) -> list[str]:
-    """Lower-cased words; hyphenated ones stay whole."""
-    return WORD.findall(caption.lower())
+    """Lower-cased words."""
+    return [caption[start:end].lower() for start, end in word_spans(caption)]
 
 
-CLOSED: dict[str, Tag] = {
+CLOSED: dict[str, str] = {
     word: tag
     for tag, words in {
         "DET": "a an the this that these those each every some any no all both another either neither my your his her its "
@@ -171,26 +173,6 @@ def _resolve(word: str, can_be: frozenset[str], before: str, noun_follows: bool)
     if "NOUN" in can_be:
         return "NOUN"
     return "VERB" if before == "NOUN" else "ADJ"
-
-
-def load_tagger(name: str, words: Callable[[str], frozenset[str]]) -> Tagger:
-    """``lexicon``, or the function at an import path ``package.module:function``.
-
-    Raises:
-        ValueError: the path is none, or what it names cannot be imported or called.
-    """
-    if name == "lexicon":
-        return LexiconTagger(words)
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise ValueError(f"tagger is {name!r}; allowed is lexicon or an import path package.module:function")
-    try:
-        tagger = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"tagger {name!r} cannot be imported: {error}") from error
-    if not callable(tagger):
-        raise ValueError(f"tagger {name!r} is not a function of a list of words")
-    return tagger
 
 
 def check_tags(words: Sequence[str], tags: Sequence[str], name: str) -> None:
