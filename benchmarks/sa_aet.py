@@ -24,11 +24,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from plait_sa_aet.image_attack import caption_targets, image_attack
-from plait_sa_aet.projection import semantic_projection
 from plait_sa_aet.randomness import PerImage
+from plait_sa_aet.sa_aet import caption_targets, evolve_images, semantic_projection, sub
 from plait_sa_aet.source import Source
-from plait_sa_aet.triangle import sub
 from plait_sa_aet.views import ScaledViews
 from torch import Tensor, nn
 
@@ -140,7 +138,7 @@ def compare_with_the_loop(
     def ours(source: Source) -> Tensor:
         targets = caption_targets(texts, txt2img, len(v), semantic_projection(corpus))
         options = {"epsilon": EPSILON, "step_size": STEP_SIZE, "num_steps": num_steps, "num_samples": num_samples}
-        return image_attack(source, v, targets, PerImage(0, ids), **options).images
+        return evolve_images(source, v, targets, PerImage(0, ids), **options).images
 
     ours(passes)
     found, duration = timed(lambda: ours(Source(model)))
@@ -166,7 +164,7 @@ def compare_with_torchattacks(model: SmallViT, v: Tensor, texts: Tensor, txt2img
     theirs = PGD(AsClassifier(model, targets), EPSILON, STEP_SIZE, num_steps, random_start=False)
     labels = torch.zeros(len(v), dtype=torch.long)
     ours = partial(
-        image_attack, triangle="none", views=ScaledViews(()), random_start=False, epsilon=EPSILON, num_steps=num_steps
+        evolve_images, triangle="none", views=ScaledViews(()), random_start=False, epsilon=EPSILON, num_steps=num_steps
     )
     expected, slow = timed(lambda: theirs(v, labels), repeats=7)
     found, duration = timed(lambda: ours(Source(model), v, targets, PerImage(0, range(len(v)))).images, repeats=7)

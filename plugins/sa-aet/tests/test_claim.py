@@ -4,12 +4,11 @@ import pytest
 import torch
 from plait import Run
 from plait_clip.plugin.training import ClipContrastive
-from plait_sa_aet.image_attack import caption_targets, image_attack
 from plait_sa_aet.plugin.attacks import PgdCos, SaAet, Sga
 from plait_sa_aet.plugin.scenes import DigitScenes, SceneEncoder
 from plait_sa_aet.plugin.transfer import Transfer
-from plait_sa_aet.projection import semantic_projection
 from plait_sa_aet.randomness import PerImage
+from plait_sa_aet.sa_aet import caption_targets, evolve_images, semantic_projection
 from plait_sa_aet.scenes import SWAPS
 from plait_sa_aet.source import Source
 
@@ -63,7 +62,7 @@ def test_the_projection_hurts_where_texts_share_no_direction():
     def fooled(projection):
         targets = caption_targets(texts, owners, 16, projection)
         noise = PerImage(0, range(16))
-        found = image_attack(source, images, targets, noise, triangle="full", views=lambda x, rng: [x]).images
+        found = evolve_images(source, images, targets, noise, triangle="full", views=lambda x, rng: [x]).images
         return (Blocks().encode_image(found) @ texts.T).argmax(1) != owners
 
     assert fooled(None).all()

@@ -4,18 +4,17 @@ import numpy as np
 import pytest
 import torch
 from plait import Run
-from plait_clip import beds
-from plait_clip.examples import digit_pairs, tiny_fusion_model, tiny_model
-from plait_sa_aet import pgd
+from plait_clip import digit_pairs, tiny_fusion_model, tiny_model, toy_data
+from plait_sa_aet.baselines import co_attack_images
 from plait_sa_aet.captions import clean_caption
-from plait_sa_aet.image_attack import image_attack
 from plait_sa_aet.plugin.attacks import CoAttack, Dra, PgdCos, SaAet, Sga
 from plait_sa_aet.randomness import PerImage
+from plait_sa_aet.sa_aet import evolve_images
 from plait_sa_aet.source import Source
-from plait_sa_aet.text_attack import bert_attack, word_attack
+from plait_sa_aet.text_attack import bert_words, word_attack
 from plait_sa_aet.word_candidates import Synonyms
 
-TABLE = {word: tuple(others) for word, others in beds.SYNONYMS.items()}
+TABLE = {word: tuple(others) for word, others in toy_data.SYNONYMS.items()}
 WORDS = {"generator": "synonyms", "synonyms": TABLE}
 ROWS, BATCH, STEPS = 11, 4, 4
 
@@ -30,7 +29,7 @@ def data():
     plain = digit_pairs(ROWS)
     texts = plain["captions"]
     several = [
-        [f"{texts[(3 * i + j) % ROWS][0].title()}, {beds.DIGIT_NAMES[i % 10]}!" for j in range(1 + i % 3)]
+        [f"{texts[(3 * i + j) % ROWS][0].title()}, {toy_data.DIGIT_NAMES[i % 10]}!" for j in range(1 + i % 3)]
         for i in range(ROWS)
     ]
     return plain.remove_columns("captions").add_column("captions", several)
@@ -95,7 +94,7 @@ def test_words_images_words(name, make, data):
         clean = batches.seen(images)
         away = batches.source.text_features(batches.swapped([clean], [1.0]))
         targets = batches.summed(away if projection is None else away @ projection)
-        found = image_attack(batches.source, images, targets, rng, num_steps=STEPS, **triangle)
+        found = evolve_images(batches.source, images, targets, rng, num_steps=STEPS, **triangle)
         pictures.append(rounded(found.images, images))
         captions += batches.swapped([clean, batches.seen(found.images), batches.seen(found.previous_images)], weights)
     attacked = method(num_steps=STEPS, batch_size=BATCH, **WORDS).attack(model, data, run)
@@ -110,7 +109,7 @@ def test_pgd_cos_leaves_the_clean_captions_by_one_view(data):
     batches, pictures = Batches(model, data, run), []
     for images, rng in batches:
         targets = batches.summed(batches.source.text_features(batches.captions))
-        found = image_attack(
+        found = evolve_images(
             batches.source, images, targets, rng, num_steps=STEPS, triangle="none", views=lambda x, rng: [x]
         )
         pictures.append(rounded(found.images, images))
@@ -122,8 +121,8 @@ def test_co_attack_leaves_the_swapped_captions(data):
     model, run = tiny_model(), Run(seed=5, step="x")
     batches, pictures, captions = Batches(model, data, run), [], []
     for images, rng in batches:
-        away = bert_attack(batches.source, batches.captions, Synonyms(TABLE), max_length=77).captions
-        found = pgd.co_attack_images(batches.source, images, away, batches.owner, rng, num_steps=STEPS)
+        away = bert_words(batches.source, batches.captions, Synonyms(TABLE), max_length=77).captions
+        found = co_attack_images(batches.source, images, away, batches.owner, rng, num_steps=STEPS)
         pictures.append(rounded(found, images))
         captions += away
     attacked = CoAttack(num_steps=STEPS, batch_size=BATCH, **WORDS).attack(model, data, run)

@@ -1,4 +1,5 @@
 import random
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -6,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plait_sa_aet.image_attack import caption_targets, image_attack, quantize
-from plait_sa_aet.projection import semantic_projection
-from plait_sa_aet.randomness import Official, PerImage
+from plait_sa_aet.images import quantize
+from plait_sa_aet.randomness import PerImage, ReleasedStreams
+from plait_sa_aet.sa_aet import Triangle, caption_targets, evolve_images, semantic_projection, sub
 from plait_sa_aet.source import Source
-from plait_sa_aet.triangle import TRIANGLES, sub
 from plait_sa_aet.views import ScaledViews
 from torch import nn
 
@@ -129,7 +129,7 @@ def share_equal(a, b):
 
 
 @pytest.mark.parametrize(
-    "make_rng", [lambda: PerImage(7, range(4)), lambda: Official(7)], ids=["per image", "official"]
+    "make_rng", [lambda: PerImage(7, range(4)), lambda: ReleasedStreams(7)], ids=["per image", "released"]
 )
 @pytest.mark.parametrize("project", [True, False])
 @pytest.mark.parametrize("selection", ["batch", "image"])
@@ -149,7 +149,7 @@ def test_equals_the_plain_loop(model, corpus, make_rng, project, selection):
         **settings,
     )
     G = caption_targets(texts, owners, 4, P)
-    result = image_attack(Source(model), v, G, make_rng(), project_candidates=project, selection=selection, **settings)
+    result = evolve_images(Source(model), v, G, make_rng(), project_candidates=project, selection=selection, **settings)
     assert share_equal(result.images, expected) >= 0.999
     assert share_equal(result.previous_images, previous) >= 0.999
     assert len(order) == 5 + 9 * (2 * 5 + 5)
@@ -165,7 +165,7 @@ def test_equals_the_plain_loop(model, corpus, make_rng, project, selection):
     step_size=st.floats(1e-3, 0.5),
     num_steps=st.integers(1, 3),
     num_samples=st.integers(1, 3),
-    triangle=st.sampled_from(TRIANGLES),
+    triangle=st.sampled_from(get_args(Triangle)),
     selection=st.sampled_from(["batch", "image"]),
     random_start=st.booleans(),
     project_candidates=st.booleans(),
@@ -174,7 +174,7 @@ def test_equals_the_plain_loop(model, corpus, make_rng, project, selection):
 def test_stays_in_the_ball_and_in_range(seed, epsilon, **options):
     v = scene(2, seed)[0]
     G = F.normalize(torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(seed)), dim=-1)
-    result = image_attack(Source(SmallViT().eval()), v, G, PerImage(seed, [0, 1]), epsilon=epsilon, **options)
+    result = evolve_images(Source(SmallViT().eval()), v, G, PerImage(seed, [0, 1]), epsilon=epsilon, **options)
     for x in (result.images, result.previous_images):
         assert x.dtype == torch.float32
         assert (x - v).abs().max() <= epsilon + 1e-6
@@ -185,14 +185,14 @@ def test_stays_in_the_ball_and_in_range(seed, epsilon, **options):
 
 def test_without_a_budget_nothing_changes(model, corpus):
     v = scene()[0]
-    result = image_attack(Source(model), v, targets_of(corpus), PerImage(0, range(4)), epsilon=0.0)
+    result = evolve_images(Source(model), v, targets_of(corpus), PerImage(0, range(4)), epsilon=0.0)
     assert torch.equal(result.images, v)
     assert torch.equal(result.previous_images, v)
 
 
 def test_raises_the_loss(model, corpus):
     v, G, source = scene()[0], targets_of(corpus), Source(model)
-    result = image_attack(source, v, G, PerImage(0, range(4)))
+    result = evolve_images(source, v, G, PerImage(0, range(4)))
     with torch.no_grad():
         before, after = (-(source.image_features(x) * G).sum(1) for x in (v, result.images))
     assert (after > before).all()
@@ -202,7 +202,7 @@ def test_identity_encoder_ends_at_the_lower_face_of_the_ball():
     v = scene()[0]
     G = torch.ones(4, 3 * SIDE * SIDE)
     for start in (True, False):
-        result = image_attack(
+        result = evolve_images(
             WithoutNormalising(Flatten()), v, G, PerImage(0, range(4)), views=ScaledViews(()), random_start=start
         )
         assert torch.equal(result.images, (v - 8 / 255).clamp(0, 1))
@@ -210,7 +210,7 @@ def test_identity_encoder_ends_at_the_lower_face_of_the_ball():
 
 def test_no_gradient_no_step():
     v = scene()[0]
-    result = image_attack(
+    result = evolve_images(
         WithoutNormalising(Flatten()), v, torch.zeros(4, 3 * SIDE * SIDE), PerImage(0, range(4)), random_start=False
     )
     assert torch.equal(result.images, v)
@@ -222,7 +222,7 @@ def test_number_of_passes(model, corpus):
 
     def passes(**options):
         source = Source(model)
-        image_attack(source, v, G, PerImage(0, range(B)), **options)
+        evolve_images(source, v, G, PerImage(0, range(B)), **options)
         return source.num_forwards, source.num_backwards
 
     assert passes() == (140 * B, 95 * B) == (5 * B + (T - 1) * (2 * K + 5) * B, 5 * B + (T - 1) * (K + 5) * B)
@@ -235,7 +235,7 @@ def test_number_of_passes(model, corpus):
 def test_without_mixtures_it_is_sga(model):
     v, texts, owners = scene()
     G = caption_targets(texts, owners, 4, None)
-    rng, x = Official(3), None
+    rng, x = ReleasedStreams(3), None
     for step in range(10):
         x = (v + rng.init(v.shape, -8 / 255, 8 / 255)).clamp(0, 1) if step == 0 else x
         z = x.clone().requires_grad_()
@@ -243,13 +243,13 @@ def test_without_mixtures_it_is_sga(model):
         (slope,) = torch.autograd.grad(-(f * G.repeat(5, 1)).sum(), z)
         x = torch.min(torch.max(x + 2 / 255 * slope.sign(), v - 8 / 255), v + 8 / 255).clamp(0, 1)
     for options in ({}, {"num_samples": 1}, {"project_candidates": False}):
-        result = image_attack(Source(model), v, G, Official(3), triangle="none", **options)
+        result = evolve_images(Source(model), v, G, ReleasedStreams(3), triangle="none", **options)
         assert torch.equal(result.images, x)
 
 
 def test_one_sample_is_taken_as_it_is(model, corpus):
     v, G = scene()[0], targets_of(corpus)
-    result = image_attack(Source(model), v, G, Official(0), num_samples=1)
+    result = evolve_images(Source(model), v, G, ReleasedStreams(0), num_samples=1)
     stream = random.Random(0)
     for step in result.trace[1:]:
         assert step["triples"] == [pytest.approx(sub(stream))]
@@ -259,7 +259,7 @@ def test_one_sample_is_taken_as_it_is(model, corpus):
 def test_the_best_candidate_is_chosen(model, corpus):
     v, G = scene()[0], targets_of(corpus)
     stream = random.Random(0)
-    for step in image_attack(Source(model), v, G, Official(0)).trace[1:]:
+    for step in evolve_images(Source(model), v, G, ReleasedStreams(0)).trace[1:]:
         drawn = [sub(stream) for _ in range(5)]
         best = step["candidate_losses"].index(max(step["candidate_losses"]))
         assert step["triples"] == [pytest.approx(drawn[best])]
@@ -270,7 +270,7 @@ def test_the_best_candidate_is_chosen(model, corpus):
 def test_micro_batches_change_nothing(model, corpus, micro_batch, selection):
     v, G = scene()[0], targets_of(corpus)
     whole, parts = (
-        image_attack(Source(model), v, G, PerImage(1, range(4)), selection=selection, num_steps=4, micro_batch=size)
+        evolve_images(Source(model), v, G, PerImage(1, range(4)), selection=selection, num_steps=4, micro_batch=size)
         for size in (None, micro_batch)
     )
     assert share_equal(whole.images, parts.images) >= 0.999
@@ -279,15 +279,15 @@ def test_micro_batches_change_nothing(model, corpus, micro_batch, selection):
 def test_micro_batch_bounds_the_encoders_batches(corpus):
     model, sizes = SmallViT().eval(), []
     model.patches.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    image_attack(Source(model), scene()[0], targets_of(corpus), PerImage(1, range(4)), num_steps=2, micro_batch=3)
+    evolve_images(Source(model), scene()[0], targets_of(corpus), PerImage(1, range(4)), num_steps=2, micro_batch=3)
     assert max(sizes) == 3
 
 
 def test_images_one_by_one_or_together(model, corpus):
     v, G = scene()[0], targets_of(corpus)
-    together = image_attack(Source(model), v, G, PerImage(2, list("abcd")), selection="image").images
+    together = evolve_images(Source(model), v, G, PerImage(2, list("abcd")), selection="image").images
     alone = [
-        image_attack(Source(model), v[i : i + 1], G[i : i + 1], PerImage(2, ["abcd"[i]]), selection="image").images
+        evolve_images(Source(model), v[i : i + 1], G[i : i + 1], PerImage(2, ["abcd"[i]]), selection="image").images
         for i in range(4)
     ]
     assert share_equal(torch.cat(alone), together) >= 0.999
@@ -299,7 +299,7 @@ def test_scale_and_order_of_captions_do_not_matter(model, corpus):
 
     def attacked(texts, owners):
         G = caption_targets(texts, owners, 4, P)
-        return image_attack(Source(model), v, G, PerImage(0, range(4))).images
+        return evolve_images(Source(model), v, G, PerImage(0, range(4))).images
 
     expected = attacked(texts, owners)
     assert torch.equal(attacked(texts * 4, owners), expected)
@@ -314,7 +314,7 @@ def test_the_model_is_as_before(corpus):
     model.head.weight.grad = torch.ones_like(model.head.weight)
     needs = [p.requires_grad for p in model.parameters()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    image_attack(Source(model), scene()[0], targets_of(corpus), PerImage(0, range(4)), num_steps=2)
+    evolve_images(Source(model), scene()[0], targets_of(corpus), PerImage(0, range(4)), num_steps=2)
     assert [p.requires_grad for p in model.parameters()] == needs
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -324,9 +324,9 @@ def test_the_model_is_as_before(corpus):
 
 def test_works_where_gradients_are_off(model, corpus):
     v, G = scene()[0], targets_of(corpus)
-    expected = image_attack(Source(model), v, G, PerImage(0, range(4)), num_steps=3).images
+    expected = evolve_images(Source(model), v, G, PerImage(0, range(4)), num_steps=3).images
     with torch.no_grad():
-        assert torch.equal(image_attack(Source(model), v, G, PerImage(0, range(4)), num_steps=3).images, expected)
+        assert torch.equal(evolve_images(Source(model), v, G, PerImage(0, range(4)), num_steps=3).images, expected)
 
 
 def test_custom_views(model, corpus):
@@ -335,7 +335,7 @@ def test_custom_views(model, corpus):
     def mirrored(images, rng):
         return [images, images.flip(-1)]
 
-    result = image_attack(Source(model), v, G, PerImage(0, range(4)), views=mirrored, num_steps=2)
+    result = evolve_images(Source(model), v, G, PerImage(0, range(4)), views=mirrored, num_steps=2)
     assert [len(step["view_losses"]) for step in result.trace] == [2, 2]
 
 
@@ -344,7 +344,7 @@ def test_an_encoder_without_gradients_is_refused(corpus):
     tower = model.encode_image
     model.encode_image = lambda images: tower(images.detach())
     with pytest.raises(RuntimeError, match="differentiable"):
-        image_attack(Source(model), scene()[0], targets_of(corpus), PerImage(0, range(4)))
+        evolve_images(Source(model), scene()[0], targets_of(corpus), PerImage(0, range(4)))
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_an_encoder_without_gradients_is_refused(corpus):
 )
 def test_unusable_images_are_refused(model, corpus, spoil, message):
     with pytest.raises(ValueError, match=message):
-        image_attack(Source(model), spoil(scene()[0]), targets_of(corpus), PerImage(0, range(4)))
+        evolve_images(Source(model), spoil(scene()[0]), targets_of(corpus), PerImage(0, range(4)))
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_unusable_images_are_refused(model, corpus, spoil, message):
 )
 def test_impossible_options_are_refused(model, corpus, options):
     with pytest.raises(ValueError, match=next(iter(options))):
-        image_attack(Source(model), scene()[0], targets_of(corpus), PerImage(0, range(4)), **options)
+        evolve_images(Source(model), scene()[0], targets_of(corpus), PerImage(0, range(4)), **options)
 
 
 def test_captions_have_to_fit_the_images(model):
@@ -392,7 +392,7 @@ def test_captions_have_to_fit_the_images(model):
         with pytest.raises(ValueError, match=message):
             caption_targets(texts, owners, 2, None)
     with pytest.raises(ValueError, match=r"expected finite \[4, D\]"):
-        image_attack(Source(model), scene()[0], torch.ones(3, WIDTH), PerImage(0, range(4)))
+        evolve_images(Source(model), scene()[0], torch.ones(3, WIDTH), PerImage(0, range(4)))
 
 
 @settings(max_examples=60)

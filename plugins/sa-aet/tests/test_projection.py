@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plait_sa_aet.image_attack import caption_targets, similarity_loss
-from plait_sa_aet.projection import SemanticProjection, draw_corpus, semantic_projection
+from plait_sa_aet.sa_aet import SemanticProjection, caption_targets, draw_corpus, semantic_projection, similarity_loss
 from safetensors.torch import load_file, save_file
 
 

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from plait import PlaitError, Run
-from plait_clip.model import ImageTextModel
+from plait import Run
+from plait_clip import ImageTextModel, captions_of, retrieval_ranks, text_features
 from plait_clip.plugin.training import ClipContrastive
-from plait_clip.retrieval import captions_of, retrieval_ranks, text_features
 from plait_sa_aet import scenes
 from plait_sa_aet.plugin.scenes import DigitScenes, SceneEncoder
-from plait_sa_aet.projection import semantic_projection
+from plait_sa_aet.sa_aet import semantic_projection
 from plait_sa_aet.scene_encoders import ARCHITECTURES, Cone
 
 KINDS = list(ARCHITECTURES)
@@ -143,7 +142,7 @@ def _pixels(image):
 
 
 def test_fields_are_checked():
-    with pytest.raises(PlaitError, match="architecture"):
+    with pytest.raises(ValueError, match="architecture"):
         SceneEncoder(architecture="resnet")
-    with pytest.raises(PlaitError, match="cone"):
+    with pytest.raises(ValueError, match="cone"):
         SceneEncoder(cone=-1.0)

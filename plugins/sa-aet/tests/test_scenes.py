@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from plait import PlaitError, Run
-from plait_clip import beds
+from plait import Run
+from plait_clip import toy_data
 from plait_sa_aet import scenes
 from plait_sa_aet.captions import clean_caption
 from plait_sa_aet.plugin.scenes import DigitScenes
 from plait_sa_aet.stop_words import STOP_WORDS
 from plait_sa_aet.word_candidates import Synonyms
 
-NAMES = beds.DIGIT_NAMES
+NAMES = toy_data.DIGIT_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_training_and_test_digits_are_a_partition():
     train, test = scenes.digit_pools()
     assert [len(part[0]) for part in (train, test)] == [1300, 497]
     both = np.concatenate([train[0], test[0]])
-    assert sorted(image.tobytes() for image in both) == sorted(image.tobytes() for image in beds.digits()[0])
+    assert sorted(image.tobytes() for image in both) == sorted(image.tobytes() for image in toy_data.digits()[0])
 
 
 def test_the_seed_decides():
@@ -127,7 +127,7 @@ def test_swaps_leave_colours_and_digits_alone(bed):
 
 
 def test_the_ground_is_given_from_dark_to_light():
-    with pytest.raises(PlaitError, match="lower level first"):
+    with pytest.raises(ValueError, match="lower level first"):
         DigitScenes(grey=(0.5, 0.2))
-    with pytest.raises(PlaitError, match="num_train"):
+    with pytest.raises(ValueError, match="num_train"):
         DigitScenes(num_train=0)

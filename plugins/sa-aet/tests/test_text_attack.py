@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from plait_clip.model.architectures import tiny
 from plait_sa_aet.source import Source
 from plait_sa_aet.stop_words import STOP_WORDS
-from plait_sa_aet.text_attack import bert_attack, divergence, word_attack
+from plait_sa_aet.text_attack import bert_words, divergence, word_attack
 from plait_sa_aet.token_embeddings import token_embedding_candidates
 from plait_sa_aet.word_candidates import ContextCounts, Synonyms, TokenEmbedding
 from torch.nn.functional import normalize
@@ -147,7 +147,7 @@ def test_bert_attack_by_hand():
             "dog jumps": (7.0, 7.0 + three),
         }
     )
-    result = bert_attack(source, ["dog runs"], Fixed({"runs": ["sits", "jumps"]}))
+    result = bert_words(source, ["dog runs"], Fixed({"runs": ["sits", "jumps"]}))
     assert result.captions == ["dog jumps"]
     (change,) = result.changes
     assert change.importance == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
@@ -187,7 +187,7 @@ def test_word_attack_equals_one_caption_at_a_time(captions, seed, budget, count,
 @given(captions_strategy, st.integers(0, 1000), st.integers(1, 2))
 def test_bert_attack_equals_one_caption_at_a_time(captions, seed, budget):
     source, table = BagOfWords(seed), Synonyms(TABLE)
-    result = bert_attack(source, captions, table, budget=budget)
+    result = bert_words(source, captions, table, budget=budget)
     expected, changes = one_by_one(
         source.raw_text_features, lambda _m, original, feature: kl(original, feature), captions, table, budget=budget
     )
@@ -320,7 +320,7 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="budget is -1"):
         word_attack(source, ["dog", "cat"], table, refs, [1.0, 1.0], budget=-1)
     with pytest.raises(ValueError, match="top_k 0"):
-        bert_attack(source, ["dog"], table, top_k=0)
+        bert_words(source, ["dog"], table, top_k=0)
 
 
 # --------------------------------------------------------------------------------------------- one call per round
@@ -356,4 +356,4 @@ def test_on_a_kit_model_with_its_own_candidates():
         assert result.captions == one_by_one(source.text_features, score, captions, candidates)[0]
         assert result.changes
         assert result.unattackable == [3]
-        assert bert_attack(source, captions, candidates).captions[3] == "the"
+        assert bert_words(source, captions, candidates).captions[3] == "the"

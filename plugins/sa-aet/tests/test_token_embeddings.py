@@ -2,9 +2,8 @@ import open_clip
 import pytest
 import torch
 import transformers
-from plait_clip.model import CallableModel, ImageInput, OpenClipModel, TransformersModel
+from plait_clip import CallableModel, ImageInput, OpenClipModel, TransformersModel, WordTokenizer
 from plait_clip.model.architectures import from_config, tiny
-from plait_clip.model.tokenizer import WordTokenizer
 from plait_sa_aet.token_embeddings import token_embedding_candidates
 from torch import nn
 from torch.nn.functional import cosine_similarity

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from plait import PlaitError, Run
-from plait_clip.examples import digit_pairs, tiny_model
-from plait_clip.loader import pixels_from_pil, undecoded
-from plait_clip.retrieval import evaluate_retrieval, recall
+from plait import Run
+from plait_clip import ImageInput, digit_pairs, evaluate_retrieval, pixels_from_pil, recall, tiny_model, undecoded
 from plait_sa_aet.captions import clean_caption
+from plait_sa_aet.plugin.attacks import PgdCos
 from plait_sa_aet.plugin.transfer import Transfer
-from plait_sa_aet.transfer import Pairs, attack_success_rate, retrieve, top_captions
+from plait_sa_aet.transfer import Gallery, ResampledGallery, attack_success_rate, geometry, retrieve, top_captions
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "digit", "number")
 ranks = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=30)
@@ -173,7 +172,7 @@ def test_cleaning_of_captions_is_no_attack(pairs, knowing):
         assert any("→" in row[2].caption for row in report.panels[0].images) == changed
     # What cleaning leaves nothing of stays, as the attacks leave it.
     shouting = _with(pairs, captions=[[text, "!!!"] for text, _ in pairs["captions"]])
-    assert Pairs.of(shouting, clean_caption).captions[:2] == ["a photo of the number zero", "!!!"]
+    assert Gallery.of(shouting, clean_caption).captions[:2] == ["a photo of the number zero", "!!!"]
 
 
 def test_float_pixels_stand_for_the_rounded_images(pairs, knowing, tmp_path):
@@ -181,12 +180,12 @@ def test_float_pixels_stand_for_the_rounded_images(pairs, knowing, tmp_path):
     moved = (clean + 0.3 / 255).clamp(0, 1)
     exact = _with(pairs, pixels=moved.numpy())
     model = knowing["a"]
-    found = retrieve(model, Pairs.of(exact), tmp_path, batch_size=3)
+    found = retrieve(model, Gallery.of(exact), tmp_path, batch_size=3)
     with torch.no_grad():
         torch.testing.assert_close(found.images, F.normalize(model.encode_image(moved), dim=-1))
         rounded = F.normalize(model.encode_image(clean), dim=-1)
     assert not torch.allclose(found.images, rounded, atol=1e-6)
-    torch.testing.assert_close(retrieve(model, Pairs.of(pairs), tmp_path, batch_size=3).images, rounded)
+    torch.testing.assert_close(retrieve(model, Gallery.of(pairs), tmp_path, batch_size=3).images, rounded)
     # Larger pixels are resized by the model; pictures of them are made at their size.
     large = F.interpolate(moved, scale_factor=2)
     report = Transfer(top=(1,)).evaluate(model, _with(pairs, pixels=large.numpy()), pairs, Run())
@@ -194,7 +193,7 @@ def test_float_pixels_stand_for_the_rounded_images(pairs, knowing, tmp_path):
     for bad in (torch.nan, 1.01, -0.01):
         wrong = moved.clone()
         wrong[7, 0, 0, 0] = bad
-        with pytest.raises(PlaitError, match="row 7: pixels lie outside"):
+        with pytest.raises(ValueError, match="row 7: pixels lie outside"):
             Transfer().evaluate(model, _with(pairs, pixels=wrong.numpy()), pairs, Run())
 
 
@@ -238,7 +237,7 @@ def test_fusion_models_rank_by_match(pairs, blip, tmp_path):
     pixels = torch.stack([_pixels(image) for image in data["image"]])
     moved = (1 - pixels).contiguous()  # far away, so that taking ``image`` instead would be seen
     for rows, seen in ((data, pixels), (_with(data, pixels=moved.numpy()), moved)):
-        attacked = Pairs.of(rows)
+        attacked = Gallery.of(rows)
         found = retrieve(blip, attacked, tmp_path, batch_size=4)
         with torch.no_grad():
             scores = torch.stack([blip.match(seen, [text] * 10) for text in attacked.captions], dim=1)
@@ -255,7 +254,7 @@ def test_fusion_models_rank_by_match(pairs, blip, tmp_path):
 
 
 def test_kinds_of_models_do_not_share_a_table(pairs, knowing, blip):
-    with pytest.raises(PlaitError, match=r"different embedding kinds in one table \(contrastive: a; fusion: blip"):
+    with pytest.raises(ValueError, match=r"different embedding kinds in one table \(contrastive: a; fusion: blip"):
         Transfer().evaluate({"a": knowing["a"], "blip": blip}, {"a": pairs}, pairs, Run())
     fields = {"mixed_kinds": True, "top": (20,), "candidates": 20}
     report = Transfer(**fields).evaluate({"a": knowing["a"], "blip": blip}, {"a": pairs}, pairs, Run())
@@ -319,7 +318,7 @@ def test_what_does_not_fit_is_refused(pairs, knowing):
     model = knowing["a"]
 
     def refused(match, model=model, data=pairs, reference=pairs, **fields):
-        with pytest.raises(PlaitError, match=match):
+        with pytest.raises(ValueError, match=match):
             Transfer(**fields).evaluate(model, data, reference, Run())
 
     refused("data x: it has 9 rows, the reference 10", data={"x": pairs.select(range(9))})
@@ -350,3 +349,30 @@ def test_what_does_not_fit_is_refused(pairs, knowing):
         refused(r"data: the column 'pixels' holds .*; give floats \[3, H, W\]", data=_with(pairs, pixels=pixels))
     refused("top is empty", top=())
     refused("candidates is 5, which is less than the rank 10", candidates=5)
+
+
+def test_photographs_reach_a_transformers_model_through_its_own_processor(photo_clip, photographs, tmp_path):
+    processor = photo_clip.image_input.processor
+    with torch.no_grad():
+        seen = processor(images=photographs["image"][:], do_rescale=False, do_normalize=False, return_tensors="pt")
+        expected = F.normalize(photo_clip.encode_image(seen["pixel_values"].float() / 255), dim=-1)
+    found = retrieve(photo_clip, Gallery.of(photographs), tmp_path)
+    torch.testing.assert_close(found.images, expected, rtol=0, atol=1e-5)
+
+
+def test_what_was_attacked_through_a_processor_is_compared_with_clean_images_through_it(photo_clip, photographs):
+    """An attack that changes nothing shows no difference, and what another target sees of it is resampling alone."""
+    unmoved = PgdCos(epsilon=0, num_steps=1).attack(photo_clip, photographs, Run())
+    report = Transfer(top=(4,), candidates=4).evaluate({"a": photo_clip}, {"a": unmoved}, photographs, Run())
+    assert "resampling alone" not in report.rows[0]
+    for row in report.panels[0].images:
+        before, after, difference = (
+            np.asarray(Image.open(io.BytesIO(cell.data)).convert("RGB")).astype(int) for cell in row
+        )
+        assert (before == after).all()
+        assert (np.abs(difference - 127.5) <= 1).all()
+    clean, target = Gallery.of(photographs), tiny_model()
+    resampled = ResampledGallery(clean.rows, clean.captions, clean.owner, through=photo_clip.image_input)
+    (ours,), (theirs,) = (list(gallery.image_batches(target, 4)) for gallery in (resampled, Gallery.of(unmoved)))
+    assert torch.equal(ours, theirs)
+    assert geometry(photo_clip.image_input) != geometry(ImageInput(10, [0.4] * 3, [0.3] * 3))

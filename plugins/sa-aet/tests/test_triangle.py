@@ -4,7 +4,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from plait_sa_aet import triangle
+from plait_sa_aet import sa_aet as triangle
 
 
 def percents(law, count, seed=0):

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plait_sa_aet.randomness import Official, PerImage
+from plait_sa_aet.randomness import PerImage, ReleasedStreams
 from plait_sa_aet.views import ScaledViews, bicubic
 
 
@@ -34,10 +34,10 @@ def test_matrices_at_the_size_of_clip(scale, antialias):
 
 def test_views_by_their_definition():
     images = pictures(2, 3, 12, 10)
-    views = ScaledViews((0.5, 1.5), noise_std=0.05)(images, Official(3))
+    views = ScaledViews((0.5, 1.5), noise_std=0.05)(images, ReleasedStreams(3))
     assert views.shape == (3, 2, 3, 12, 10)
     assert torch.equal(views[0], images)
-    rng = Official(3)
+    rng = ReleasedStreams(3)
     for view, size in zip(views[1:], [(6, 5), (18, 15)], strict=True):
         noisy = images + rng.noise(images.shape, 0.05)
         small = F.interpolate(noisy, size, mode="bicubic", align_corners=False).clamp(0, 1)
@@ -62,8 +62,8 @@ def test_the_way_back_is_not_clamped():
 def test_gradient_flows_through_noise_resizing_and_clamping():
     images = pictures(2, 3, 8, 8).requires_grad_()
     weights = pictures(2, 3, 8, 8, seed=1)
-    view = ScaledViews((0.5,), noise_std=0.3)(images, Official(0))[1]
-    noisy = images + Official(0).noise(images.shape, 0.3)
+    view = ScaledViews((0.5,), noise_std=0.3)(images, ReleasedStreams(0))[1]
+    noisy = images + ReleasedStreams(0).noise(images.shape, 0.3)
     small = F.interpolate(noisy, (4, 4), mode="bicubic", align_corners=False)
     assert ((small < 0) | (small > 1)).any()  # so the clamp stops some of the gradient
     expected = F.interpolate(small.clamp(0, 1), (8, 8), mode="bicubic", align_corners=False)
@@ -92,7 +92,7 @@ def test_per_image_numbers_do_not_depend_on_the_batch():
 
 
 def test_distributions_of_both_sources():
-    for rng in (PerImage(0, range(4)), Official(0)):
+    for rng in (PerImage(0, range(4)), ReleasedStreams(0)):
         start, noise = rng.init((4, 3, 64, 64), -0.1, 0.3), rng.noise((4, 3, 64, 64), 0.05)
         assert start.dtype == noise.dtype == torch.float32
         assert start.min() >= -0.1
@@ -103,21 +103,21 @@ def test_distributions_of_both_sources():
         assert noise.std().item() == pytest.approx(0.05, abs=0.001)
 
 
-def test_the_official_streams_are_numpys_and_pythons_and_can_be_taken_up_again():
+def test_the_released_streams_are_numpys_and_pythons_and_can_be_taken_up_again():
     import json
     import random
 
     import numpy as np
-    from plait_sa_aet.triangle import sub
+    from plait_sa_aet.sa_aet import sub
 
-    rng = Official(42)
+    rng = ReleasedStreams(42)
     np_stream, py_stream = np.random.RandomState(42), random.Random(42)
     assert rng.init((2, 3), -0.5, 0.5).numpy() == pytest.approx(np_stream.uniform(-0.5, 0.5, (2, 3)).astype("float32"))
     assert rng.noise((3, 1), 0.05).numpy() == pytest.approx(np_stream.normal(0, 0.05, (3, 1)).astype("float32"))
     torch.testing.assert_close(rng.triple(sub, 2), torch.tensor([sub(py_stream) for _ in range(2)]))
     state = json.loads(json.dumps(rng.state_dict()))
     expected = rng.noise((3,), 1.0), rng.triple(sub, 1)
-    again = Official(0)
+    again = ReleasedStreams(0)
     again.load_state_dict(state)
     assert torch.equal(again.noise((3,), 1.0), expected[0])
     assert torch.equal(again.triple(sub, 1), expected[1])

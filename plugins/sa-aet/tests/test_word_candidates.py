@@ -9,7 +9,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plait import Run
-from plait_clip.examples import digit_pairs, tiny_model
+from plait_clip import digit_pairs, tiny_model
 from plait_sa_aet.plugin.attacks import BertAttack
 from plait_sa_aet.word_candidates import ContextCounts, MaskedLanguageModel, Synonyms, TokenEmbedding
 
@@ -436,18 +436,18 @@ def listening():
     return model, read
 
 
-@pytest.mark.parametrize(("official", "generator"), [(True, "mlm"), (False, "mlm"), (True, "context-counts")])
-def test_only_the_released_code_lets_clip_read_respelled_captions(official, generator, folder, listening):
+@pytest.mark.parametrize(("as_released", "generator"), [(True, "mlm"), (False, "mlm"), (True, "context-counts")])
+def test_only_the_released_code_lets_clip_read_respelled_captions(as_released, generator, folder, listening):
     model, read = listening
     source = str(folder) if generator == "mlm" else None
-    attack = BertAttack(generator=generator, generator_source=source, official=official, max_length=30)
+    attack = BertAttack(generator=generator, language_model=source, as_released=as_released, max_length=30)
     attack.attack(model, digit_pairs(4), Run())
-    assert any("[UNK] [UNK]" in text for text in read) == (official and generator == "mlm")
+    assert any("[UNK] [UNK]" in text for text in read) == (as_released and generator == "mlm")
 
 
-@pytest.mark.parametrize("official", [True, False])
-def test_only_the_released_code_tries_special_tokens_as_words(official, folder, listening):
+@pytest.mark.parametrize("as_released", [True, False])
+def test_only_the_released_code_tries_special_tokens_as_words(as_released, folder, listening):
     model, read = listening
-    attack = BertAttack(generator="mlm", generator_source=str(folder), official=official, max_length=30)
+    attack = BertAttack(generator="mlm", language_model=str(folder), as_released=as_released, max_length=30)
     attack.attack(model, digit_pairs(4), Run())
-    assert any(token in text for text in read for token in ("[SEP]", "[MASK]", "[PAD]")) == official
+    assert any(token in text for text in read for token in ("[SEP]", "[MASK]", "[PAD]")) == as_released

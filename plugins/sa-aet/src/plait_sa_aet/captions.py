@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 _DELETED = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~"), "-": " ", "/": " "})
+MAX_WORDS = 30
 
 
-def clean_caption(text: str, max_words: int = 30) -> str:
+def clean_caption(text: str, max_words: int = MAX_WORDS) -> str:
     """Lower case, no punctuation, single spaces, at most ``max_words`` words.
 
     ``, . ' ! ? " ( ) * # : ; ~`` are deleted, ``-`` and ``/`` become spaces, ``<person>`` becomes ``person``. Every
@@ -19,5 +22,13 @@ def clean_caption(text: str, max_words: int = 30) -> str:
         raise TypeError(f"a caption is {text!r}; give a string")
     if max_words < 1:
         raise ValueError(f"max_words is {max_words}; keep at least 1 word")
-    cleaned = text.lower().translate(_DELETED).replace("<person>", "person")
-    return " ".join(cleaned.split()[:max_words])
+    return " ".join(_words(text)[:max_words])
+
+
+def num_cut(texts: Iterable[str], max_words: int = MAX_WORDS) -> int:
+    """How many of the texts have words that :func:`clean_caption` leaves out."""
+    return sum(len(_words(text)) > max_words for text in texts)
+
+
+def _words(text: str) -> list[str]:
+    return text.lower().translate(_DELETED).replace("<person>", "person").split()

@@ -6,7 +6,7 @@ the ``noise`` of the rescaled views, in the order of the scales.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from random import Random
 from typing import Any, Protocol
@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plait_sa_aet.triangle import Law
+# Weights of the current, the clean and the previous image, and what draws them; see plait_sa_aet.sa_aet.LAWS.
+Triple = tuple[float, float, float]
+Law = Callable[[Random], Triple]
 
 
 class Randomness(Protocol):
@@ -73,7 +75,7 @@ class PerImage:
             raise ValueError(f"random numbers for {count} images asked from {len(self._init)} image ids")
 
 
-class Official:
+class ReleasedStreams:
     """The released code's streams: NumPy's for both noises, Python's for the triples. One object for all batches."""
 
     def __init__(self, seed: int) -> None:

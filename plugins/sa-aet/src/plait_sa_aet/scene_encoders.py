@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from plait_clip.model import CallableModel, ImageInput, WordTokenizer
+from plait_clip import CallableModel, ImageInput, WordTokenizer
 from torch import Tensor, nn
 
 from plait_sa_aet.scenes import SIDE, vocabulary

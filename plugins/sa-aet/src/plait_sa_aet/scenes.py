@@ -1,4 +1,4 @@
-"""A small bed: scenes of two coloured digits with five captions each, from scikit-learn's packaged digits.
+"""Toy data: scenes of two coloured digits with five captions each, from scikit-learn's packaged digits.
 
 What the transfer of attacks is measured on without any download. A scene says which digit in which colour stands on
 which side, so its captions can be retrieved; the words of a caption that carry none of that may be swapped
@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from plait_clip import beds, records
+from plait_clip import png_bytes, toy_data
 
 SIDE = 24
 HALF = SIDE // 2
@@ -46,8 +46,8 @@ SWAPS: dict[str, tuple[str, ...]] = {
 
 def digit_pools(num_train: int = 1300) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """The digits for training scenes and those for test scenes: uint8 [N, 8, 8] and labels [N] each."""
-    images, labels = beds.digits()
-    train, test = beds.digit_split(len(images), num_train)
+    images, labels = toy_data.digits()
+    train, test = toy_data.digit_split(len(images), num_train)
     return (images[train], labels[train]), (images[test], labels[test])
 
 
@@ -88,7 +88,7 @@ def scenes(
         mask = opacity * alpha.gather(2, index) * inside
         half = images[..., left : left + HALF]
         images[..., left : left + HALF] = half + mask * (values[colours][:, :, None, None] - half)
-        about[side] = [beds.DIGIT_NAMES[labels[i]] for i in chosen.tolist()]
+        about[side] = [toy_data.DIGIT_NAMES[labels[i]] for i in chosen.tolist()]
         about[f"{side}_colour"] = [names[i] for i in colours.tolist()]
     things = [
         (f"{about['left_colour'][i]} {about['left'][i]}", f"{about['right_colour'][i]} {about['right'][i]}")
@@ -96,8 +96,14 @@ def scenes(
     ]
     captions = [[text.format(a=a, b=b) for text in CAPTIONS] for a, b in things]
     pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    cells = [{"bytes": records.png_bytes(image), "path": f"scene-{i:05d}.png"} for i, image in enumerate(pixels)]
-    features = datasets.Features({**records.features(), **{name: datasets.Value("string") for name in about}})
+    cells = [{"bytes": png_bytes(image), "path": f"scene-{i:05d}.png"} for i, image in enumerate(pixels)]
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "captions": datasets.Sequence(datasets.Value("string")),
+            **{name: datasets.Value("string") for name in about},
+        }
+    )
     return datasets.Dataset.from_dict({"image": cells, "captions": captions, **about}, features=features)
 
 
@@ -105,4 +111,4 @@ def vocabulary() -> list[str]:
     """All words of the captions and of the swaps, and "unk", so that a word masked by [UNK] leaves its place taken."""
     templates = [text.replace("{a}", "").replace("{b}", "") for text in CAPTIONS]
     swaps = [*SWAPS, *(word for others in SWAPS.values() for word in others)]
-    return [*templates, *COLOURS, *beds.DIGIT_NAMES, *swaps, "unk"]
+    return [*templates, *COLOURS, *toy_data.DIGIT_NAMES, *swaps, "unk"]

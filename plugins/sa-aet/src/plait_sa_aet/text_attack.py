@@ -143,7 +143,7 @@ def word_attack(
     )
 
 
-def bert_attack(
+def bert_words(
     source: TextEncoder,
     captions: Sequence[str],
     candidates: WordCandidates,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from open_clip.tokenizer import SimpleTokenizer
-from plait_clip.model.callable_model import CallableModel
-from plait_clip.model.interface import ImageTextModel
-from plait_clip.model.open_clip_model import OpenClipModel
-from plait_clip.model.tokenizer import WordTokenizer
-from plait_clip.model.tokenizer import words as split_words
-from plait_clip.model.transformers_model import TransformersModel
+from plait_clip import (
+    CallableModel,
+    ImageTextModel,
+    OpenClipModel,
+    TransformersModel,
+    WordTokenizer,
+    split_words,
+)
 from torch import Tensor, nn
 
 from plait_sa_aet.word_candidates import TokenEmbedding

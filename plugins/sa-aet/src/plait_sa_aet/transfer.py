@@ -7,7 +7,7 @@ are adversarial; text retrieval (TR) ranks captions for every image, image retri
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,17 @@ import datasets
 import pyarrow.compute
 import torch
 from PIL import Image
-from plait_clip.loader import image_batches, pixels_from_pil, undecoded
-from plait_clip.model import ImageTextModel
-from plait_clip.retrieval import captions_of, ranks_by_model, text_features
-from plait_clip.zero_shot import evaluating, image_features
+from plait_clip import (
+    ImageInput,
+    ImageTextModel,
+    captions_of,
+    evaluating,
+    image_batches,
+    image_features,
+    ranks_by_model,
+    text_features,
+    undecoded,
+)
 from torch import Tensor
 
 PIXELS = "pixels"
@@ -50,7 +57,7 @@ def attack_success_rate(clean: Tensor, attacked: Tensor, k: int) -> float:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Gallery:
     """N images and their M captions.
 
     Attributes:
@@ -64,11 +71,11 @@ class Pairs:
     owner: Tensor
 
     @classmethod
-    def of(cls, rows: datasets.Dataset, clean: Callable[[str], str] = str) -> Pairs:
+    def of(cls, rows: datasets.Dataset, clean: Callable[[str], str] = str) -> Gallery:
         """The pairs of a dataset; a caption that ``clean`` leaves nothing of stays as it is.
 
         Raises:
-            ValueError: it is no dataset, has no row, lacks a column, a caption is empty, or a column ``pixels`` holds
+            ValueError: it is not a dataset, has no row, lacks a column, a caption is empty, or a column ``pixels`` holds
                 something else.
         """
         undecoded(rows)
@@ -87,8 +94,7 @@ class Pairs:
             ValueError: an image cannot be read, or pixels lie outside [0, 1].
         """
         if PIXELS not in self.rows.column_names:
-            resize = model.image_input.resize
-            yield from image_batches(self.rows, model.image_size, batch_size=batch_size, resize=resize)
+            yield from image_batches(self.rows, model.image_input, batch_size=batch_size)
             return
         exact = self.rows.with_format("torch", columns=[PIXELS])
         for start in range(0, len(exact), batch_size):
@@ -100,30 +106,27 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Resampled(Pairs):
+class ResampledGallery(Gallery):
     """Clean pairs whose images go through an attack's resolution first, unchanged otherwise.
 
     Attributes:
-        side: of the square images that the attack returned.
-        cut: how the attacked model makes images square, ``"crop"`` or ``"squash"``.
+        through: how the attacked model brings images to its size.
         floats: the attack's images are given to models as floats at their own size, as those of a column ``pixels``.
     """
 
-    side: int
-    cut: str
+    through: ImageInput
     floats: bool = False
 
     def image_batches(self, model: ImageTextModel, batch_size: int) -> Iterator[Tensor]:
-        size, resize = model.image_size, model.image_input.resize
-        for batch in image_batches(self.rows, self.side, batch_size=batch_size, resize=self.cut):
+        for batch in image_batches(self.rows, self.through, batch_size=batch_size):
             if self.floats:
                 yield batch.float() / 255
                 continue
             pictures = [Image.fromarray(levels) for levels in batch.permute(0, 2, 3, 1).numpy()]
-            yield torch.stack([torch.from_numpy(pixels_from_pil(p, size, resize).copy()) for p in pictures])
+            yield torch.stack([torch.from_numpy(model.image_input.from_pil(p).copy()) for p in pictures])
 
 
-def check_same_pairs(clean: Pairs, attacked: Pairs) -> None:
+def check_same_pairs(clean: Gallery, attacked: Gallery) -> None:
     """Both have as many images with as many captions each, in one order as far as names of images and labels tell.
 
     Raises:
@@ -134,8 +137,8 @@ def check_same_pairs(clean: Pairs, attacked: Pairs) -> None:
     for row, (name, other) in enumerate(zip(*_names(clean.rows, attacked.rows), strict=True)):
         if name and other and other != name:
             raise ValueError(f"row {row} is image {other}, and {name} in the reference; give both in one order")
-    if all("label" in pairs.rows.column_names for pairs in (clean, attacked)):
-        labels = [pairs.rows.with_format(None).select_columns("label")[:]["label"] for pairs in (clean, attacked)]
+    if all("label" in gallery.rows.column_names for gallery in (clean, attacked)):
+        labels = [gallery.rows.with_format(None).select_columns("label")[:]["label"] for gallery in (clean, attacked)]
         for row, (label, other) in enumerate(zip(*labels, strict=True)):
             if label != other:
                 raise ValueError(f"row {row} has label {other}, and {label} in the reference; give both in one order")
@@ -173,6 +176,13 @@ def check_one_kind(models: Mapping[str, ImageTextModel]) -> None:
         raise ValueError(f"models of different embedding kinds in one table ({found}); evaluate each kind by itself")
 
 
+def geometry(image_input: ImageInput) -> Hashable:
+    """Equal for two that bring every image to the same pixels; what they subtract and divide by is no matter."""
+    processor = getattr(image_input, "processor", None)
+    own = None if processor is None else processor.to_json_string()
+    return type(image_input).__name__, image_input.size, image_input.resize, image_input.interpolation, own
+
+
 @dataclass(frozen=True)
 class Retrieval:
     """What a model makes of pairs.
@@ -191,7 +201,7 @@ class Retrieval:
 
 def retrieve(
     model: ImageTextModel,
-    pairs: Pairs,
+    gallery: Gallery,
     folder: Path,
     *,
     candidates: int = 128,
@@ -209,14 +219,14 @@ def retrieve(
     """
 
     def batches() -> Iterator[Tensor]:
-        return pairs.image_batches(model, batch_size)
+        return gallery.image_batches(model, batch_size)
 
     images = torch.cat(list(image_features(model, batches(), precision=precision)))
-    texts = text_features(model, pairs.captions, precision=precision)
+    texts = text_features(model, gallery.captions, precision=precision)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         ranks = ranks_by_model(
-            model, batches, images, texts, pairs.captions, pairs.owner, Path(scratch),
+            model, batches, images, texts, gallery.captions, gallery.owner, Path(scratch),
             candidates=candidates, precision=precision,
         )  # fmt: skip
     return Retrieval(images, texts, *ranks)
@@ -224,7 +234,7 @@ def retrieve(
 
 def top_captions(
     model: ImageTextModel,
-    pairs: Pairs,
+    gallery: Gallery,
     found: Retrieval,
     rows: Sequence[int],
     *,
@@ -234,14 +244,14 @@ def top_captions(
     """The caption that the model ranks first for each of the images in ``rows``."""
     similarities = found.images[list(rows)] @ found.texts.T
     if model.kind != "fusion":
-        return [pairs.captions[i] for i in similarities.argmax(dim=1).tolist()]
-    chosen = Pairs(pairs.rows.select(rows), (), torch.empty(0))
+        return [gallery.captions[i] for i in similarities.argmax(dim=1).tolist()]
+    chosen = Gallery(gallery.rows.select(rows), (), torch.empty(0))
     texts = []
     for images in chosen.image_batches(model, 1):
         pixels = images if images.is_floating_point() else images.float() / 255
-        near = similarities[len(texts)].topk(min(candidates, len(pairs.captions))).indices.tolist()
+        near = similarities[len(texts)].topk(min(candidates, len(gallery.captions))).indices.tolist()
         with evaluating(model, precision):
             states = model.image_states(pixels.to(model.device)).float()
-            scores = model.match_states(states.expand(len(near), -1, -1), [pairs.captions[i] for i in near])
-        texts.append(pairs.captions[near[int(scores.argmax())]])
+            scores = model.match_states(states.expand(len(near), -1, -1), [gallery.captions[i] for i in near])
+        texts.append(gallery.captions[near[int(scores.argmax())]])
     return texts

@@ -1,1 +1,1 @@
-"""The hooks: ``attack``, ``evaluate: transfer``, and the bed that they are measured on."""
+"""The hooks: ``attack``, ``evaluate: transfer``, and the toy data that they are tried on."""

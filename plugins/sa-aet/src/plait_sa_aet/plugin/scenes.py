@@ -1,4 +1,4 @@
-"""``load-data: digit-scenes`` and ``load-model: scene-encoder``: the bed of the small-scale check."""
+"""``load-data: digit-scenes`` and ``load-model: scene-encoder``: toy data on which attacks are tried."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, Literal
 import attrs
 import datasets
 import torch
-from plait import PlaitError, hookimpl
-from plait.fields import doc, in_range, one_of
-from plait_clip.model import ImageTextModel
+from plait import hookimpl
+from plait.fields import field, in_range
+from plait_clip import ImageTextModel
 
 from plait_sa_aet import scene_encoders, scenes
 
@@ -18,22 +18,16 @@ from plait_sa_aet import scene_encoders, scenes
 class DigitScenes:
     """Scenes of two coloured digits with five captions each; needs no file. Splits: train, test."""
 
-    num_train: int = attrs.field(
-        default=4000, validator=in_range(1), metadata=doc("scenes of the 1,300 training digits")
-    )
-    num_test: int = attrs.field(default=150, validator=in_range(1), metadata=doc("scenes of the other 497 digits"))
-    grey: tuple[float, float] = attrs.field(
-        default=(0.1, 0.45), validator=in_range(0, 1), metadata=doc("range of the background's level, in [0, 1]")
-    )
-    opacity: float = attrs.field(
-        default=0.5,
-        validator=in_range(0, 1, low_open=True),
-        metadata=doc("of the digits' paint; 1 covers the background"),
-    )
+    num_train: int = field(4000, "scenes of the 1,300 training digits", in_range(1))
+    num_test: int = field(150, "scenes of the other 497 digits", in_range(1))
+    grey: tuple[float, float] = field((0.1, 0.45), "range of the background's level, in [0, 1]", in_range(0, 1))
+    opacity: float = field(0.5, "of the digits' paint; 1 covers the background", in_range(0, 1, low_open=True))
+
+    splits = ("train", "test")
 
     def __attrs_post_init__(self) -> None:
         if self.grey[0] > self.grey[1]:
-            raise PlaitError(f"grey is {list(self.grey)}; give the lower level first")
+            raise ValueError(f"grey is {list(self.grey)}; give the lower level first")
 
     @hookimpl
     def load_data(self, run: Any) -> dict[str, datasets.Dataset]:
@@ -48,16 +42,10 @@ class DigitScenes:
 class SceneEncoder:
     """A small dual encoder for digit-scenes, with fresh weights; optimize: clip-contrastive trains it."""
 
-    architecture: Literal["cnn", "vit", "convnet"] = attrs.field(
-        default="cnn", validator=one_of("cnn", "vit", "convnet"), metadata=doc("image tower")
-    )
-    cone: float = attrs.field(
-        default=2.0, validator=in_range(0), metadata=doc("weight of the direction that all features share; 0: none")
-    )
-    directions: Literal["per-tower", "per-encoder"] = attrs.field(
-        default="per-tower",
-        validator=one_of("per-tower", "per-encoder"),
-        metadata=doc("whether images and texts share a direction each, or one together"),
+    architecture: Literal["cnn", "vit", "convnet"] = field("cnn", "image tower")
+    cone: float = field(2.0, "weight of the direction that all features share; 0: none", in_range(0))
+    directions: Literal["per-tower", "per-encoder"] = field(
+        "per-tower", "whether images and texts share a direction each, or one together"
     )
 
     @hookimpl

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,20 +12,18 @@ from typing import IO, Any
 import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
-from plait_clip.fingerprint import fingerprint
-from plait_clip.loader import caption_column, undecoded
-from plait_clip.records import flattened, png_bytes
+from plait_clip import caption_column, flattened, png_bytes, undecoded
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from plait_sa_aet.projection import SemanticProjection
+from plait_sa_aet.sa_aet import SemanticProjection
 
 
 class Shards:
     """Numbered arrow files of the changed columns, each with a record of how it was made.
 
     Args:
-        folder: scratch that survives a kill.
+        folder: a loop's, which survives a kill.
         features: of the changed columns.
     """
 
@@ -65,17 +62,6 @@ class Shards:
 
     def _path(self, index: int, suffix: str) -> Path:
         return self.folder / f"shard-{index:06d}.{suffix}"
-
-
-def digest(settings: str, model: nn.Module, data: datasets.Dataset) -> str:
-    """What shards are made of, so that those of another attack, model or data are never taken for one's own."""
-    found = hashlib.sha256((settings + fingerprint(model.state_dict())).encode())
-    cells = undecoded(data).select_columns(["image", caption_column(data)])
-    for batch in cells.iter(batch_size=256):
-        for cell in batch["image"]:
-            found.update(cell["bytes"] or str(cell["path"]).encode())
-        found.update(json.dumps(batch[caption_column(data)]).encode())
-    return found.hexdigest()[:16]
 
 
 def changed_features(data: datasets.Dataset, side: int, floats: bool) -> datasets.Features:

@@ -12,18 +12,15 @@ from typing import Any, Literal
 import attrs
 import numpy as np
 import torch
-from plait import PlaitError, Report, hookimpl
-from plait.fields import doc, in_range, one_of
+from plait import Report, hookimpl
+from plait.fields import field, in_range
 from plait.report import Image, Panel, png
-from plait_clip.loader import open_image, pixels_from_pil, undecoded
-from plait_clip.model import ImageTextModel
-from plait_clip.plugin.models import on_device
-from plait_clip.retrieval import recall
+from plait_clip import ImageInput, ImageTextModel, captions_of, on_device, open_image, recall, undecoded
 from torch import Tensor
 
 from plait_sa_aet import transfer
-from plait_sa_aet.captions import clean_caption
-from plait_sa_aet.transfer import PIXELS, Pairs, Retrieval
+from plait_sa_aet.captions import MAX_WORDS, clean_caption, num_cut
+from plait_sa_aet.transfer import PIXELS, Gallery, Retrieval, geometry
 
 GAIN = 10  # of the difference in the pictures
 OTHERS = "others (mean)"
@@ -37,48 +34,40 @@ Row = dict[str, Any]
 class Transfer:
     """Attack success rate on image-text retrieval, for every source and target (Jia et al., TPAMI 2025)."""
 
-    top: tuple[int, ...] = attrs.field(
-        default=(1, 5, 10), validator=in_range(1), metadata=doc("ranks k of R@k and ASR@k")
+    top: tuple[int, ...] = field((1, 5, 10), "ranks k of R@k and ASR@k", in_range(1))
+    candidates: int = field(128, "nearest captions or images that a fusion model scores", in_range(1))
+    source: str | None = field(None, "name of the model that was attacked, where data is one dataset without a name")
+    clean_captions: bool = field(
+        True, "clean the captions of both sides as the attacks do, so that only what they changed differs"
     )
-    candidates: int = attrs.field(
-        default=128, validator=in_range(1), metadata=doc("nearest captions or images that a fusion model scores")
+    mixed_kinds: bool = field(
+        False, "allow contrastive and fusion models in one table, whose scores are not made in the same way"
     )
-    source: str | None = attrs.field(
-        default=None, metadata=doc("name of the model that was attacked, where data is one dataset without a name")
-    )
-    clean_captions: bool = attrs.field(
-        default=True,
-        metadata=doc("clean the captions of both sides as the attacks do, so that only what they changed differs"),
-    )
-    mixed_kinds: bool = attrs.field(
-        default=False,
-        metadata=doc("allow contrastive and fusion models in one table, whose scores are not made in the same way"),
-    )
-    num_panels: int = attrs.field(
-        default=4, validator=in_range(0), metadata=doc("pairs shown in the report: clean, adversarial, difference")
-    )
-    batch_size: int = attrs.field(default=256, validator=in_range(1), metadata=doc("images at a time"))
-    precision: Literal["fp32", "bf16"] = attrs.field(
-        default="fp32", validator=one_of("fp32", "bf16"), metadata=doc("arithmetic of the towers")
-    )
+    num_panels: int = field(4, "pairs shown in the report: clean, adversarial, difference", in_range(0))
+    batch_size: int = field(256, "images at a time", in_range(1))
+    precision: Literal["fp32", "bf16"] = field("fp32", "arithmetic of the towers")
 
     def __attrs_post_init__(self) -> None:
         if not self.top:
-            raise PlaitError("top is empty; give at least one rank, such as [1, 5, 10]")
+            raise ValueError("top is empty; give at least one rank, such as [1, 5, 10]")
         if self.candidates < max(self.top):
-            raise PlaitError(f"candidates is {self.candidates}, which is less than the rank {max(self.top)} in top")
+            raise ValueError(f"candidates is {self.candidates}, which is less than the rank {max(self.top)} in top")
 
     @hookimpl
     def evaluate(self, model: Any, data: Any, reference: Any, run: Any) -> Report:
         models, sources = self._named(model, data)
         cleaning = clean_caption if self.clean_captions else str
-        with _telling_of("reference"):
-            clean = Pairs.of(reference, cleaning)
+        with _naming("reference"):
+            clean = Gallery.of(reference, cleaning)
         attacked = {}
         for name, rows in sources.items():
-            with _telling_of(_label("data", name)):
-                attacked[name] = Pairs.of(rows, cleaning)
+            with _naming(_label("data", name)):
+                attacked[name] = Gallery.of(rows, cleaning)
                 transfer.check_same_pairs(clean, attacked[name])
+        if self.clean_captions and (cut := num_cut(captions_of(reference)[0])):
+            run.warn(
+                f"{cut} of {len(clean.captions)} captions have more than {MAX_WORDS} words and are compared by these"
+            )
         return self._report(models, clean, attacked, run)
 
     def _named(self, model: Any, data: Any) -> tuple[dict[str, ImageTextModel], dict[str, Any]]:
@@ -86,23 +75,23 @@ class Transfer:
         models = dict(model) if isinstance(model, Mapping) else {"": model}
         sources = dict(data) if isinstance(data, Mapping) else {self.source or "": data}
         if isinstance(data, Mapping) and self.source is not None:
-            raise PlaitError(f"source is {self.source!r}, but data names its sources: {', '.join(data)}; leave it out")
+            raise ValueError(f"source is {self.source!r}, but data names its sources: {', '.join(data)}; leave it out")
         for what, found in (("model", models), ("data", sources)):
             if not found:
-                raise PlaitError(f"{what} is empty; give at least one")
+                raise ValueError(f"{what} is empty; give at least one")
         for name, found in models.items():
             if not isinstance(found, ImageTextModel):
                 kind = type(found).__name__
-                raise PlaitError(f"{_label('model', name)} is a {kind}; an image-text model of plait-clip is needed")
+                raise ValueError(f"{_label('model', name)} is a {kind}; expected an image-text model of plait-clip")
         if not self.mixed_kinds:
             try:
                 transfer.check_one_kind(models)
             except ValueError as error:
-                raise PlaitError(f"{error}, or set mixed_kinds: true") from error
+                raise ValueError(f"{error}, or set mixed_kinds: true") from error
         return models, sources
 
     def _report(
-        self, models: Mapping[str, ImageTextModel], clean: Pairs, attacked: Mapping[str, Pairs], run: Any
+        self, models: Mapping[str, ImageTextModel], clean: Gallery, attacked: Mapping[str, Gallery], run: Any
     ) -> Report:
         table: list[Row] = []
         recalls: list[Row] = []
@@ -111,24 +100,25 @@ class Transfer:
         shown = next((pair for pair in pairs if pair[0] != pair[1]), pairs[0]) if self.num_panels else None
         work = [(target, source) for target in models for source in (None, *attacked)]
         for target, source in run.track(work, "retrieving", total=len(work)):
-            with _telling_of(_label("model", target)):
+            with _naming(_label("model", target)):
                 if source is None:  # once for each target, before its sources
                     model = on_device(models[target], run.device)
                     before = self._retrieve(model, clean, run)
                     resampled: dict[Any, float] = {}
                     recalls.append(_identity("", target) | self._recalls(before))
                     continue
-                with _telling_of(_label("data", source)):
+                with _naming(_label("data", source)):
                     after = self._retrieve(model, attacked[source], run)
-                side, cut = _resolution(clean, attacked[source], models.get(source) if source else None)
-                through = (side, cut, transfer.PIXELS in attacked[source].rows.column_names)
-                if side and through not in resampled:
-                    resampled[through] = self._resampling(model, clean, through, before, run)
+                through = _resolution(clean, attacked[source], models.get(source) if source else None)
+                floats = PIXELS in attacked[source].rows.column_names
+                key = (through and geometry(through), floats)
+                if key not in resampled:
+                    resampled[key] = self._resampling(model, clean, through, floats, before, run)
                 row = _identity(source, target) | self._rates(before, after)
-                table.append(row | {RESAMPLING: resampled.get(through, 0.0)})
+                table.append(row | {RESAMPLING: resampled[key]})
                 if (source, target) == shown:
                     title = " → ".join(filter(None, shown)) or "attack"
-                    pictures = self._pictures(model, clean, attacked[source], before, after, cut)
+                    pictures = self._pictures(model, clean, attacked[source], before, after, through)
                     panels.append(Panel(title=title, images=pictures))
         place = {source: i for i, source in enumerate(attacked)}
         table.sort(key=lambda row: place[row.get("source", "")])  # targets keep their order
@@ -162,16 +152,21 @@ class Transfer:
         )
 
     def _resampling(
-        self, model: ImageTextModel, clean: Pairs, through: tuple[int, str, bool], before: Retrieval, run: Any
+        self,
+        model: ImageTextModel,
+        clean: Gallery,
+        through: ImageInput | None,
+        floats: bool,
+        before: Retrieval,
+        run: Any,
     ) -> float:
         """ASR of clean images that go through the size of an attack's."""
-        side, cut, floats = through
-        if (side, cut) == (model.image_size, model.image_input.resize):
+        if through is None or geometry(through) == geometry(model.image_input):
             return 0.0
-        pairs = transfer.Resampled(clean.rows, clean.captions, clean.owner, side=side, cut=cut, floats=floats)
-        return self._rates(before, self._retrieve(model, pairs, run))["ASR"]
+        gallery = transfer.ResampledGallery(clean.rows, clean.captions, clean.owner, through=through, floats=floats)
+        return self._rates(before, self._retrieve(model, gallery, run))["ASR"]
 
-    def _retrieve(self, model: ImageTextModel, pairs: Pairs, run: Any) -> Retrieval:
+    def _retrieve(self, model: ImageTextModel, pairs: Gallery, run: Any) -> Retrieval:
         return transfer.retrieve(
             model, pairs, run.folder,
             candidates=self.candidates, batch_size=self.batch_size, precision=self.precision,
@@ -193,11 +188,11 @@ class Transfer:
     def _pictures(
         self,
         model: ImageTextModel,
-        clean: Pairs,
-        attacked: Pairs,
+        clean: Gallery,
+        attacked: Gallery,
         before: Retrieval,
         after: Retrieval,
-        resize: str,
+        through: ImageInput | None,
     ) -> list[list[Image]]:
         """Images whose captions are not found any more come first: clean, adversarial, difference."""
         fooled = (before.text_ranks == 0) & (after.text_ranks > 0)
@@ -206,7 +201,7 @@ class Transfer:
         pictures = []
         for row, first, now in zip(rows, find(clean, before), find(attacked, after), strict=True):
             changed = _image(attacked, row)
-            unchanged = _image_like(clean, row, changed, resize)
+            unchanged = _image_like(clean, row, changed, through)
             amplified = (0.5 + GAIN * (changed - unchanged)).clamp(0, 1)
             pictures.append(
                 [
@@ -225,12 +220,12 @@ def _label(what: str, name: str) -> str:
 
 
 @contextlib.contextmanager
-def _telling_of(what: str) -> Iterator[None]:
-    """Mistakes in the input as sentences that say which input it is."""
+def _naming(what: str) -> Iterator[None]:
+    """Sentences about an input say which it is."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        raise PlaitError(f"{what}: {error}") from error
+        raise ValueError(f"{what}: {error}") from error
 
 
 def _identity(source: str, target: str) -> Row:
@@ -241,16 +236,20 @@ def _identity(source: str, target: str) -> Row:
     return named
 
 
-def _resolution(clean: Pairs, attacked: Pairs, model: ImageTextModel | None) -> tuple[int, str]:
-    """Side of the attacked images, 0 if they are no squares, and how they were cut: as the model does, or as they look."""
+def _resolution(clean: Gallery, attacked: Gallery, model: ImageTextModel | None) -> ImageInput | None:
+    """What brought the attacked images to their size: the attacked model's input, or what they look like.
+
+    None where they are not square.
+    """
     changed = _image(attacked, 0)
     height, width = changed.shape[1:]
     if height != width:
-        return 0, "crop"
-    if model is not None:
-        return height, model.image_input.resize
-    moved = {cut: float((_image_like(clean, 0, changed, cut) - changed).abs().mean()) for cut in ("crop", "squash")}
-    return height, min(moved, key=moved.__getitem__)
+        return None
+    if model is not None and model.image_size == height:
+        return model.image_input
+    cuts = ("crop", "squash") if model is None else (model.image_input.resize,)
+    ways = [ImageInput(height, [0.0] * 3, [1.0] * 3, resize=cut) for cut in cuts]
+    return min(ways, key=lambda way: float((_image_like(clean, 0, changed, way) - changed).abs().mean()))
 
 
 def _means(table: Sequence[Row], rates: Sequence[str]) -> list[Row]:
@@ -266,25 +265,25 @@ def _means(table: Sequence[Row], rates: Sequence[str]) -> list[Row]:
     return own + mean(ALL, moved if len(sources) > 1 else [])
 
 
-def _image(pairs: Pairs, row: int) -> Tensor:
+def _image(pairs: Gallery, row: int) -> Tensor:
     """One image as it is given to models, float32 [3, H, W] in [0, 1]."""
     if PIXELS in pairs.rows.column_names:
         return pairs.rows.with_format("torch", columns=[PIXELS])[row][PIXELS]
     return _as_tensor(np.asarray(_picture(pairs, row).convert("RGB")).transpose(2, 0, 1))
 
 
-def _image_like(pairs: Pairs, row: int, other: Tensor, resize: str) -> Tensor:
-    """One image at the size of another, cut as attacks cut it."""
+def _image_like(pairs: Gallery, row: int, other: Tensor, through: ImageInput | None) -> Tensor:
+    """One image at the size of another, brought there as that was."""
     height, width = other.shape[1:]
     picture = _picture(pairs, row)
     if (picture.width, picture.height) == (width, height):
         return _image(pairs, row)
-    if height == width:
-        return _as_tensor(pixels_from_pil(picture, height, resize))
+    if through is not None:
+        return _as_tensor(through.from_pil(picture))
     return _as_tensor(np.asarray(picture.convert("RGB").resize((width, height))).transpose(2, 0, 1))
 
 
-def _picture(pairs: Pairs, row: int) -> Any:
+def _picture(pairs: Gallery, row: int) -> Any:
     return open_image(undecoded(pairs.rows)[row]["image"], row)
 
 
@@ -292,7 +291,7 @@ def _as_tensor(levels: np.ndarray) -> Tensor:
     return torch.from_numpy(levels.copy()).float() / 255
 
 
-def _changed_caption(clean: Pairs, attacked: Pairs, row: int) -> str:
+def _changed_caption(clean: Gallery, attacked: Gallery, row: int) -> str:
     """The first caption of an image that the attack changed: [old → new] words."""
     start, stop = (int(i) for i in torch.searchsorted(clean.owner, torch.tensor([row, row + 1])))
     own = range(start, stop)

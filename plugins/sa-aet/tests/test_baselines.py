@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from plait_sa_aet.pgd import co_attack_images, kl, pgd
-from plait_sa_aet.randomness import Official, PerImage
+from plait_sa_aet.baselines import co_attack_images, kl, pgd_images
+from plait_sa_aet.randomness import PerImage, ReleasedStreams
 from plait_sa_aet.source import Source
 from torch import nn
 
@@ -53,8 +53,8 @@ def plain_loop(model, v, rng, epsilon, num_steps, loss):
 def test_pgd_equals_the_plain_loop(micro_batch):
     model, v = Encoder(), images()
     clean = model.encode_image(v).detach()
-    expected = plain_loop(model, v, Official(0), 8 / 255, 10, lambda e: divergence(clean, e))
-    found = pgd(Source(model), v, Official(0), micro_batch=micro_batch)
+    expected = plain_loop(model, v, ReleasedStreams(0), 8 / 255, 10, lambda e: divergence(clean, e))
+    found = pgd_images(Source(model), v, ReleasedStreams(0), micro_batch=micro_batch)
     assert (found == expected).float().mean() >= 0.999
 
 
@@ -67,13 +67,13 @@ def test_co_attack_keeps_the_image_of_the_last_caption(micro_batch):
     def loss(e):
         return divergence(clean, e) + 3 * divergence(last, F.normalize(e, dim=-1))
 
-    expected = plain_loop(model, v, Official(0), 0.05, 5, loss)
+    expected = plain_loop(model, v, ReleasedStreams(0), 0.05, 5, loss)
     source, options = Source(model), {"epsilon": 0.05, "num_steps": 5, "micro_batch": micro_batch}
-    found = co_attack_images(source, v, CAPTIONS, OWNERS, Official(0), **options)
+    found = co_attack_images(source, v, CAPTIONS, OWNERS, ReleasedStreams(0), **options)
     assert (found == expected).float().mean() >= 0.999
     assert (source.num_forwards, source.num_backwards) == (3 + 5 * 3, 5 * 3)
-    without = co_attack_images(Source(model), v, CAPTIONS, OWNERS, Official(0), text_weight=0.0, **options)
-    assert (without == pgd(Source(model), v, Official(0), **options)).all()
+    without = co_attack_images(Source(model), v, CAPTIONS, OWNERS, ReleasedStreams(0), text_weight=0.0, **options)
+    assert (without == pgd_images(Source(model), v, ReleasedStreams(0), **options)).all()
 
 
 def test_divergence_by_hand():
@@ -88,7 +88,7 @@ def test_moves_the_embedding_away():
         clean = source.raw_image_features(v)
         start = (v + PerImage(0, range(3)).init(v.shape, 0, 8 / 255)).clamp(0, 1)
         before = kl(clean, source.raw_image_features(start))
-        after = kl(clean, source.raw_image_features(pgd(source, v, PerImage(0, range(3)))))
+        after = kl(clean, source.raw_image_features(pgd_images(source, v, PerImage(0, range(3)))))
     assert (after > 10 * before).all()
 
 
@@ -97,7 +97,7 @@ def test_stays_in_the_ball_and_in_range(epsilon, num_steps):
     v, source = images(), Source(Encoder())
     rng = PerImage(0, range(3))
     for x in (
-        pgd(source, v, rng, epsilon=epsilon, num_steps=num_steps),
+        pgd_images(source, v, rng, epsilon=epsilon, num_steps=num_steps),
         co_attack_images(source, v, CAPTIONS, OWNERS, rng, epsilon=epsilon, num_steps=num_steps),
     ):
         assert (x - v).abs().max() <= epsilon + 1e-6
@@ -113,15 +113,15 @@ def test_the_start_is_one_sided():
         def encode_image(self, images):
             return images.flatten(1)[:, :2] * 0
 
-    moved = pgd(Source(Flat()), v, PerImage(0, [0]), epsilon=0.1, num_steps=1) - v
+    moved = pgd_images(Source(Flat()), v, PerImage(0, [0]), epsilon=0.1, num_steps=1) - v
     assert moved.min() >= 0
     assert moved.mean().item() == pytest.approx(0.05, abs=0.002)
 
 
 def test_batches_do_not_matter():
     v, source = images(), Source(Encoder())
-    together = pgd(source, v, PerImage(0, "abc"))
-    alone = torch.cat([pgd(source, v[i : i + 1], PerImage(0, "abc"[i])) for i in range(3)])
+    together = pgd_images(source, v, PerImage(0, "abc"))
+    alone = torch.cat([pgd_images(source, v[i : i + 1], PerImage(0, "abc"[i])) for i in range(3)])
     assert (alone == together).float().mean() >= 0.999
 
 
@@ -137,7 +137,7 @@ def test_the_model_is_as_before():
 @pytest.mark.parametrize("options", [{"epsilon": -0.1}, {"epsilon": 2.0}, {"num_steps": 0}, {"micro_batch": 0}])
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
-        pgd(Source(Encoder()), images(), PerImage(0, range(3)), **options)
+        pgd_images(Source(Encoder()), images(), PerImage(0, range(3)), **options)
 
 
 def test_captions_have_to_fit_the_images():
@@ -148,6 +148,6 @@ def test_captions_have_to_fit_the_images():
     with pytest.raises(ValueError, match="4 images for 5 captions"):
         co_attack_images(source, v, CAPTIONS, [0, 1, 2, 0], rng)
     with pytest.raises(ValueError, match="image 0"):
-        pgd(source, v + 1, rng)
+        pgd_images(source, v + 1, rng)
     with pytest.raises(ValueError, match="image 0"):
         co_attack_images(source, v * float("nan"), CAPTIONS, OWNERS, rng)

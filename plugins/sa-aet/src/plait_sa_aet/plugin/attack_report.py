@@ -1,4 +1,4 @@
-"""What an attack found out on its way: counts, losses, mixtures, the directions of the corpus."""
+"""The report of an attack: counts, losses, mixtures, the directions of the corpus."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import numpy as np
 from plait import Report
 from plait.report import Curve, Image, Panel, png
 
-from plait_sa_aet.attack import Adversarial, Batch
-from plait_sa_aet.projection import COMMON_DIRECTION, SemanticProjection
+from plait_sa_aet.sa_aet import COMMON_DIRECTION, Adversarial, Batch, SemanticProjection
 
 
 def empty_record() -> dict[str, Any]:
@@ -42,7 +41,7 @@ def note(record: dict[str, Any], found: Adversarial, batch: Batch, rows: Sequenc
     record["trace"].append({"first_row": rows[0], "steps": list(found.trace)})
 
 
-class Findings:
+class AttackReport:
     """Sums over the records of the shards."""
 
     def __init__(self) -> None:
@@ -66,7 +65,7 @@ class Findings:
                 self.losses.setdefault(step, []).append(sum(entry["view_losses"]))
                 self.triples += [tuple(triple) for triple in entry["triples"]]
 
-    def report(self) -> Report:
+    def made(self) -> Report:
         """Table, curve and pictures."""
         row: dict[str, Any] = {
             "captions": self.counts["captions"],

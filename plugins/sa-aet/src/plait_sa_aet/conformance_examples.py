@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from plait.testing import Example
-from plait_clip import beds
-from plait_clip.examples import digit_pairs, tiny_model
+from plait_clip import digit_pairs, tiny_model, toy_data
 
-WORDS = {"generator": "synonyms", "synonyms": {word: tuple(others) for word, others in beds.SYNONYMS.items()}}
+WORDS = {"generator": "synonyms", "synonyms": {word: tuple(others) for word, others in toy_data.SYNONYMS.items()}}
 
 
 def _attack(budget: float | None = 8 / 255, random: bool = True, **fields: Any) -> Example:

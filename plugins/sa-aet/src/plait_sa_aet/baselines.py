@@ -1,26 +1,99 @@
-"""The image attacks of Co-Attack (Zhang et al., MM 2022), compared with in the SA-AET paper.
+"""The attacks that SA-AET is compared with, each on one batch.
 
-Both start from one-sided uniform noise and move the image's embedding away in Kullback–Leibler divergence, the D
-coordinates read as logits.
+===============  =====================================================================================================
+:func:`dra`      SA-AET's predecessor: mixtures from the whole triangle, candidates not clipped, no projection
+:func:`sga`      gradients over rescaled copies, no mixtures, no projection
+:func:`pgd_cos`  as SGA with the images alone and no copies: the control of SA-AET
+:func:`pgd`, :func:`bert_attack`, :func:`sep_attack`, :func:`co_attack`
+                 Co-Attack and its parts: images, captions, both separately, both together
+===============  =====================================================================================================
+
+The image attacks of Co-Attack start from one-sided uniform noise and move the image's embedding away in
+Kullback–Leibler divergence, the D coordinates read as logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plait_sa_aet.image_attack import checked_images
+from plait_sa_aet.images import checked_images
 from plait_sa_aet.randomness import Randomness
+from plait_sa_aet.sa_aet import Adversarial, Batch, Words, sa_aet
 from plait_sa_aet.source import Source, frozen
+from plait_sa_aet.text_attack import WordAttackResult, bert_words
 
 # Raw image features [b, D] and which images of the batch these are → [b] losses.
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def pgd(
+def dra(source: Source, batch: Batch, rng: Randomness, *, words: Words | None, **options: Any) -> Adversarial:
+    """Diversification along the intersection region of the adversarial trajectory (Gao et al., ECCV 2024).
+
+    Args:
+        options: of :func:`~plait_sa_aet.sa_aet.sa_aet`, whose triangle, clipping and projection differ here.
+    """
+    own = {"corpus": None, "triangle": "full", "project_candidates": False}
+    return sa_aet(source, batch, rng, words=words, **(own | options))
+
+
+def sga(source: Source, batch: Batch, rng: Randomness, *, words: Words | None, **options: Any) -> Adversarial:
+    """Set-level guidance (Lu et al., ICCV 2023): the last choice of words sees the final images alone.
+
+    Args:
+        options: of :func:`~plait_sa_aet.sa_aet.evolve_images`.
+    """
+    return sa_aet(source, batch, rng, corpus=None, words=words, ratios=(0.0, 1.0, 0.0), **options, triangle="none")
+
+
+def pgd_cos(source: Source, batch: Batch, rng: Randomness, **options: Any) -> Adversarial:
+    """Sign steps away from the clean captions, without triangle and rescaled views: the control of SA-AET.
+
+    Args:
+        options: of :func:`~plait_sa_aet.sa_aet.evolve_images`.
+    """
+    return sa_aet(source, batch, rng, corpus=None, words=None, **options, triangle="none", views=_one_view)
+
+
+def pgd(source: Source, batch: Batch, rng: Randomness, **options: Any) -> Adversarial:
+    """PGD on the images alone (Madry et al., ICLR 2018; as in Co-Attack); options of :func:`pgd_images`."""
+    return Adversarial(images=pgd_images(source, batch.images, rng, **options), captions=list(batch.captions))
+
+
+def bert_attack(source: Source, batch: Batch, rng: Randomness | None = None, *, words: Words) -> Adversarial:
+    """BERT-Attack on the captions alone (Li et al., EMNLP 2020); it draws nothing."""
+    return Adversarial.with_words(_bert(source, batch, words), images=batch.images.clone())
+
+
+def sep_attack(source: Source, batch: Batch, rng: Randomness, *, words: Words | None, **options: Any) -> Adversarial:
+    """PGD on the images and BERT-Attack on the captions, neither knowing of the other."""
+    images = pgd(source, batch, rng, **options)
+    return images if words is None else Adversarial.with_words(_bert(source, batch, words), images=images.images)
+
+
+def co_attack(source: Source, batch: Batch, rng: Randomness, *, words: Words | None, **options: Any) -> Adversarial:
+    """Captions by BERT-Attack, then images away from themselves and from those captions (Zhang et al., MM 2022)."""
+    found = None if words is None else _bert(source, batch, words)
+    captions = list(batch.captions) if found is None else found.captions
+    images = co_attack_images(source, batch.images, captions, batch.txt2img, rng, **options)
+    return (
+        Adversarial(images=images, captions=captions) if found is None else Adversarial.with_words(found, images=images)
+    )
+
+
+def _bert(source: Source, batch: Batch, words: Words) -> WordAttackResult:
+    return bert_words(source, batch.captions, words.candidates, **words.options)
+
+
+def _one_view(images: Tensor, rng: Randomness) -> list[Tensor]:
+    return [images]
+
+
+def pgd_images(
     source: Source,
     images: Tensor,
     rng: Randomness,
@@ -63,7 +136,7 @@ def co_attack_images(
     text_weight: float = 3.0,
     micro_batch: int | None = None,
 ) -> Tensor:
-    """As :func:`pgd`, and at the same time away from an adversarial caption.
+    """As :func:`pgd_images`, and at the same time away from an adversarial caption.
 
     Ascends ``KL(softmax e(v) ‖ softmax e(x)) + text_weight · KL(softmax ê(t') ‖ softmax ê(x))``, hats for length 1.
     Co-Attack goes over (image, caption) pairs one by one and keeps the image of the last; pairs do not see each other,
@@ -73,8 +146,8 @@ def co_attack_images(
         adversarial_captions: M texts. txt2img: [M] in [0, B), the image of each.
 
     Raises:
-        ValueError: as :func:`pgd`; txt2img of another length or out of range, or an image without a caption.
-        NotDifferentiableError: as :func:`pgd`.
+        ValueError: as :func:`pgd_images`; txt2img of another length or out of range, or an image without a caption.
+        NotDifferentiableError: as :func:`pgd_images`.
     """
     v = checked_images(images).to(source.device)
     owners = torch.as_tensor(txt2img).tolist()
