@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from plait_ensir.gmm import Estimator, Settings, Table, num_bins
+from plait_ensir.ensir import Estimator
+from plait_ensir.gmm import Settings, Table, num_bins
 from torch import Tensor
 
 

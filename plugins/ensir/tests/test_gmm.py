@@ -8,18 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plait_ensir.ensir import Estimator, ensir, estimate, learn
 from plait_ensir.gmm import (
     EMPTY,
     FAILED,
     FEW,
     FITTED,
-    Estimator,
     Settings,
     Table,
     agreement_weights,
     bins,
     cell_index,
-    estimate,
     fit_mixtures,
     num_bins,
 )
@@ -449,6 +448,41 @@ class TestFusing:
         assert shared.usage(x).sum() == 3 * 64 * 64
 
 
+class TestWhole:
+    def test_is_learning_then_fusing(self):
+        *known, truth = scene(18)
+        *new, _ = scene(19)
+        table = estimate(known, truth, ["a", "b", "c"])
+        learned = []
+        fused = ensir(
+            [new, known], [(*known, truth)], ["a", "b", "c"], on_learned=lambda estimator, t: learned.append(t)
+        )
+        assert torch.equal(learned[0].lut, table.lut)  # before the first image is fused
+        for image, expected in zip(fused, (table.apply(new), table.apply(known)), strict=True):
+            assert torch.equal(image, expected)
+
+    def test_a_table_takes_the_place_of_the_reference(self):
+        *known, truth = scene(20)
+        table = learn([(*known, truth)], "abc")
+        used = torch.zeros_like(table.count)
+        (fused,) = ensir([known], table, "abc", on_fusing=lambda table, images: used.add_(table.usage(images)))
+        assert torch.equal(fused, table.apply(known))
+        assert torch.equal(used, table.count)
+
+    def test_what_does_not_fit_is_refused_before_anything_is_fused(self):
+        *known, truth = scene(21)
+        reference = [(*known, truth)]
+        for arguments, words in [
+            (([known], reference, ["a"]), "at least 2 models"),
+            (([known], reference, ["a", "b"]), "3 candidates were given for 2 models"),
+            (([known], [], ["a", "b", "c"]), "no reference images"),
+            (([known], learn(reference, "abc"), "bac"), "same models in the same order"),
+            (([known], learn(reference, "abc"), "abc", Settings(bin_width=64)), "set bin_width to 32"),
+        ]:
+            with pytest.raises(ValueError, match=words):
+                ensir(*arguments)
+
+
 class TestRefusals:
     def test_settings(self):
         with pytest.raises(ValueError, match="bin_width is 0"):
@@ -520,7 +554,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("settings", [Settings(), Settings(channels="shared"), Settings(clip_input=False)])
     def test_a_refused_portion_leaves_nothing_behind(self, monkeypatch, settings):
-        monkeypatch.setattr("plait_ensir.gmm._UPDATE_BLOCK", 50)
+        monkeypatch.setattr("plait_ensir.ensir._UPDATE_BLOCK", 50)
         a, b, y = (image.float() / 255 for image in scene(17, num_models=2, size=16))
         broken = y.clone()
         broken[-1, -1, -1] = math.nan

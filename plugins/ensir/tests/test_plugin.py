@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
-from plait import PlaitError, Run
+from plait import Run
 from plait_ensir import figures, gmm, pth
+from plait_ensir.ensir import estimate
 from plait_ensir.plugin import CleanEnsIR, EnsIR
 from plait_imaging.ensembles import Average, LeastSquares
 from plait_imaging.images import encode_png, read_batches, read_floats
@@ -86,7 +87,7 @@ class TestEnsemble:
     def test_is_the_algorithm_on_datasets(self):
         images, truth, candidates, target = scenes(0)
         result = EnsIR().ensemble(candidates=candidates, reference={**candidates, "target": target}, run=Run())
-        table = gmm.estimate(list(images.values()), truth)
+        table = estimate(list(images.values()), truth)
         assert torch.equal(floats(result), table.apply(list(images.values())))
         assert result["name"] == ["scene-0", "scene-1"]
 
@@ -106,7 +107,7 @@ class TestEnsemble:
             "dtype": "float32",
         }
         result = EnsIR(**options).ensemble(candidates=candidates, reference={**candidates, "target": target}, run=Run())
-        table = gmm.estimate(list(images.values()), truth, settings=gmm.Settings(**options))
+        table = estimate(list(images.values()), truth, settings=gmm.Settings(**options))
         assert torch.equal(floats(result), table.apply(list(images.values())))
 
     def test_clean_preset(self):
@@ -149,18 +150,20 @@ class TestEnsemble:
         _, _, candidates, target = scenes(5)
         _, _, others, _ = scenes(6)
         reference = {**candidates, "target": target}
-        told = []
-        EnsIR(bin_width=4).ensemble(candidates=others, reference=reference, run=Run(on_warning=told.append))
-        assert any("cells that no reference sample fell into" in sentence for sentence in told)
-        told.clear()
-        EnsIR(min_samples=10**9).ensemble(candidates=candidates, reference=reference, run=Run(on_warning=told.append))
-        assert [sentence.split(",")[0] for sentence in told] == ["nothing was learned"]
+        warnings = []
+        EnsIR(bin_width=4).ensemble(candidates=others, reference=reference, run=Run(on_warning=warnings.append))
+        assert any("cells that no reference sample fell into" in sentence for sentence in warnings)
+        warnings.clear()
+        EnsIR(min_samples=10**9).ensemble(
+            candidates=candidates, reference=reference, run=Run(on_warning=warnings.append)
+        )
+        assert [sentence.split(",")[0] for sentence in warnings] == ["nothing was learned"]
 
     @pytest.mark.parametrize("num_models", [2, 3, 4])
     @pytest.mark.parametrize("bin_width", [32, 100, 256])
     def test_figures_of_any_grid(self, num_models, bin_width):
         images, truth, _, _ = scenes(7, num_models=num_models)
-        table = gmm.estimate(list(images.values()), truth, settings=gmm.Settings(bin_width=bin_width))
+        table = estimate(list(images.values()), truth, settings=gmm.Settings(bin_width=bin_width))
         drawn = figures.draw_table(table)
         assert any(axis.images for axis in drawn.axes)
 
@@ -179,7 +182,7 @@ class TestRefusals:
         ],
     )
     def test_fields(self, fields, words):
-        with pytest.raises(PlaitError, match=words):
+        with pytest.raises(ValueError, match=words):
             EnsIR(**fields)
 
     def test_inputs(self, tmp_path):
@@ -195,7 +198,7 @@ class TestRefusals:
             (EnsIR(), two, reference, "same models in the same order"),
             (EnsIR(), dict(reversed(candidates.items())), reference, "same order"),
             (EnsIR(default_weight=(0.5, 0.5)), candidates, reference, "2 numbers for 3 models"),
-            (EnsIR(bin_width=1), {**candidates, "more": target}, reference, "larger bin_width"),
+            (EnsIR(bin_width=1), {**candidates, "more": target}, {**reference, "more": target}, "larger bin_width"),
             (EnsIR(bin_width=64), candidates, table, "set bin_width to 32"),
             (EnsIR(), two, table, "same models in the same order"),
             (EnsIR(table=tmp_path / "t.safetensors"), candidates, reference, "give one of them"),
@@ -203,5 +206,5 @@ class TestRefusals:
             (EnsIR(table=tmp_path / "bad.pth"), candidates, None, r"bad\.pth is not a file of weights"),
         ]
         for method, given, known, words in cases:
-            with pytest.raises(PlaitError, match=words):
+            with pytest.raises(ValueError, match=words):
                 method.ensemble(candidates=given, reference=known, run=Run())

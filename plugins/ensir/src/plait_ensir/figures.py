@@ -62,7 +62,10 @@ def draw_mixture(mixture: Mixture, models: tuple[str, ...]) -> Figure:
     seen = mixture.count > 0
     value, count = mixture.value[seen].cpu().numpy(), mixture.count[seen].cpu().numpy()
     axis.hist(
-        value, bins=np.arange(math.floor(value.min()), value.max() + 2) - 0.5, weights=count / count.sum(), color="0.85"
+        value,
+        bins=(np.arange(math.floor(value.min()), value.max() + 2) - 0.5).tolist(),
+        weights=count / count.sum(),
+        color="0.85",
     )
     level = np.linspace(value.min() - 2, value.max() + 2, 512)
     for m, name in enumerate(models):

@@ -1,23 +1,15 @@
-"""EnsIR: range-wise Gaussian-mixture weights for an ensemble of image restorations.
+"""What EnsIR is made of: settings, the grid of cells, EM with frozen means, the table of weights.
 
-Sun, Ren, Liu, Park, Wang, Cao: "EnsIR: An Ensemble Algorithm for Image Restoration via Gaussian Mixture Models",
-NeurIPS 2024, arXiv 2410.22959.
-
-M models have restored the same images. The M values that they propose for one colour sample fall into a cell of a
-grid with T bins per model. Per cell and colour channel a one-dimensional mixture of M Gaussians is fitted to the
-ground truth that fell there, the mean of component m frozen at model m's mean in the cell. The mixture weights are the
-fusion weights of the cell; fusing an image is a table lookup and a weighted sum.
-
-Images are ``[N, C, H, W]`` or ``[C, H, W]`` tensors, uint8, float32 or float64 in [0, 1]; inside, all arithmetic is on the 0–255
-scale. A *group* is a (cell, channel) pair with flat index ``cell · C + channel``. All groups are fitted at once, from
-additive statistics: memory is bounded by one image and the number of occupied groups, whatever the number of images.
+:mod:`plait_ensir.ensir` puts it together and numbers the equations. Images are ``[N, C, H, W]`` or ``[C, H, W]`` tensors,
+uint8, float32 or float64 in [0, 1]; inside, all arithmetic is on the 0–255 scale. A *group* is a (cell, channel) pair with
+flat index ``cell · C + channel``.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -36,8 +28,6 @@ _AGREEMENT_FLOOR = 1e-10
 _CONSTANT = 1e-9  # variances up to this are rounding: one sample in 10⁹ that is off by one level
 _UNDERFLOW = -103.97  # log of the smallest positive float32: exp of less is 0
 _APPLY_BLOCK = 2**16  # samples: index and gathered weights stay in cache
-_UPDATE_BLOCK = 2**20  # samples
-_BATCH = 2**21  # groups × truth values × models per EM batch
 
 
 @dataclass(frozen=True)
@@ -114,7 +104,7 @@ def num_bins(bin_width: int) -> int:
 
 
 def bins(levels: Tensor, bin_width: int) -> Tensor:
-    """Bin of every value on the 0–255 scale: ``trunc(x / b)`` clipped to [0, T − 1], int32."""
+    """Bin of every value on the 0–255 scale, eq. (1): ``trunc(x / b)`` clipped to [0, T − 1], int32."""
     if levels.dtype == torch.uint8:
         bin_of_level = torch.arange(LEVELS, dtype=torch.int32, device=levels.device) // bin_width
         return bin_of_level.index_select(0, levels.flatten().int()).view(levels.shape)
@@ -130,7 +120,7 @@ def cell_index(levels: Sequence[Tensor], bin_width: int) -> Tensor:
 
 
 def agreement_weights(mean_squared_distance: Tensor) -> Tensor:
-    """Starting weights ``softmax_m(1 / e_m)``, e_m the RMS distance of model m from the average of all models.
+    """Starting weights ``softmax_m(1 / e_m)``, eq. (3), e_m the RMS distance of model m from the average of all models.
 
     Args:
         mean_squared_distance: ``e_m²`` per group, ``[G, M]``.
@@ -165,7 +155,7 @@ def fit_mixtures(
     epsilon: float = 1e-6,
     variance_center: Literal["responsibility-mean", "frozen"] = "responsibility-mean",
 ) -> Mixtures:
-    """EM with frozen means for G one-dimensional mixtures at once; groups leave the batch as they converge.
+    """EM with frozen means, eq. (4) to (6), for G one-dimensional mixtures at once; groups leave the batch as they converge.
 
     Args:
         value: distinct ground-truth values of each group, ``[G, V]``, 0–255; padding is arbitrary.
@@ -197,11 +187,11 @@ def fit_mixtures(
     for update in range(1, max_iterations + 1):
         if not len(active):
             break
-        # E-step
+        # E-step, eq. (4)
         log_r = log_joint.log_softmax(dim=2)
         dead = (log_r.masked_fill(h.unsqueeze(2) == 0, -math.inf).amax(dim=1) < _UNDERFLOW).any(dim=1)
         r = log_r.exp_() * h.unsqueeze(2)
-        # M-step: the means stay, the weights are not renormalised
+        # M-step, eq. (5): the means stay, the weights are not renormalised
         R = r.sum(dim=1)
         if variance_center == "frozen":
             center = mu
@@ -217,6 +207,7 @@ def fit_mixtures(
         done.weight[active], done.variance[active], done.log_likelihood[active] = weight, var, log_likelihood
         done.updates[active] = update
         done.failed[active] = dead | broken
+        # The gain, eq. (6)
         going = ~(dead | broken | (log_likelihood - previous < tolerance))
         previous = log_likelihood
         if not going.all():
@@ -243,6 +234,11 @@ class Table(nn.Module):
         settings: how the table was estimated.
         num_images: reference images that it was estimated from.
     """
+
+    lut: Tensor
+    count: Tensor
+    source: Tensor
+    updates: Tensor
 
     def __init__(
         self,
@@ -288,7 +284,7 @@ class Table(nn.Module):
             raise ValueError(f"the table was made with bin_width {made}, not {bin_width}; set bin_width to {made}")
 
     def apply(self, candidates: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
-        """Fuse: ``Σ_m lut[cell, c, m] · x[m, c]`` per sample, float32 in [0, 1], neither clipped nor rounded.
+        """Fuse, eq. (8): ``Σ_m lut[cell, c, m] · x[m, c]`` per sample, float32 in [0, 1], neither clipped nor rounded.
 
         Args:
             candidates: one tensor per model, all ``[N, C, H, W]`` or ``[C, H, W]``, uint8, or float32 or float64 in [0, 1].
@@ -300,7 +296,7 @@ class Table(nn.Module):
         fused = torch.empty(planes[0].shape, device=planes[0].device)
         lut = self.lut.permute(1, 2, 0).contiguous()  # [C, M, T^M]: a gather reads one small row
         for n, c, block in _walk(planes[0].shape):
-            x = [_levels(plane[n, c, block]) for plane in planes]
+            x = [to_levels(plane[n, c, block]) for plane in planes]
             cell = cell_index(x, self.settings.bin_width)
             weights = lut[c % len(lut)]
             out = fused[n, c, block]
@@ -315,14 +311,14 @@ class Table(nn.Module):
         planes = self._planes(candidates)
         used = torch.zeros_like(self.count.T)
         for n, c, block in _walk(planes[0].shape):
-            x = [_levels(plane[n, c, block]) for plane in planes]
+            x = [to_levels(plane[n, c, block]) for plane in planes]
             used[c % len(used)] += torch.bincount(cell_index(x, self.settings.bin_width), minlength=used.shape[1])
         return used.T.contiguous()
 
     def _planes(self, candidates: Sequence[Tensor]) -> list[Tensor]:
         if len(candidates) != len(self.models):
             raise ValueError(f"{len(candidates)} candidates were given to a table of {len(self.models)} models")
-        planes = _planes(candidates, self.models, self.settings.clip_input)
+        planes = as_planes(candidates, self.models, self.settings.clip_input)
         if self.lut.shape[1] not in (1, planes[0].shape[1]):
             raise ValueError(f"the table has {self.lut.shape[1]} channels and the candidates have {planes[0].shape[1]}")
         return planes
@@ -344,7 +340,7 @@ class Table(nn.Module):
         """Read what :meth:`save` wrote, bit for bit.
 
         Raises:
-            ValueError: the file is no safetensors file, or not one of an EnsIR table.
+            ValueError: the file is not a safetensors file, or not one of an EnsIR table.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -354,7 +350,7 @@ class Table(nn.Module):
             if settings["default_weight"] is not None:
                 settings["default_weight"] = tuple(settings["default_weight"])
             return cls(**tensors, models=about["models"], settings=Settings(**settings), num_images=about["num_images"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not an EnsIR table: {error}") from error
 
     def save_pretrained(self, folder: Path | str) -> None:
@@ -384,250 +380,16 @@ class Mixture:
     weight: Tensor
 
 
-class Estimator:
-    """Estimates a table from reference images that come in any number of portions, in any order.
-
-    ::
-
-        estimator = Estimator(["swinir", "srformer"])
-        for restored, truth in portions:  # restored: one tensor per model
-            estimator.update(restored, truth)
-        table = estimator.finish()
-
-    Memory: one portion, and about 2 KiB per (cell, channel) that occurs, for a ground truth of 8-bit levels. Ground
-    truth between the levels is kept sample by sample.
-    """
-
-    def __init__(self, models: Sequence[str], settings: Settings = Settings()) -> None:
-        settings.check_models(len(models))
-        self.models, self.settings = tuple(models), settings
-        self._cells = num_bins(settings.bin_width) ** len(models)
-        self._num_images = 0
-
-    def update(self, candidates: Sequence[Tensor], target: Tensor) -> None:
-        """Take in reference images.
-
-        Args:
-            candidates: one tensor per model, in the order of ``models``, ``[N, C, H, W]`` or ``[C, H, W]``.
-            target: ground truth of the same shape. All uint8, or float32 or float64 in [0, 1].
-
-        Raises:
-            ValueError: number, shapes or channels do not fit, or there are NaN, inf, values on the 0–255 scale or
-                refused ones, or floats of less than 32 bits. Nothing of this portion was taken in then.
-        """
-        if len(candidates) != len(self.models):
-            raise ValueError(f"{len(candidates)} candidates were given for {len(self.models)} models")
-        planes = _planes([*candidates, target], [*self.models, "target"], self.settings.clip_input)
-        N, C, P = planes[0].shape
-        channels = 1 if self.settings.channels == "shared" else C
-        if self._num_images and channels != self._C:
-            raise ValueError(f"images with {C} channels follow images with {self._C}; give all of them alike")
-        # From here on nothing is refused: a portion is taken in whole or not at all.
-        if not self._num_images:
-            self._allocate(channels, planes[0].device)
-        channel = torch.arange(C, device=planes[0].device).repeat_interleave(P) % self._C
-        for n in range(N):
-            image = [plane[n].flatten() for plane in planes]
-            for start in range(0, C * P, _UPDATE_BLOCK):
-                block = slice(start, start + _UPDATE_BLOCK)
-                *x, y = (_levels(samples[block]) for samples in image)
-                self._add(x, y, channel[block])
-        self._num_images += N
-
-    def finish(self, progress: Callable[[list[Tensor]], Iterable[Tensor]] = iter) -> Table:
-        """Fit every cell and return the table; ``update`` may go on afterwards.
-
-        Args:
-            progress: wraps the list of EM batches, to show how far the fit is.
-        """
-        if not self._num_images:
-            raise ValueError("there are no reference images; give at least one")
-        s, M = self.settings, len(self.models)
-        n = self._n.double()
-        offset = self._offset / n
-        mean = (_unravel(self._group // self._C, s.bin_width, M) * s.bin_width).T + offset
-        variance = (self._offset_squared / n - offset**2).clamp(min=0)
-        if s.default_weight is not None:
-            start = torch.tensor(s.default_weight, device=n.device).double().expand(len(n), M)
-        elif s.initial_weights == "uniform":
-            start = torch.full((len(n), M), 1 / M, device=n.device).double()
-        else:
-            start = agreement_weights(self._distance_squared.T / (n * M**2).unsqueeze(1))
-        dtype = getattr(torch, s.dtype)
-        self._mean, self._variance, self._weight = (t.to(dtype, copy=True) for t in (mean.T, variance.T, start))
-        source = torch.full_like(self._n, FEW, dtype=torch.uint8)
-        updates = torch.zeros_like(self._n, dtype=torch.int32)
-
-        self._histograms = _Histograms(*self._entries(), len(n))
-        for groups in progress(self._histograms.batches((n >= s.min_samples).nonzero().squeeze(1), M)):
-            value, count = self._histograms[groups]
-            fit = fit_mixtures(
-                value.to(dtype),
-                count.to(dtype),
-                self._mean[groups],
-                self._variance[groups],
-                self._weight[groups],
-                max_iterations=s.max_iterations,
-                tolerance=s.tolerance,
-                epsilon=s.epsilon,
-                variance_center=s.variance_center,
-            )
-            self._weight[groups], self._variance[groups] = fit.weight, fit.variance
-            updates[groups] = fit.updates
-            source[groups] = torch.where(fit.failed, FAILED, FITTED).to(torch.uint8)
-        self._source = source
-        return self._table(source, updates)
-
-    def busiest(self, num_groups: int) -> list[Mixture]:
-        """The groups with the most samples among those fitted by the last :meth:`finish`."""
-        fitted = (self._source == FITTED).nonzero().squeeze(1)
-        chosen = fitted[self._n[fitted].argsort(descending=True, stable=True)[:num_groups]]
-        cell = _unravel(self._group[chosen] // self._C, self.settings.bin_width, len(self.models))
-        mixtures = []
-        for group, bin_tuple in zip(chosen, cell, strict=True):
-            value, count = self._histograms[group[None]]
-            mixtures.append(
-                Mixture(
-                    bins=tuple(bin_tuple.tolist()),
-                    channel=int(self._group[group] % self._C),
-                    value=value[0],
-                    count=count[0],
-                    mean=self._mean[group],
-                    variance=self._variance[group],
-                    weight=self._weight[group],
-                )
-            )
-        return mixtures
-
-    def _allocate(self, channels: int, device: torch.device) -> None:
-        M = len(self.models)
-        self._C = channels
-        self._slot_of_group = torch.full((self._cells * channels,), -1, dtype=torch.int32, device=device)
-        self._group = torch.zeros(0, dtype=torch.int64, device=device)  # one row per group that occurs
-        self._n = torch.zeros(0, dtype=torch.int64, device=device)
-        self._truth = torch.zeros(0, LEVELS, dtype=torch.int64, device=device)
-        # Sums of whole numbers below 2⁵³, so exact in float64 and free of the order of samples for 8-bit images.
-        self._offset, self._offset_squared, self._distance_squared = torch.zeros(3, M, 0, device=device).double()
-        self._between_levels: list[tuple[Tensor, Tensor]] = []
-
-    def _add(self, x: list[Tensor], y: Tensor, channel: Tensor) -> None:
-        b, M = self.settings.bin_width, len(x)
-        slot = self._slots(cell_index(x, b).long() * self._C + channel)
-        K = len(self._n)
-        self._n += torch.bincount(slot, minlength=K)
-        x64 = [levels.double() for levels in x]
-        total = torch.stack(x64).sum(dim=0)
-        for m, levels in enumerate(x64):
-            offset = levels - bins(x[m], b) * b  # from the start of the bin: small numbers, no cancellation
-            self._offset[m] += torch.bincount(slot, offset, K)
-            self._offset_squared[m] += torch.bincount(slot, offset**2, K)
-            self._distance_squared[m] += torch.bincount(slot, (M * levels - total) ** 2, K)
-        if y.dtype == torch.uint8 or ((y == y.round()) & (y >= 0) & (y < LEVELS)).all():
-            self._truth += torch.bincount(slot * LEVELS + y.long(), minlength=K * LEVELS).view(K, LEVELS)
-        else:
-            self._between_levels.append((slot.int(), y))
-
-    def _slots(self, group: Tensor) -> Tensor:
-        """Row of every sample's group in the statistics; makes room for groups not seen before."""
-        slot = self._slot_of_group[group]
-        new = torch.unique(group[slot < 0])
-        if len(new):
-            K = len(self._n)
-            self._slot_of_group[new] = torch.arange(K, K + len(new), dtype=torch.int32, device=new.device)
-            self._group = torch.cat([self._group, new])
-            self._n, self._truth = (_longer(t, len(new), 0) for t in (self._n, self._truth))
-            self._offset, self._offset_squared, self._distance_squared = (
-                _longer(t, len(new), 1) for t in (self._offset, self._offset_squared, self._distance_squared)
-            )
-            slot = self._slot_of_group[group]
-        return slot.long()
-
-    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The ground truth as (slot, value, count)."""
-        slot, value = self._truth.nonzero(as_tuple=True)
-        count = self._truth[slot, value]
-        for more_slots, more_values in self._between_levels:
-            slot = torch.cat([slot, more_slots.long()])
-            value = torch.cat([value.double(), more_values.double()])
-            count = torch.cat([count, torch.ones_like(more_slots, dtype=torch.int64)])
-        return slot, value.double(), count
-
-    def _table(self, source: Tensor, updates: Tensor) -> Table:
-        M, groups = len(self.models), self._cells * self._C
-        lut = torch.full((groups, M), 1 / M, device=source.device)
-        lut[self._group] = self._weight.float()
-        if self.settings.empty_cells == "previous":
-            # The group filled last before each group, in flat order; −1, hence uniform, before the first one.
-            filled = torch.full((groups,), -1, device=source.device)
-            filled[self._group] = self._group
-            last = filled.cummax(0).values
-            lut = torch.where((last >= 0).unsqueeze(1), lut[last.clamp(min=0)], 1 / M)
-
-        def spread(per_slot: Tensor) -> Tensor:
-            return torch.zeros(groups, dtype=per_slot.dtype, device=source.device).index_copy_(0, self._group, per_slot)
-
-        return Table(
-            lut.view(self._cells, self._C, M),
-            *(spread(t).view(self._cells, self._C) for t in (self._n, source, updates)),
-            models=self.models,
-            settings=self.settings,
-            num_images=self._num_images,
-        )
-
-
-def estimate(
-    candidates: Sequence[Tensor],
-    target: Tensor,
-    models: Sequence[str] | None = None,
-    settings: Settings = Settings(),
-) -> Table:
-    """The table of reference images that are all in memory; see :class:`Estimator` for streams and for the arguments.
-
-    Args:
-        models: names, by default "0", "1", ….
-    """
-    estimator = Estimator(models or [str(m) for m in range(len(candidates))], settings)
-    estimator.update(candidates, target)
-    return estimator.finish()
-
-
-class _Histograms:
-    """The ground truth of every group, ragged: how often which value occurs."""
-
-    def __init__(self, slot: Tensor, value: Tensor, count: Tensor, num_slots: int) -> None:
-        order = slot.argsort(stable=True)
-        self._value, self._count = value[order], count[order]
-        self._length = torch.bincount(slot, minlength=num_slots)
-        self._start = self._length.cumsum(0) - self._length
-
-    def __getitem__(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and counts, ``[G, V]``, padded at the end with count 0."""
-        length = self._length[slots].unsqueeze(1)
-        position = torch.arange(int(length.max()), device=slots.device).expand(len(slots), -1)
-        entry = (self._start[slots].unsqueeze(1) + position).clamp(max=len(self._value) - 1)
-        return self._value[entry], self._count[entry].masked_fill(position >= length, 0)
-
-    def batches(self, slots: Tensor, num_models: int) -> list[Tensor]:
-        """Split ``slots`` into batches of similar numbers of values and bounded size."""
-        slots = slots[self._length[slots].argsort(descending=True, stable=True)]
-        batches = []
-        while len(slots):
-            size = max(1, _BATCH // (int(self._length[slots[0]]) * num_models))
-            batches.append(slots[:size])
-            slots = slots[size:]
-        return batches
-
-
 _CHANNEL_ORDER = {1: "all", 3: "RGB"}
 
 
-def _planes(images: Sequence[Tensor], names: Sequence[str], clip_input: bool) -> list[Tensor]:
+def as_planes(images: Sequence[Tensor], names: Sequence[str], clip_input: bool) -> list[Tensor]:
     """Images as ``[N, C, H·W]`` views; refuses shapes that differ and values that are no levels."""
     first = images[0]
     for image, name in zip(images, names, strict=True):
         if image.ndim not in (3, 4) or image.shape[-3] not in _CHANNEL_ORDER:
             shape = list(image.shape)
-            raise ValueError(f"{name} has shape {shape}; [N, C, H, W] or [C, H, W] with 1 or 3 channels is needed")
+            raise ValueError(f"{name} has shape {shape}; expected [N, C, H, W] or [C, H, W] with 1 or 3 channels")
         if image.shape != first.shape:
             raise ValueError(
                 f"{name} has shape {list(image.shape)} and {names[0]} {list(first.shape)}; give all one size"
@@ -657,7 +419,7 @@ def _check_floats(image: Tensor, name: str, clip_input: bool) -> None:
         raise ValueError(f"{name} has values from {low:.4g} to {high:.4g}, outside [0, 1]; allow it with clip_input")
 
 
-def _levels(values: Tensor) -> Tensor:
+def to_levels(values: Tensor) -> Tensor:
     """Values on the 0–255 scale: uint8 as they are, floats times 255 (exact for all 256 levels in float32)."""
     return values if values.dtype == torch.uint8 else values.float() * (LEVELS - 1)
 
@@ -668,15 +430,3 @@ def _walk(shape: torch.Size) -> Iterator[tuple[int, int, slice]]:
         for c in range(shape[1]):
             for start in range(0, shape[2], _APPLY_BLOCK):
                 yield n, c, slice(start, start + _APPLY_BLOCK)
-
-
-def _unravel(cell: Tensor, bin_width: int, num_models: int) -> Tensor:
-    """Bin tuples of flat cells, ``[..., M]``."""
-    T = num_bins(bin_width)
-    return torch.stack([cell // T ** (num_models - 1 - m) % T for m in range(num_models)], dim=-1)
-
-
-def _longer(tensor: Tensor, more: int, dim: int) -> Tensor:
-    shape = list(tensor.shape)
-    shape[dim] = more
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
