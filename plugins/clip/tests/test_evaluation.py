@@ -172,7 +172,7 @@ def test_users_mistakes_are_one_sentence(trained, digits, run):
         ZeroShot().evaluate(model=trained, data=test.remove_columns("label"), run=run)
     with pytest.raises(ValueError, match="but there are 2 class names"):
         ZeroShot(class_names=("a", "b")).evaluate(model=trained, data=test, run=run)
-    with pytest.raises(ValueError, match="'a' occurs twice"):
+    with pytest.raises(ValueError, match="duplicate class name 'a'"):
         ZeroShot(class_names=("a",) * 10).evaluate(model=trained, data=test, run=run)
     with pytest.raises(ValueError, match="unknown; known are"):
         ZeroShot(templates="unknown").evaluate(model=trained, data=test, run=run)

@@ -475,7 +475,7 @@ def test_users_mistakes_are_one_sentence(run, tmp_path):
         "neither plait.json": OpenClip(checkpoint=tmp_path / "empty"),
         "does not fit": OpenClip(architecture="tiny", checkpoint=tmp_path / "other.pt"),
         "lacks embed_dim": OpenClip(config={"vision_cfg": {}, "text_cfg": {}}),
-        "is no weights of ViT-B-32": OpenClip(architecture="ViT-B-32", pretrained="nowhere"),
+        "is not one of the weights of ViT-B-32": OpenClip(architecture="ViT-B-32", pretrained="nowhere"),
     }
     for message, method in cases.items():
         with pytest.raises(ValueError, match=message):

@@ -16,7 +16,7 @@ Data (Hugging Face datasets with the columns ``image`` and ``captions``)
 
 Training
     :func:`train`, :func:`adamw`, :func:`warmup_cosine`, :func:`contrastive_loss`, :func:`check_weights`;
-    :class:`Checkpoint` is what a loop goes on from; :class:`DivergedError`. Losses: :func:`clip_loss`,
+    :class:`Checkpoint` is where a loop resumes from; :class:`DivergedError`. Losses: :func:`clip_loss`,
     :func:`sigmoid_loss`, :func:`cosines`.
 
 Evaluation

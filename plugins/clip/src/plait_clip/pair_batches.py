@@ -79,7 +79,7 @@ def undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
     """The dataset with its ``image`` column as bytes and path.
 
     Raises:
-        ValueError: there is no image column, it holds something else than images, or there is no row.
+        ValueError: there is no image column, it holds something other than images, or there is no row.
     """
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(
@@ -152,8 +152,8 @@ def check_captions(
     """Every row has a caption, and none is empty or only blanks; every attack and defence begins with this.
 
     Args:
-        model: whose tokens the captions become; then too long ones are told.
-        warn: is told, in a sentence each, of captions that are cut to the model's context, and of captions without any
+        model: whose tokens the captions become; then too long ones are reported.
+        warn: called with a sentence each on captions that are cut to the model's context, and of captions without any
             letter of the English alphabet, which the templates, synonyms and augmentations are made for.
 
     Raises:
@@ -311,7 +311,7 @@ class PairLoader:
         """One epoch in an order drawn from ``generator``, with a caption drawn for every row.
 
         Args:
-            skip: leave out the first batches (to go on after an interruption).
+            skip: leave out the first batches (to resume after an interruption).
             part: (k, n) gives slice k of n of every batch (to share an epoch among n processes).
         """
         order = torch.randperm(len(self), generator=generator)
@@ -361,6 +361,3 @@ def _in_processes(plan: _Plan, workers: int) -> Iterator[PairBatch]:
 
 def _as_lists(cells: Sequence[Any]) -> list[list[str]]:
     return [[cell] if isinstance(cell, str) else list(cell) for cell in cells]
-
-
-Pairs = PairLoader  # until nothing imports this name

@@ -72,7 +72,7 @@ def class_names(source: str | Sequence[str]) -> tuple[str, ...]:
         source: ``imagenet`` (open_clip's 1,000 ``IMAGENET_CLASSNAMES``) or the names themselves.
 
     Raises:
-        ValueError: an unknown name, or a name twice.
+        ValueError: an unknown name, or a duplicate name.
     """
     if isinstance(source, str):
         if source != "imagenet":

@@ -1,4 +1,4 @@
-"""Two small test beds: scikit-learn's digits, and Fashion-MNIST with truthful captions."""
+"""Two small data sets: scikit-learn's digits, and Fashion-MNIST with truthful captions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
 
 
 def vocabulary() -> list[str]:
-    """All words of the captions, prompts, class names and synonyms of both beds."""
+    """All words of the captions, prompts, class names and synonyms of both data sets."""
     texts = [*prompts.DIGITS, *prompts.FASHION, *FASHION_CAPTIONS, *DIGIT_NAMES, *FASHION_NAMES]
     texts = [
         text.replace("{}", "").replace("{b}", "").replace("{s}", "").replace("{t}", "").replace("{n}", "")

@@ -184,7 +184,7 @@ def train(
         max_grad_norm: clip the gradient's norm to this; None: do not clip.
         max_log_scale: ``logit_scale`` is kept in [0, max_log_scale] after every step.
         seed: of whatever the model draws in training (dropout); the global generators are left alone.
-        checkpoint: lets an interrupted call go on, with the result of an uninterrupted one; what it loads has to
+        checkpoint: lets an interrupted call resume, with the result of an uninterrupted one; what it loads has to
             come from a call with the same arguments.
         checkpoint_seconds: time between checkpoints within an epoch; every epoch ends with one.
         on_step: called with the step and its losses and learning rate.

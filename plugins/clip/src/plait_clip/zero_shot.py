@@ -55,14 +55,14 @@ def zero_shot_head(
         cache: return the head of the same text tower, names and templates again without computing it.
 
     Raises:
-        ValueError: fewer than two classes, a name twice, or a template without ``{}``.
+        ValueError: fewer than two classes, a duplicate name, or a template without ``{}``.
     """
     names, texts = tuple(class_names), prompts.templates(tuple(templates))
     if len(names) < 2:
         raise ValueError(f"there is {len(names)} class; zero-shot classification needs at least two")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"class name {twice!r} occurs twice; names must differ")
+        raise ValueError(f"duplicate class name {twice!r}; names must differ")
     key = _head_key(model, names, texts, precision) if cache else ""
     if cache and key in _HEADS:
         _HEADS.move_to_end(key)

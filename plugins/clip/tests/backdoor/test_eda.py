@@ -105,7 +105,7 @@ def test_json_synonyms(tmp_path):
     assert list(open_synonyms(path)("dog")) == ["hound dog"]
     assert list(open_synonyms(path)("cat")) == []
     path.write_text(json.dumps({"dog": "hound"}))
-    with pytest.raises(ValueError, match=r"no JSON object of the form"):
+    with pytest.raises(ValueError, match=r"not a JSON object of the form"):
         open_synonyms(path)
 
 

@@ -214,7 +214,7 @@ class NoTrigger:
 def test_bad_requests(victim, digits, dirty):
     with pytest.raises(ValueError, match="puts no trigger on test images"):
         ClipBackdoor(trigger=NoTrigger())
-    with pytest.raises(ValueError, match="no class of the test data"):
+    with pytest.raises(ValueError, match="not a class of the test data"):
         evaluated(
             ClipBackdoor(trigger=BadNetFixed(target="cat", patch_size=2), templates="digits"), victim, digits["test"]
         )

@@ -391,7 +391,7 @@ def test_wrong_fields(fields, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"target": "eleven"}, "no class of the data"),
+        ({"target": "eleven"}, "not a class of the data"),
         ({"target": 10}, "labels 0 to 9"),
         ({"target": "seven", "size": 201}, "the data have 200 rows"),
         ({"target": "seven", "n_poison": 201}, "the data have 200 rows"),

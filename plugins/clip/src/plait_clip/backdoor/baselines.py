@@ -1,6 +1,6 @@
 """Baseline defences: fine-tuning, anti-backdoor learning, dropping the top, square unlearning, perturb and recover.
 
-Each trains the model that it is given in place. None looks at which pairs are poisoned; square unlearning is told.
+Each trains the model that it is given in place. None looks at which pairs are poisoned; square unlearning is given the flags.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def view_batches(
         augment_images: add AutoAugmented images (of the image as stored, before it is resized).
         synonyms: add EDA views of the captions with these synonyms.
         resample_captions: a new EDA view in every epoch instead of one for all.
-        skip: leave out the first batches (to go on after an interruption).
+        skip: leave out the first batches (to resume after an interruption).
 
     Raises:
         ValueError: there are fewer pairs than ``batch_size``, a caption is missing, or an image cannot be read.
@@ -336,7 +336,7 @@ def released_optimizer_state(checkpoint: Any, model: nn.Module) -> dict[str, Any
         checkpoint: ``{"state_dict": weights by name, "optimizer": state of an AdamW in two groups}``.
 
     Raises:
-        ValueError: it is no such checkpoint, or one of another model; says what differs.
+        ValueError: it is not such a checkpoint, or one of another model; says what differs.
     """
     content = checkpoint if isinstance(checkpoint, Mapping) else {}
     state, weights = content.get("optimizer"), content.get("state_dict", content.get("model"))
@@ -435,6 +435,3 @@ def steps_of_epoch(pairs: Sized, batch_size: int) -> int:
     if len(pairs) < batch_size:
         raise ValueError(f"the data have {len(pairs)} pairs, fewer than one batch of {batch_size}; lower batch_size")
     return len(pairs) // batch_size
-
-
-official_groups = released_groups  # until nothing imports this name

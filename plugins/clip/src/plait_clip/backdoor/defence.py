@@ -97,7 +97,7 @@ def synonyms_of(source: str) -> Synonyms:
     Raises:
         FileNotFoundError, ValueError: as :func:`plait_clip.backdoor.open_synonyms`.
     """
-    if source in (TOY_DATA, "test-beds"):
+    if source == TOY_DATA:
         return mapped_synonyms(toy_data.SYNONYMS)
     return open_synonyms(None if source == WORDNET else Path(source))
 

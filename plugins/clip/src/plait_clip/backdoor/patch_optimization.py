@@ -63,7 +63,7 @@ def optimize_patch(
         captions: texts of the target class.
         target_rows: images of the target class, drawn with replacement; needed for the triplet term only.
         size: side of the patch, in pixels of the model's input.
-        checkpoint: lets an interrupted call go on after its last epoch, to the same result.
+        checkpoint: lets an interrupted call resume after its last epoch, to the same result.
 
     Raises:
         ValueError: there are fewer source rows than one batch, or no target row for the triplet term.

@@ -36,7 +36,7 @@ def json_synonyms(path: Path) -> Synonyms:
     if not isinstance(table, dict) or not all(
         isinstance(words, list) and all(isinstance(word, str) for word in words) for words in table.values()
     ):
-        raise ValueError(f"{path} is no JSON object of the form {{word: [synonyms]}}")
+        raise ValueError(f"{path} is not a JSON object of the form {{word: [synonyms]}}")
     return mapped_synonyms(table)
 
 

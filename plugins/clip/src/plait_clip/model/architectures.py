@@ -36,11 +36,11 @@ _WEIGHT_NAMES = (
 
 
 def tiny(name: str, words: Iterable[str] = (), *, context_length: int = 14) -> OpenClipModel:
-    """A CLIP for the small beds, with fresh weights (drawn from torch's global generator).
+    """A CLIP for the toy data, with fresh weights (drawn from torch's global generator).
 
     Args:
         name: ``tiny`` (8 × 8 digits) or ``tiny-28`` (28 × 28 Fashion-MNIST).
-        words: texts whose words the tokenizer knows; default: the captions, prompts and synonyms of the beds.
+        words: texts whose words the tokenizer knows; default: the captions, prompts and synonyms of the toy data.
     """
     size, patch, width, mean, std = _TINY[name]
     tokenizer = WordTokenizer(list(words) or toy_data.vocabulary(), context_length)
@@ -119,7 +119,7 @@ def from_tag(name: str, tag: str, image_size: int | None = None) -> OpenClipMode
     found = get_pretrained_cfg(name.replace("/", "-"), tag)
     if not found:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))) or "none"
-        raise ValueError(f"pretrained {tag!r} is no weights of {name}; there are: {tags}")
+        raise ValueError(f"pretrained {tag!r} is not one of the weights of {name}; they are: {tags}")
     if found.get("quick_gelu"):  # what the weights were trained with, whatever the name of the architecture says
         config["quick_gelu"] = True
     path = _fetched(f"the weights {tag!r} of {name}", lambda: download_pretrained(found))
@@ -157,7 +157,7 @@ def from_folder(folder: str | Path) -> ImageTextModel:
     if (folder / ABOUT).is_file():
         return ImageTextModel.from_pretrained(folder)
     if not (folder / "open_clip_config.json").is_file():
-        raise ValueError(f"{folder} holds neither {ABOUT} nor open_clip_config.json; it is no folder of a model")
+        raise ValueError(f"{folder} holds neither {ABOUT} nor open_clip_config.json; it is not the folder of a model")
     content = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
     weights = [path for name in _WEIGHT_NAMES if (path := folder / name).is_file()]
     if not weights:
@@ -183,7 +183,7 @@ def load_weights(model: OpenClipModel, path: str | Path) -> None:
     Position embeddings are interpolated to the model's image size and context length.
 
     Raises:
-        ValueError: there is no such file, or it is no checkpoint, or one of another architecture.
+        ValueError: there is no such file, it is not a checkpoint, or it is one of another architecture.
     """
     inner = model.model
     if Path(path).suffix == ".npz":

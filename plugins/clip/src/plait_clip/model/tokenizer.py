@@ -1,4 +1,4 @@
-"""One id per word: a tokenizer for small test beds."""
+"""One id per word: a tokenizer for toy data."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from plait import hookimpl
 from plait.fields import REQUIRED, field, in_range, path_or_name_field
 
-from plait_clip.model import ImageTextModel, TransformersModel, architectures, on_device  # noqa: F401 - until nothing takes on_device from here
+from plait_clip.model import ImageTextModel, TransformersModel, architectures
 from plait_clip.pair_batches import caption_column
 
 

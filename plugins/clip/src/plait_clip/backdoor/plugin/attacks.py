@@ -163,7 +163,7 @@ class Backdoor:
         """Class names of the data, where it has any, and the name of the target.
 
         Raises:
-            ValueError: the target is no class of the data.
+            ValueError: the target is not a class of the data.
         """
         label = data.features.get("label")
         names = getattr(label, "names", None)
@@ -177,7 +177,7 @@ class Backdoor:
             return names, names[self.target]
         found = [name for name in names if composed(name) == composed(self.target)]
         if not found:
-            raise ValueError(f"target is {self.target!r}, which is no class of the data ({', '.join(names[:20])})")
+            raise ValueError(f"target is {self.target!r}, which is not a class of the data ({', '.join(names[:20])})")
         return names, found[0]
 
     def _shows_target(self, data: datasets.Dataset, names: list[str] | None, target: str) -> np.ndarray:
@@ -295,7 +295,7 @@ class BadNetYellow(_NoisePatch):
 
 @attrs.frozen(kw_only=True)
 class BadNetFixed(Backdoor):
-    """A black and white checkerboard at the lower right corner, the same in every image; for small test beds."""
+    """A black and white checkerboard at the lower right corner, the same in every image; for toy data."""
 
     name = "badnet-fixed"
     patch_size: int = field(4, "side in pixels", in_range(1))

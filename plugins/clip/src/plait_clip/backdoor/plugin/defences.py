@@ -7,27 +7,20 @@ trusted to be clean, so that one pipeline serves every defence; none of these ne
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import attrs
 from plait import hookimpl
-from plait.configuration import plain
 from plait.fields import field, in_range
-from plait.fingerprints import fingerprint
 
 from plait_clip.backdoor import baselines
 from plait_clip.backdoor.clean_clip import clean_clip
 from plait_clip.backdoor.defence import (
     CLEAN,
     SUSPICIOUS,
-    WORDNET,  # noqa: F401
     CleanClipFields,
     FineTuningFields,
     model_and_pairs,
-    part_of,  # noqa: F401
     synonyms_of,
 )
 from plait_clip.backdoor.poison import IS_BACKDOOR, flags_of
@@ -211,40 +204,3 @@ class Par(FineTuningFields):
                 on_step=loop.done,
             )
         return model.eval()
-
-
-# Until nothing imports these names.
-Training = FineTuningFields
-
-
-def copy_of(model: Any, run: Any) -> ImageTextModel:
-    from plait_clip.backdoor.defence import trainable_copy
-
-    return trainable_copy(model, run.device)
-
-
-def sound_copy(model: Any, run: Any) -> ImageTextModel:
-    from plait_clip.backdoor import defence
-
-    return defence.sound_copy(model, run.device)
-
-
-def restored_optimizer(path: Path | None, model: ImageTextModel) -> Any:
-    return CleanClipFields(as_released=True, optimizer_checkpoint=path).options_for(model).optimizer_state
-
-
-def scratch(run: Any, method: Any, model: Any, data: Any) -> Path:
-    facts = (plain(method), run.seed, run.step, data._fingerprint, fingerprint(model.state_dict()))
-    folder = run.folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-def logger(run: Any, total: int, description: str) -> Callable[[int, dict[str, float]], None]:
-    progress = run.track(range(total), description, total=total)
-
-    def on_step(step: int, values: dict[str, float]) -> None:
-        run.log(step=step, **values)
-        next(progress, None)
-
-    return on_step

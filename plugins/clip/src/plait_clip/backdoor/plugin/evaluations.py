@@ -108,11 +108,11 @@ class ClipBackdoor(ZeroShotFields):
             spelt = [composed(name) for name in names]
             if composed(target) not in spelt:
                 raise ValueError(
-                    f"target {target!r} of the attack is no class of the test data ({', '.join(names[:20])})"
+                    f"target {target!r} of the attack is not a class of the test data ({', '.join(names[:20])})"
                 )
             return spelt.index(composed(target))
         if not 0 <= target < len(names):
-            raise ValueError(f"target {target} of the attack is no label of the test data (0 to {len(names) - 1})")
+            raise ValueError(f"target {target} of the attack is not a label of the test data (0 to {len(names) - 1})")
         return target
 
     def _trigger(self, attack: Backdoor) -> Any:
@@ -127,7 +127,7 @@ class ClipBackdoor(ZeroShotFields):
         attack: Backdoor | None = None,
         run: Any | None = None,
     ) -> Tensor:
-        """The nearest classes of clean images, or of triggered ones; ``run`` is told of images that no trigger changes."""
+        """The nearest classes of clean images, or of triggered ones; ``run`` warns of images that no trigger changes."""
         templates = [prefix + template for template in prompts.templates(self.templates)]
         head = zs.zero_shot_head(model, names, templates, precision=self.precision)
         top = max(*self.top, 3)
