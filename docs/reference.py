@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from plait.catalogue import catalogue, offers
 from plait.hookspecs import HOOKS, MethodHooks, RunEvents, hook_arguments
 from plait.pipeline import STEP_KEYS, TOP_KEYS
