@@ -15,6 +15,7 @@ from plait_wemoe.heads import CosineHead, head_places, split_head
 from plait_wemoe.images import ImageColumn, ShuffledBatches
 from plait_wemoe.plugin.multi_task import labelled
 from plait_wemoe.tasks import IndividualModels
+from plait_wemoe.wemoe import e_wemoe
 from timm.models.vision_transformer import VisionTransformer
 
 METHODS = {
@@ -40,7 +41,7 @@ METHODS = {
 
 
 @pytest.fixture(scope="module")
-def bed():
+def toy():
     """Two tasks, a base and an expert each, trained for a few steps."""
     run = plait.Run(seed=0)
     tasks = {name: plugin.FourTasks(task=name).load_data(run=run) for name in ("digits", "textures")}
@@ -69,8 +70,8 @@ def score(model, test):
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_every_method_merges_saves_and_leaves_the_callers_models_alone(bed, method, tmp_path):
-    base, experts, _, test = bed
+def test_every_method_merges_saves_and_leaves_the_callers_models_alone(toy, method, tmp_path):
+    base, experts, _, test = toy
     before = {name: state(m) for name, m in {"": base, **experts}.items()}
     flags = [p.requires_grad for m in experts.values() for p in m.parameters()]
     merged = method.merge(base=base, experts=experts, data=test, run=plait.Run(seed=1))
@@ -87,8 +88,8 @@ def test_every_method_merges_saves_and_leaves_the_callers_models_alone(bed, meth
     assert same(again.state_dict(), merged.state_dict())
 
 
-def test_labels_never_reach_the_merge(bed):
-    base, experts, _, test = bed
+def test_labels_never_reach_the_merge(toy):
+    base, experts, _, test = toy
     method = plugin.EWEMoE(num_steps=3)
     blind = {task: part.remove_columns("label").add_column("label", [0] * len(part)) for task, part in test.items()}
     one = method.merge(base=base, experts=experts, data=test, run=plait.Run())
@@ -96,16 +97,16 @@ def test_labels_never_reach_the_merge(bed):
     assert same(one.state_dict(), two.state_dict())
 
 
-def test_experts_are_better_than_the_base_and_kept_as_they_are(bed):
-    base, experts, _, test = bed
+def test_experts_are_better_than_the_base_and_kept_as_they_are(toy):
+    base, experts, _, test = toy
     individual = METHODS["individual"].merge(base=base, experts=experts, data=None, run=plait.Run())
     found = score(individual, test)
     assert found == {task: score(experts[task], {task: test[task]})[task] for task in test}
     assert sum(found.values()) > sum(score(base, test).values())
 
 
-def test_training_needs_no_more_than_its_checkpoint_to_go_on(bed, tmp_path):
-    base, experts, _, test = bed
+def test_training_needs_no_more_than_its_checkpoint_to_go_on(toy, tmp_path):
+    base, experts, _, test = toy
     method, seen = plugin.EWEMoE(num_steps=4, checkpoint_every=2), []
     whole = method.merge(base=base, experts=experts, data=test, run=plait.Run())
 
@@ -123,8 +124,8 @@ def test_training_needs_no_more_than_its_checkpoint_to_go_on(bed, tmp_path):
 
 
 @pytest.mark.parametrize("method", [plugin.AdaMerging, plugin.WEMoE, plugin.EWEMoE])
-def test_one_run_serves_several_trainings(method, bed):
-    base, experts, _, test = bed
+def test_one_run_serves_several_trainings(method, toy):
+    base, experts, _, test = toy
     run = plait.Run()
     options = {"num_steps": 2, "checkpoint_every": 1}
     slow, fast = (method(learning_rate=rate, **options) for rate in (1e-4, 1e-1))
@@ -135,8 +136,8 @@ def test_one_run_serves_several_trainings(method, bed):
     assert same(second.state_dict(), alone.state_dict())
 
 
-def test_evaluation_reports_tasks_mean_routing_sizes_and_pictures(bed):
-    base, experts, _, test = bed
+def test_evaluation_reports_tasks_mean_routing_sizes_and_pictures(toy):
+    base, experts, _, test = toy
     run = plait.Run()
     models = {
         "average": METHODS["simple-average"].merge(base=base, experts=experts, data=None, run=run),
@@ -161,8 +162,8 @@ def test_evaluation_reports_tasks_mean_routing_sizes_and_pictures(bed):
     assert individual["bytes on disk"] > 1.8 * average["bytes on disk"]
 
 
-def test_mixed_batches_score_every_image_with_its_own_head(bed):
-    base, _, _, test = bed
+def test_mixed_batches_score_every_image_with_its_own_head(toy):
+    base, _, _, test = toy
     from plait_wemoe.evaluation import mixed_accuracy, one_task_accuracy
 
     tasks = labelled(test, Reading(image_size=16))
@@ -261,11 +262,11 @@ def pictures(number, size):
     return datasets.Dataset.from_dict({"image": cells}, features=datasets.Features({"image": datasets.Image()}))
 
 
-# --------------------------------------------------------------------------------------------- the bed
+# --------------------------------------------------------------------------------------------- the toy tasks
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_bed_sizes_and_reproducibility(task):
+def test_toy_sizes_and_reproducibility(task):
     one, two, other = four_tasks(task, 0), four_tasks(task, 0), four_tasks(task, 1)
     for split, number in (
         {"train": 1500, "test": 600}.items() if task == "textures" else {"train": 1100, "test": 697}.items()
@@ -311,42 +312,42 @@ def test_images_of_other_sizes_are_resized_where_the_model_says_so():
 # -------------------------------------------------------------------------------------- users' mistakes
 
 
-def merge_wrong(bed, match, *, method=None, **changes):
-    base, experts, _, test = bed
+def merge_wrong(toy, match, *, method=None, **changes):
+    base, experts, _, test = toy
     arguments = {"base": base, "experts": experts, "data": test, **changes}
     with pytest.raises((ValueError, KeyError, TypeError), match=match):
         (method or plugin.EWEMoE(num_steps=1)).merge(**arguments, run=plait.Run())
 
 
-def test_refusals(bed):
-    base, experts, _, test = bed
+def test_refusals(toy):
+    base, experts, _, test = toy
     run = plait.Run()
-    merge_wrong(bed, "no unlabelled data for task 'textures'", data={"digits": test["digits"]})
-    merge_wrong(bed, "no unlabelled data for task 'digits'", data=None)
-    merge_wrong(bed, "'more' belongs to no expert", data={**test, "more": test["digits"]})
-    merge_wrong(bed, "task 'digits': the data has no sample", data={**test, "digits": test["digits"].select([])})
-    merge_wrong(bed, "no column 'image'", data={**test, "digits": test["digits"].remove_columns("image")})
-    merge_wrong(bed, "no expert", experts={}, data={})
-    merge_wrong(bed, "give a mapping from task", experts=experts["digits"])
-    merge_wrong(bed, "matches nothing|no module on the way", method=plugin.EWEMoE(pattern="nothing"))
+    merge_wrong(toy, "no unlabelled data for task 'textures'", data={"digits": test["digits"]})
+    merge_wrong(toy, "no unlabelled data for task 'digits'", data=None)
+    merge_wrong(toy, "'more' belongs to no expert", data={**test, "more": test["digits"]})
+    merge_wrong(toy, "task 'digits': the data has no sample", data={**test, "digits": test["digits"].select([])})
+    merge_wrong(toy, "no column 'image'", data={**test, "digits": test["digits"].remove_columns("image")})
+    merge_wrong(toy, "no expert", experts={}, data={})
+    merge_wrong(toy, "give a mapping from task", experts=experts["digits"])
+    merge_wrong(toy, "matches nothing|no module on the way", method=plugin.EWEMoE(pattern="nothing"))
     merge_wrong(
-        bed, "has no head for its task", experts={"elsewhere": experts["digits"]}, data={"elsewhere": test["digits"]}
+        toy, "has no head for its task", experts={"elsewhere": experts["digits"]}, data={"elsewhere": test["digits"]}
     )
     other = plugin.MultiTaskViT(embed_dim=24, depth=2, num_heads=2).load_model(data=test, run=run)
-    merge_wrong(bed, r"vit.* is \(.*\) in expert 'digits'", experts={**experts, "digits": other})
+    merge_wrong(toy, r"vit.* is \(.*\) in expert 'digits'", experts={**experts, "digits": other})
     deeper = plugin.MultiTaskViT(embed_dim=16, depth=3, num_heads=2).load_model(data=test, run=run)
-    merge_wrong(bed, "another architecture", experts={**experts, "digits": deeper})
+    merge_wrong(toy, "another architecture", experts={**experts, "digits": deeper})
     infinite = copy.deepcopy(experts["digits"])
     with torch.no_grad():
         infinite.encoder.vit.norm.weight.fill_(float("inf"))
-    merge_wrong(bed, "not finite", experts={**experts, "digits": infinite})
-    merge_wrong(bed, "equals the base", experts={**experts, "digits": base}, method=plugin.SimpleAverage(strict=True))
-    merge_wrong(bed, "expert 'digits' is a", experts={**experts, "digits": torch.nn.Linear(1, 1)})
-    merge_wrong(bed, "the base is a int; give a torch module", base=3, experts={"digits": torch.nn.ReLU()})
+    merge_wrong(toy, "not finite", experts={**experts, "digits": infinite})
+    merge_wrong(toy, "equals the base", experts={**experts, "digits": base}, method=plugin.SimpleAverage(strict=True))
+    merge_wrong(toy, "expert 'digits' is a", experts={**experts, "digits": torch.nn.Linear(1, 1)})
+    merge_wrong(toy, "the base is a int; give a torch module", base=3, experts={"digits": torch.nn.ReLU()})
 
 
-def test_warnings(bed):
-    base, experts, _, test = bed
+def test_warnings(toy):
+    base, experts, _, test = toy
     said = []
     run = plait.Run(on_warning=said.append)
     method = plugin.EWEMoEPublished(num_steps=0, init_lambda=1.5)
@@ -356,8 +357,8 @@ def test_warnings(bed):
     assert any("eval_routing is batch" in sentence for sentence in said)
 
 
-def test_no_steps_leave_the_routers_at_their_first_values(bed):
-    base, experts, _, test = bed
+def test_no_steps_leave_the_routers_at_their_first_values(toy):
+    base, experts, _, test = toy
     merged = plugin.WEMoE(num_steps=0, router_init_std=0.0).merge(
         base=base, experts=experts, data=test, run=plait.Run()
     )
@@ -383,8 +384,8 @@ def test_wrong_fields(cls, fields, match):
         cls(**fields)
 
 
-def test_wrong_training_and_evaluation(bed):
-    base, _, train, test = bed
+def test_wrong_training_and_evaluation(toy):
+    base, _, train, test = toy
     run = plait.Run()
     with pytest.raises(ValueError, match="matches no parameter"):
         plugin.MultiTaskTraining(trainable="nothing").optimize(model=base, data=train, run=run)
@@ -415,8 +416,8 @@ def test_heads_survive_their_files(tmp_path):
         assert torch.equal(again[task](x), head(x))
 
 
-def test_individual_models_have_no_answer_for_other_tasks(bed):
-    base, experts, _, test = bed
+def test_individual_models_have_no_answer_for_other_tasks(toy):
+    base, experts, _, test = toy
     individual = METHODS["individual"].merge(
         base=base, experts={"digits": experts["digits"]}, data=None, run=plait.Run()
     )
@@ -425,8 +426,54 @@ def test_individual_models_have_no_answer_for_other_tasks(bed):
         individual.logits(ImageColumn(test["digits"]).read([0]), "textures")
 
 
-def test_a_base_that_cannot_be_stored_is_refused_before_the_work(bed):
+def test_a_base_that_cannot_be_stored_is_refused_before_the_work(toy):
     class Local(Net):
         pass
 
-    merge_wrong(bed, "Local cannot be stored", base=Local(), experts={"a": Local(), "b": Local()}, data=None)
+    merge_wrong(toy, "Local cannot be stored", base=Local(), experts={"a": Local(), "b": Local()}, data=None)
+
+
+def test_the_method_in_plain_python_is_what_the_plugin_makes(toy):
+    base, experts, _, test = toy
+    run = plait.Run(seed=1)
+    merged = plugin.EWEMoE(num_steps=2, learning_rate=1e-2).merge(base=base, experts=experts, data=test, run=run)
+    streams = {
+        task: ShuffledBatches(ImageColumn(part, 16), 16, run.derived_seed(f"batches/{task}"))
+        for task, part in test.items()
+    }
+    mixture, history = e_wemoe(
+        base.encoder,
+        {task: expert.encoder for task, expert in experts.items()},
+        {task: experts[task].heads[task] for task in experts},
+        streams,
+        seed=run.derived_seed("routers"),
+        num_steps=2,
+        learning_rate=1e-2,
+    )
+    assert same(mixture.state_dict(), merged.mixture.state_dict())
+    assert [len(entropies) for entropies in history.entropies.values()] == [2, 2]
+
+
+def test_concrete_adamerging_resumes_in_its_second_training_to_the_same_bits(toy, tmp_path):
+    """The mask's last checkpoint lies before its end: what it became since must not be taken for it."""
+    base, experts, _, test = toy
+    method = plugin.Concrete(then="adamerging", num_steps=3, checkpoint_every=2, learning_rate=0.1)
+    arguments = {"base": base, "experts": experts, "data": test}
+    whole = method.merge(**arguments, run=plait.Run())
+    steps = []
+
+    def stop(values, step):
+        steps.append(step)
+        if steps == [0, 1, 2, 0, 1, 2]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        method.merge(**arguments, run=plait.Run(folder=tmp_path, on_log=stop))
+    assert same(method.merge(**arguments, run=plait.Run(folder=tmp_path)).state_dict(), whole.state_dict())
+
+
+def test_an_image_whose_transparency_would_be_dropped_is_refused():
+    cell = Image.new("RGBA", (4, 4), (10, 20, 30, 40))
+    data = datasets.Dataset.from_dict({"image": [cell]}, features=datasets.Features({"image": datasets.Image()}))
+    with pytest.raises(ValueError, match="the image in row 0 is partly transparent"):
+        ImageColumn(data).read([0])

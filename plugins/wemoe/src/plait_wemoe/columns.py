@@ -29,7 +29,7 @@ class Reading:
         tokenizer: of transformers, for columns of texts.
         max_length: tokens that the model takes at most; pad_id, vocabulary: see :class:`TokenColumn`.
         accepts: names of token columns that the model has arguments for.
-        warn: told how many texts are cut.
+        warn: called with how many texts are cut.
     """
 
     image_size: int | None = None

@@ -23,6 +23,13 @@ def _model(data: dict[str, Any]) -> Any:
     return plugin.MultiTaskViT(embed_dim=8, depth=1, num_heads=2).load_model(data=data, run=Run())
 
 
+def _logits(model: Any) -> dict[str, Any]:
+    """Task → logits for a few images."""
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return {task: model.logits(images, task) for task in ("digits", "textures")}
+
+
 def _merge(progress: bool = True, random: bool = False, **fields: Any) -> Example:
     data = _tasks()
     base = _model(data)
@@ -30,6 +37,7 @@ def _merge(progress: bool = True, random: bool = False, **fields: Any) -> Exampl
     experts = {task: expert.optimize(model=base, data={task: part}, run=Run()) for task, part in data.items()}
     return Example(
         arguments={"base": base, "experts": experts, "data": data},
+        outputs=_logits,
         fields=fields,
         random=random,
         progress=progress,
@@ -49,7 +57,7 @@ def four_tasks() -> Example:
 
 
 def multi_task_vit() -> Example:
-    return Example(arguments={"data": _tasks()}, fields={"embed_dim": 8}, random=True, progress=False)
+    return Example(arguments={"data": _tasks()}, fields={"embed_dim": 8}, random=True, progress=False, outputs=_logits)
 
 
 def multi_task_training() -> Example:
@@ -58,6 +66,7 @@ def multi_task_training() -> Example:
         arguments={"model": _model(data), "data": data},
         fields={"num_steps": 3, "batch_size": 8},
         random=True,
+        outputs=_logits,
         empty={"data": {task: part.select([]) for task, part in data.items()}},
         wrong={"data": data["digits"], "model": torch.nn.Linear(2, 2)},
     )

@@ -1,4 +1,4 @@
-"""A small vision transformer that saves itself, for beds that must train in seconds."""
+"""A small vision transformer that saves itself, for toy tasks on which it trains in seconds."""
 
 from __future__ import annotations
 
