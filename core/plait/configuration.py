@@ -176,7 +176,7 @@ def configure(method: Method, values: Mapping[str, Any], folder: Path | None = N
         if field is None:
             valid = ", ".join(fields) or "none"
             renamed = getattr(method.cls, "renamed_fields", {}).get(name)
-            if renamed is not None:
+            if renamed in fields:
                 problems.append(((name,), f"{method.name} has no field {name!r} any more (did you mean {renamed!r}?)"))
                 continue
             problems.append(
