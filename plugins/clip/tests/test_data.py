@@ -4,6 +4,7 @@ import json
 import struct
 import tarfile
 import unicodedata
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -97,6 +98,25 @@ def test_every_kind_of_source_gives_the_same_pairs(name, fields, folder, run):
     np.testing.assert_allclose(colours[0], [200, 30, 30], atol=3)
     np.testing.assert_allclose(colours[1], [200, 30, 30], atol=40)  # a palette
     assert np.ptp(colours[2]) < 1
+
+
+@pytest.mark.parametrize(
+    "name", ["cc3m.csv", "list.tsv", "list.json", "list.jsonl", "list.parquet", "dataset_coco.json", "captions.json"]
+)
+def test_the_images_of_a_list_are_input_files(folder, name):
+    columns = {"image_column": "picture"} if name == "list.parquet" else {}
+    method = ImageText(source=str(folder / name), **columns)
+    images = [folder / "images" / image for image in ("a.jpg", "b.png", "c.jpg")]
+    assert list(method.input_files()) == images
+    images[1].unlink()
+    assert list(method.input_files()) == [images[0], images[2]]  # the step itself names the missing one
+
+
+def test_sources_that_hold_their_images_name_no_input_files(folder):
+    Path(folder / "bad.csv").write_text("nothing\n1\n")
+    datasets.Dataset.from_dict({"image": [b"x"], "text": ["one"]}).to_parquet(folder / "held.parquet")
+    for name in ("shard.tar", "bad.csv", "held.parquet", "images"):
+        assert list(ImageText(source=str(folder / name)).input_files()) == []
 
 
 def test_karpathy_splits(folder, run):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from plait_clip import clip_loss
 from plait_ubt import ubt
 from plait_ubt.embeddings import CaptionedImages, unit_images, unit_texts
+from plait_ubt.evidence import Split
 from plait_ubt.options import UbtOptions
 from plait_ubt.tokens import caption_words, split_at_random_span, split_at_words, split_caption
 
@@ -112,7 +113,7 @@ def overfitting(num_epochs, learning_rate, **more):
 
 def test_overfitting_fits_the_suspicious_pairs_and_leaves_the_model_alone(model, colour_pairs):
     before = copy.deepcopy(model)
-    split = ubt.Split(suspicious=np.arange(0, 96, 4), normal=np.arange(1, 96, 4))
+    split = Split(suspicious=np.arange(0, 96, 4), normal=np.arange(1, 96, 4))
     over, gaps = ubt.overfit(
         model,
         colour_pairs,
@@ -128,13 +129,13 @@ def test_overfitting_fits_the_suspicious_pairs_and_leaves_the_model_alone(model,
 
 
 def test_overfitting_stops_once_the_gap_has_settled(model, colour_pairs):
-    split = ubt.Split(suspicious=np.arange(16), normal=np.arange(16, 96))
+    split = Split(suspicious=np.arange(16), normal=np.arange(16, 96))
     _, gaps = ubt.overfit(model, colour_pairs, split, overfitting(12, 1e-9))
     assert len(gaps) == 5
 
 
 def test_overfitting_resumes_to_the_same_weights(model, colour_pairs, checkpoint):
-    split = ubt.Split(suspicious=np.arange(24), normal=np.arange(24, 96))
+    split = Split(suspicious=np.arange(24), normal=np.arange(24, 96))
     options = overfitting(4, 1e-3, overfit_batch_size=8, min_gap_change=0)
     whole, gaps = ubt.overfit(model, colour_pairs, split, options, seed=3)
 
@@ -154,7 +155,7 @@ def test_a_diverging_overfit_is_reported(make_model, colour_pairs):
     with torch.no_grad():
         broken.logit_scale.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="overfit_learning_rate"):
-        ubt.overfit(broken, colour_pairs, ubt.Split(np.arange(8), np.arange(8, 96)), overfitting(1, 1e-3))
+        ubt.overfit(broken, colour_pairs, Split(np.arange(8), np.arange(8, 96)), overfitting(1, 1e-3))
 
 
 @given(st.lists(st.floats(-1, 1, width=16), min_size=8, max_size=50), st.integers(1, 4))
@@ -236,7 +237,7 @@ def test_without_a_forget_term_it_is_a_fine_tune_on_retained_pairs(model, colour
 @pytest.fixture(scope="module")
 def tied(model, colour_pairs):
     """The model after training on all pairs: red squares are tied to "bag", too."""
-    split = ubt.Split(np.arange(96), np.arange(1))
+    split = Split(np.arange(96), np.arange(1))
     options = overfitting(20, 1e-2, overfit_normal_weight=0, overfit_batch_size=32, min_gap_change=0)
     return ubt.overfit(model, colour_pairs, split, options)[0]
 

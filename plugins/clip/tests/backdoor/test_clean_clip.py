@@ -7,6 +7,7 @@ import plait
 import pytest
 import torch
 from PIL import Image
+from plait import PlaitError
 from plait_clip import toy_data
 from plait_clip.backdoor.clean_clip import (
     FineTuning,
@@ -303,6 +304,11 @@ def test_an_optimizer_state_of_other_shapes_is_refused():
     checkpoint = authors_checkpoint(wider)
     with pytest.raises(ValueError, match=r"of visual\.\w+.* is not of the model's shape"):
         released_optimizer_state(checkpoint, model)
+
+
+def test_the_former_name_of_as_released_is_answered():
+    with pytest.raises(PlaitError, match=r"no field 'compat' any more \(did you mean 'as_released'\?\)"):
+        plait.load("clean-clip", compat="cleanclip")
 
 
 def test_an_optimizer_checkpoint_needs_the_authors_schedule(tmp_path):

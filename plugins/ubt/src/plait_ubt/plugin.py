@@ -17,6 +17,7 @@ from plait_clip import PairLoader, first_captions
 from plait_clip.backdoor import SUSPICIOUS, flags_of, model_and_pairs, sound_copy
 
 from plait_ubt.embeddings import CaptionedImages
+from plait_ubt.evidence import Evidence
 from plait_ubt.options import Detection, ForgetLoss, RankMode, Scope, TokenSelection, UbtOptions
 from plait_ubt.report import report, verdict
 from plait_ubt.ubt import find_suspicious, ubt
@@ -166,9 +167,10 @@ class Ubt:
                 "warn": run.warn,
             }
 
-    def _report(self, evidence: Any, run: Any) -> None:
+    def _report(self, evidence: Evidence, run: Any) -> None:
         if self.keep_overfit is not None and evidence.overfitted is not None:
-            evidence.overfitted.save_pretrained(self.keep_overfit)
+            overfitted: Any = evidence.overfitted
+            overfitted.save_pretrained(self.keep_overfit)
             run.warn(f"{self.keep_overfit} holds a model with a stronger backdoor than the suspected one")
         run.add(report(evidence, label_consistent=self.label_consistent))
 

@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from plait.report import Image, Panel, Report, png
 
-from plait_ubt.ubt import Evidence, score_gap
+from plait_ubt.evidence import Evidence
+from plait_ubt.ubt import score_gap
 
 SHOWN = 64
 COLUMNS = 8

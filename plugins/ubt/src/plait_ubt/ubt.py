@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,11 +29,11 @@ from plait_ubt.embeddings import (
     unit_pairs,
     unit_texts,
 )
+from plait_ubt.evidence import Evidence, Split, SplitOfRow
 from plait_ubt.options import MIN_NEGATIVES, UbtOptions
 from plait_ubt.scope import diagnose, parameters_in_scope
 from plait_ubt.tokens import (
     CaptionSplit,
-    WordLift,
     caption_words,
     concentration,
     has_letters,
@@ -49,8 +48,6 @@ from plait_ubt.tokens import (
 )
 
 Track = Callable[[Iterable[int], str], Iterable[int]]
-SplitOfRow = Callable[[int, torch.Generator], CaptionSplit]
-"""(row number, generator) → forget and keep text of its caption; asked in every step, so it may draw."""
 DEFAULTS = UbtOptions()
 
 
@@ -66,38 +63,6 @@ def ignore(*_: Any, **__: Any) -> None:
 def seed_zero(name: str) -> int:
     """The same seed for all draws."""
     return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """The result of Steps 1 to 4.
-
-    Attributes:
-        similarity: float32 [N], c(x, t) under the model that made the first split.
-        suspicion: float32 [N], larger is more suspicious; pairs outside D_susp come last.
-        scores: q of ``split.suspicious``. gaps: the score gap G after every epoch of overfitting.
-        top, unlearn_rows: row numbers of D_top and U, most suspicious first.
-        num_dropped: rows of U left out because they hold no forget word.
-        concentration: κ. coherent: whether there is something to unlearn.
-        overfitted: the overfitted model, whose backdoor is stronger; None where Step 2 was left out.
-    """
-
-    options: UbtOptions
-    pairs: CaptionedImages
-    similarity: np.ndarray
-    suspicion: np.ndarray
-    split: Split
-    overfitted: nn.Module | None
-    gaps: list[float]
-    scores: np.ndarray
-    top: np.ndarray
-    lifts: Mapping[str, WordLift]
-    concentration: float
-    coherent: bool
-    forget_words: list[str]
-    caption_split: SplitOfRow
-    unlearn_rows: np.ndarray
-    num_dropped: int
 
 
 def ubt(
@@ -300,14 +265,6 @@ def similarities(
             checkpoint.save({"scores": scores})
     model.train(was_training)
     return scores.numpy()
-
-
-@dataclass(frozen=True)
-class Split:
-    """Row numbers: ``suspicious`` from most to least suspicious, ``normal`` disjoint from it."""
-
-    suspicious: np.ndarray
-    normal: np.ndarray
 
 
 def split_low_reference(reference_scores: np.ndarray, n_suspicious: int, n_normal: int) -> Split:
