@@ -367,14 +367,13 @@ def test_models_without_a_head_come_out_of_the_store_whole(name, tmp_path):
 
 
 def open_clip_pair():
-    from plait_clip.model import architectures
+    from plait_clip import architectures
 
     return architectures.tiny("tiny", ["one", "two", "a", "photo", "of"])
 
 
 def transformers_pair():
-    from plait_clip.model.image_input import ImageInput
-    from plait_clip.model.transformers_model import TransformersModel
+    from plait_clip import ImageInput, TransformersModel
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["[PAD]", "[UNK]", "one", "two", "a", "photo", "of"]

@@ -9,11 +9,10 @@ import pytest
 import torch
 from PIL import Image
 from plait_wemoe import plugin
-from plait_wemoe.columns import Reading
 from plait_wemoe.four_tasks import TASKS, four_tasks
 from plait_wemoe.heads import CosineHead, head_places, split_head
 from plait_wemoe.images import ImageColumn, ShuffledBatches
-from plait_wemoe.plugin.multi_task import labelled
+from plait_wemoe.supervised import labelled_tasks
 from plait_wemoe.tasks import IndividualModels
 from plait_wemoe.wemoe import e_wemoe
 from timm.models.vision_transformer import VisionTransformer
@@ -166,7 +165,7 @@ def test_mixed_batches_score_every_image_with_its_own_head(toy):
     base, _, _, test = toy
     from plait_wemoe.evaluation import mixed_accuracy, one_task_accuracy
 
-    tasks = labelled(test, Reading(image_size=16))
+    tasks = labelled_tasks(test, base)
     generator = torch.Generator().manual_seed(0)
     assert mixed_accuracy(base, tasks, 17, generator) == pytest.approx(one_task_accuracy(base, tasks, 64))
 
@@ -223,8 +222,7 @@ def test_models_without_a_head_are_merged_whole(tmp_path):
 
 def test_image_text_models_keep_being_image_text_models(tmp_path):
     pytest.importorskip("plait_clip")
-    from plait_clip.model import architectures
-    from plait_clip.zero_shot import zero_shot_head
+    from plait_clip import architectures, zero_shot_head
 
     torch.manual_seed(0)
     base = architectures.tiny("tiny", ["one", "two", "three", "a", "photo", "of"]).eval()

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from plait_clip.model import ImageTextModel
-from plait_clip.zero_shot import zero_shot_head
+from plait_clip import ImageTextModel, zero_shot_head
 from torch import Tensor, nn
 
 from plait_wemoe.heads import CosineHead
@@ -59,7 +58,7 @@ class MergedImageText(ImageTextModel, WithHeads):
         return tower.model
 
     @property
-    def logit_scale(self) -> nn.Parameter:  # type: ignore[override]
+    def logit_scale(self) -> nn.Parameter:
         return self.inner.logit_scale
 
     @property

@@ -182,6 +182,8 @@ class EnsembledLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         coefficients = self.gate.coefficients
+        if coefficients is None:
+            raise ValueError("a routed layer is called outside its block, so that no router has read an input")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,41 @@ from plait_wemoe.columns import Column
 from plait_wemoe.inputs import Inputs, call, input_dtype, placed, take
 from plait_wemoe.mixture import WeightEnsemblingMoE
 from plait_wemoe.supervised import LabelledTask
-from plait_wemoe.tasks import WithHeads
+from plait_wemoe.tasks import IndividualModels, WithHeads
+
+
+def scores(
+    model: WithHeads,
+    tasks: Mapping[str, LabelledTask],
+    batch_size: int,
+    batches: Sequence[str],
+    routings: Sequence[str],
+    generator: Callable[[], torch.Generator],
+) -> Iterator[dict[str, Any]]:
+    """A row for each kind of batches and routing: accuracy (%) of each task, and their mean.
+
+    Args:
+        batches: of ``one-task`` and ``mixed``; where an output does not depend on its batch, only the first is measured.
+        routings: to measure of a model that routes; empty: the one that it is set to.
+        generator: makes one that mixes the tasks.
+    """
+    mixture = model.mixture
+    before = "–" if mixture is None else mixture.gates[0].routing
+    for routing in (routings if mixture is not None else ()) or (before,):
+        if mixture is not None and routing != before:
+            mixture.set_routing(routing)
+        for kind in batches:
+            # Without routing by batch an output does not depend on the batch; experts cannot be mixed.
+            if kind == "mixed" and (mixture is None or isinstance(model, IndividualModels)):
+                continue
+            if kind == "mixed":
+                found = mixed_accuracy(model, tasks, batch_size, generator())
+            else:
+                found = one_task_accuracy(model, tasks, batch_size)
+            facts = {"routing": routing, "batches": kind if mixture is not None else "any"}
+            yield {**facts, **found, "mean": sum(found.values()) / len(found)}
+        if mixture is not None and routing != before:
+            mixture.set_routing(before)
 
 
 @torch.no_grad()
@@ -59,6 +95,22 @@ def task_routing(mixture: WeightEnsemblingMoE, columns: Mapping[str, Column], ba
         first = torch.nn.functional.one_hot(coefficients.argmax(dim=-1), coefficients.shape[-1])
         shares.append(first.float().mean(dim=1))
     return torch.stack(means, dim=1), torch.stack(shares, dim=1)
+
+
+def stored_numbers(model: WithHeads) -> int:
+    """Numbers that the model keeps, heads left out; of sparse task vectors only values count, as in the papers."""
+    if model.mixture is not None:
+        return model.mixture.summary()["total"]
+    heads = sum(parameter.numel() for parameter in model.task_heads.parameters())
+    return sum(parameter.numel() for parameter in model.parameters()) - heads
+
+
+def bytes_on_disk(model: Any) -> int:
+    """Bytes of the files of weights that ``save_pretrained`` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(Path(folder))
+        weights = [path for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".pt", ".bin")]
+        return sum(path.stat().st_size for path in weights)
 
 
 def routing_figure(values: Tensor, tasks: list[str], experts: list[str], label: str) -> Any:

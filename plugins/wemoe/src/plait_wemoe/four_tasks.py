@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import numpy as np
 import skimage
 from PIL import Image
@@ -56,6 +57,16 @@ def four_tasks(task: str, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]
             images, labels = np.rot90(images, axes=(1, 2)), renamed[labels]
         found[split] = (_bytes(images), labels.astype(np.int64))
     return found
+
+
+def task_dataset(task: str, seed: int) -> datasets.DatasetDict:
+    """:func:`four_tasks` as datasets with columns ``image`` and ``label``."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES[task]))})
+    parts = {}
+    for split, (images, labels) in four_tasks(task, seed).items():
+        rows = {"image": [Image.fromarray(image).convert("RGB") for image in images], "label": labels.tolist()}
+        parts[split] = datasets.Dataset.from_dict(rows, features=features)
+    return datasets.DatasetDict(parts)
 
 
 def _textures(split: str, seed: int) -> tuple[np.ndarray, np.ndarray]:

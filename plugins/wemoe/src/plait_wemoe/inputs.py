@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-Inputs = Tensor | Mapping[str, Tensor]
+Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
 
 
 def call(model: Any, inputs: Inputs) -> Any:

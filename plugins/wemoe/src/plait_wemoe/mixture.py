@@ -120,11 +120,9 @@ class WeightEnsemblingMoE(nn.Module):
         """
         if mode not in ("sample", "batch", "fixed"):
             raise ValueError(f"routing is {mode!r}; allowed is sample, batch or fixed")
-        if mode == "fixed":
-            weights = self._per_block(weights)
-        for index, gate in enumerate(self.gates):
-            gate.routing = mode
-            gate.fixed = None if mode != "fixed" else weights[index]
+        fixed = self._per_block(weights) if mode == "fixed" else [None] * len(self.gates)
+        for gate, own in zip(self.gates, fixed, strict=True):
+            gate.routing, gate.fixed = mode, own
         return self
 
     def _per_block(self, weights: Tensor | None) -> Tensor:
@@ -274,7 +272,8 @@ class _Reading:
 
 def _places(backbone: nn.Module, blocks: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
     """Up-scaled layer → all its names in the model, but those that another block up-scales for itself."""
-    named, names = {name for block in blocks for name in block}, {}
+    named = {name for block in blocks for name in block}
+    names: dict[int, list[str]] = {}
     for name, module in backbone.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     return {
@@ -285,7 +284,7 @@ def _places(backbone: nn.Module, blocks: Sequence[Sequence[str]]) -> dict[str, t
 def _attention_mask(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The ``attention_mask`` (samples, tokens) of a call, by name, by position or inside a mapping of inputs."""
     try:
-        given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        given: Mapping[str, Any] = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     except TypeError:
         given = kwargs  # what is wrong with the call, the call itself says best
     for found in (kwargs, given, *(value for value in given.values() if isinstance(value, Mapping))):

@@ -107,7 +107,8 @@ def pool_of(
                 raise KeyError(f"expert {task!r} has no head for its task; its heads are for {', '.join(model.tasks)}")
         heads = {**base.heads, **{task: model.heads[task] for task, model in experts.items()}}
         encoders = {task: model.encoder for task, model in experts.items()}
-        encoder, wrap = base.encoder, MultiTaskModel
+        encoder = base.encoder
+        wrap: Callable[[nn.Module, Mapping[str, nn.Module]], nn.Module] = MultiTaskModel
         size = getattr(encoder, "image_size", None)
     elif hasattr(base, "encode_image") and hasattr(base, "encode_tokens"):
         from plait_clip import prompts

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from plait.fingerprints import fingerprint
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from plait_wemoe.inputs import Inputs, call
 
 State = dict[str, Tensor]
-Source = nn.Module | Mapping[str, Tensor] | str | Path
+Source: TypeAlias = nn.Module | Mapping[str, Tensor] | str | Path
 # What normalisation layers track; in a state dict without its module they are known by these names.
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 NO_STATISTICS = "statistics is recompute, but the model has no layer with running statistics"
@@ -241,7 +242,7 @@ def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     own = model.state_dict(keep_vars=True)
     if unknown := state.keys() - own.keys():
         raise KeyError(f"{type(model).__name__} has no entry {sorted(unknown)[0]!r}")
-    replaced = {}
+    replaced: dict[int, Tensor] = {}
     for name, value in state.items():
         old = own[name]
         new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value

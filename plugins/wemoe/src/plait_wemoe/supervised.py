@@ -6,14 +6,16 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from plait_wemoe.columns import Column, ShuffledBatches
+from plait_wemoe.columns import Column, Reading, ShuffledBatches, column_of, reading_of, tokenizer_of
 from plait_wemoe.inputs import input_dtype, placed
-from plait_wemoe.tasks import MultiTaskModel
+from plait_wemoe.tasks import IndividualModels, MultiTaskModel, WithHeads
 
 
 @dataclass(frozen=True)
@@ -84,3 +86,37 @@ def first_per_class(labels: Tensor, number: int) -> Tensor:
     """Rows of the first ``number`` samples of every class, in order."""
     rows = [(labels == label).nonzero().squeeze(1)[:number] for label in labels.unique()]
     return torch.cat(rows).sort().values
+
+
+def labelled_tasks(
+    data: Any,
+    model: WithHeads,
+    tokenizer: Path | None = None,
+    warn: Callable[[str], None] = lambda sentence: None,
+    per_class: int | None = None,
+) -> dict[str, LabelledTask]:
+    """task → inputs as the model takes them, and labels; ``per_class`` keeps the first ones of every class.
+
+    Raises:
+        ValueError: not a mapping of datasets with a column ``label``, or inputs that the model does not take.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"data is a {type(data).__name__}; give a mapping from task to labelled data")
+    reading, found = _reading(model, tokenizer, warn), {}
+    for task, part in data.items():
+        if "label" not in getattr(part, "column_names", ()):
+            raise ValueError(f"the data of task {task!r} is not a dataset with a column 'label'")
+        labels = torch.tensor(part.with_format(None)["label"][:])
+        if per_class is not None:
+            rows = first_per_class(labels, per_class)
+            part, labels = part.select(rows.tolist()), labels[rows]
+        found[task] = LabelledTask(column_of(part, reading), labels)
+    return found
+
+
+def _reading(model: Any, tokenizer: Path | None, warn: Callable[[str], None]) -> Reading:
+    if hasattr(model, "encode_image"):
+        return reading_of(model, model.image_size, None)
+    encoder = model.encoders[0] if isinstance(model, IndividualModels) else model.encoder
+    encoder = getattr(encoder, "backbone", encoder)
+    return reading_of(encoder, getattr(encoder, "image_size", None), tokenizer_of(tokenizer), warn)

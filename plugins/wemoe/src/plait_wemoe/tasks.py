@@ -56,10 +56,12 @@ class WithHeads(nn.Module):
     def logits_by_task(self, inputs: Inputs, places: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Task → logits of the samples at its ``places``; the whole batch goes through the model."""
         heads = {task: self._head(task) for task in places}
-        features = None if all(isinstance(heads[task], InnerHead) for task in places) else self.features(inputs)
+        inside = {task: self.logits(inputs, task) for task in places if isinstance(heads[task], InnerHead)}
+        if len(inside) == len(places):
+            return {task: inside[task][here] for task, here in places.items()}
+        features = self.features(inputs)
         return {
-            task: self.logits(inputs, task)[here] if isinstance(heads[task], InnerHead) else heads[task](features[here])
-            for task, here in places.items()
+            task: inside[task][here] if task in inside else heads[task](features[here]) for task, here in places.items()
         }
 
     @property
@@ -131,11 +133,12 @@ class IndividualModels(WithHeads):
 
 def write_heads(heads: Mapping[str, nn.Module], folder: Path, config: dict[str, Any]) -> None:
     """config.json and the heads: cosine, linear and identity ones in heads.safetensors, others in head-<number>/."""
-    tensors, kinds = {}, []
+    tensors: dict[str, Tensor] = {}
+    kinds = []
     folder.mkdir(parents=True, exist_ok=True)
     for index, head in enumerate(heads.values()):
         parts = list(head) if isinstance(head, InnerHead) else [head]
-        kinds.append({"inner": isinstance(head, InnerHead), "parts": []})
+        about_parts = []
         for number, part in enumerate(parts):
             name = f"{index}.{number}" if isinstance(head, InnerHead) else f"{index}"
             kind = {CosineHead: "cosine", nn.Linear: "linear", nn.Identity: "identity"}.get(type(part), "module")
@@ -146,7 +149,8 @@ def write_heads(heads: Mapping[str, nn.Module], folder: Path, config: dict[str, 
                 tensors |= {f"{name}.{key}": value.detach().cpu().clone() for key, value in part.state_dict().items()}
             if isinstance(part, CosineHead):
                 about["scale"] = part.scale
-            kinds[-1]["parts"].append(about)
+            about_parts.append(about)
+        kinds.append({"inner": isinstance(head, InnerHead), "parts": about_parts})
     save_file(tensors, folder / "heads.safetensors")
     (folder / "config.json").write_text(json.dumps({**config, "tasks": list(heads), "heads": kinds}, indent=1) + "\n")
 

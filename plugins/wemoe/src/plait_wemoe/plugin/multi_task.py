@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import attrs
@@ -13,15 +11,14 @@ from plait import Report, hookimpl
 from plait.fields import REQUIRED, field, in_range
 from plait.report import Image, Panel, png
 
-from plait_wemoe.columns import Reading, column_of, reading_of, tokenizer_of
-from plait_wemoe.evaluation import mixed_accuracy, one_task_accuracy, routing_figure, task_routing
-from plait_wemoe.four_tasks import CLASSES, four_tasks
+from plait_wemoe.evaluation import bytes_on_disk, routing_figure, scores, stored_numbers, task_routing
+from plait_wemoe.four_tasks import task_dataset
 from plait_wemoe.heads import CosineHead
 from plait_wemoe.mixture import WeightEnsemblingMoE
 from plait_wemoe.plugin.merging import ReadsTexts
 from plait_wemoe.pool import label_names
-from plait_wemoe.supervised import LabelledTask, first_per_class, train_tasks
-from plait_wemoe.tasks import IndividualModels, MultiTaskModel, WithHeads
+from plait_wemoe.supervised import LabelledTask, labelled_tasks, train_tasks
+from plait_wemoe.tasks import MultiTaskModel, WithHeads
 from plait_wemoe.vit import seeded_vit
 
 
@@ -35,22 +32,7 @@ class FourTasks:
 
     @hookimpl
     def load_data(self, run: Any) -> Any:
-        import datasets
-
-        features = datasets.Features(
-            {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES[self.task]))}
-        )
-        parts = {}
-        for split, (images, labels) in four_tasks(self.task, run.seed).items():
-            rows = {"image": [_picture(image) for image in images], "label": labels.tolist()}
-            parts[split] = datasets.Dataset.from_dict(rows, features=features)
-        return datasets.DatasetDict(parts)
-
-
-def _picture(image: Any) -> Any:
-    import PIL.Image
-
-    return PIL.Image.fromarray(image).convert("RGB")
+        return task_dataset(self.task, run.seed)
 
 
 @attrs.frozen(kw_only=True)
@@ -103,7 +85,7 @@ class MultiTaskTraining(ReadsTexts):
     def optimize(self, model: Any, data: Any, run: Any) -> MultiTaskModel:
         if not isinstance(model, MultiTaskModel):
             raise ValueError(f"multi-task training needs a MultiTaskModel, not a {type(model).__name__}")
-        tasks = labelled(data, _reading(model, self.tokenizer, run), self.examples_per_class)
+        tasks = labelled_tasks(data, model, self.tokenizer, run.warn, self.examples_per_class)
         return train_tasks(
             model.to(run.device),
             tasks,
@@ -139,39 +121,22 @@ class MultiTaskAccuracy(ReadsTexts):
         for name, one in models.items():
             if not isinstance(one, WithHeads):
                 raise ValueError(f"evaluate: multi-task needs models with heads, not a {type(one).__name__}")
-            tasks = labelled(data, _reading(one, self.tokenizer, run))
+            tasks = labelled_tasks(data, one, self.tokenizer, run.warn)
             one = one.to(run.device).eval()
-            size = {"parameters": stored_numbers(one), "bytes on disk": _bytes_on_disk(one)}
+            size = {"parameters": stored_numbers(one), "bytes on disk": bytes_on_disk(one)}
             label = {"method": name} if name else {}
-            rows += [{**label, **row, **size} for row in self._rows(one, tasks, run)]
+            measured = scores(one, tasks, self.batch_size, self.batches, self.routing, lambda: run.generator("mixed"))
+            rows += [{**label, **row, **size} for row in measured]
             if self.pictures and one.mixture is not None:
                 panels += self._panels(name, one.mixture, tasks)
         metrics = [*tasks, "mean"]
+        better: dict[str, Literal["higher", "lower"]] = {**dict.fromkeys(metrics, "higher"), "bytes on disk": "lower"}
         return Report(
             rows=rows,
-            better=dict.fromkeys(metrics, "higher") | {"bytes on disk": "lower"},
+            better=better,
             formats=dict.fromkeys(metrics, ".1f") | dict.fromkeys(("parameters", "bytes on disk"), ".0f"),
             panels=panels,
         )
-
-    def _rows(self, model: WithHeads, tasks: Mapping[str, LabelledTask], run: Any) -> Iterator[dict[str, Any]]:
-        mixture = model.mixture
-        before = None if mixture is None else mixture.gates[0].routing
-        for routing in self.routing or (before,) if mixture is not None else (None,):
-            if routing is not None and routing != before:
-                mixture.set_routing(routing)
-            for batches in self.batches:
-                # Without routing by batch an output does not depend on the batch; experts cannot be mixed.
-                if batches == "mixed" and (mixture is None or isinstance(model, IndividualModels)):
-                    continue
-                if batches == "mixed":
-                    scores = mixed_accuracy(model, tasks, self.batch_size, run.generator("mixed"))
-                else:
-                    scores = one_task_accuracy(model, tasks, self.batch_size)
-                kind = {"routing": routing or "–", "batches": batches if mixture is not None else "any"}
-                yield {**kind, **scores, "mean": sum(scores.values()) / len(scores)}
-            if routing is not None and routing != before:
-                mixture.set_routing(before)
 
     def _panels(self, name: str, mixture: WeightEnsemblingMoE, tasks: Mapping[str, LabelledTask]) -> list[Panel]:
         columns = {task: part.inputs for task, part in tasks.items()}
@@ -185,42 +150,3 @@ class MultiTaskAccuracy(ReadsTexts):
             )
             for values, text in drawn
         ]
-
-
-def stored_numbers(model: WithHeads) -> int:
-    """Numbers that the model keeps, heads left out; of sparse task vectors only values count, as in the papers."""
-    if model.mixture is not None:
-        return model.mixture.summary()["total"]
-    heads = sum(parameter.numel() for parameter in model.task_heads.parameters())
-    return sum(parameter.numel() for parameter in model.parameters()) - heads
-
-
-def _bytes_on_disk(model: WithHeads) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(Path(folder))
-        weights = [path for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".pt", ".bin")]
-        return sum(path.stat().st_size for path in weights)
-
-
-def _reading(model: WithHeads, tokenizer: Path | None, run: Any) -> Reading:
-    if hasattr(model, "encode_image"):
-        return reading_of(model, model.image_size, None)
-    encoder = model.encoders[0] if isinstance(model, IndividualModels) else model.encoder
-    encoder = getattr(encoder, "backbone", encoder)
-    return reading_of(encoder, getattr(encoder, "image_size", None), tokenizer_of(tokenizer), run.warn)
-
-
-def labelled(data: Any, reading: Reading, per_class: int | None = None) -> dict[str, LabelledTask]:
-    """task → inputs and labels; ``per_class`` keeps the first ones of every class."""
-    if not isinstance(data, Mapping):
-        raise ValueError(f"data is a {type(data).__name__}; give a mapping from task to labelled data")
-    found = {}
-    for task, part in data.items():
-        if "label" not in getattr(part, "column_names", ()):
-            raise ValueError(f"the data of task {task!r} is not a dataset with a column 'label'")
-        labels = torch.tensor(part.with_format(None)["label"][:])
-        if per_class is not None:
-            rows = first_per_class(labels, per_class)
-            part, labels = part.select(rows.tolist()), labels[rows]
-        found[task] = LabelledTask(column_of(part, reading), labels)
-    return found
