@@ -1,15 +1,17 @@
 """Each method puts the tested parts together in the order of the paper: compared with that order written out here."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from plait import Run
 from plait_clip import digit_pairs, tiny_fusion_model, tiny_model, toy_data
-from plait_sa_aet.baselines import co_attack_images
+from plait_sa_aet.baselines import co_attack_images, dra
 from plait_sa_aet.captions import clean_caption
 from plait_sa_aet.plugin.attacks import CoAttack, Dra, PgdCos, SaAet, Sga
 from plait_sa_aet.randomness import PerImage
-from plait_sa_aet.sa_aet import evolve_images
+from plait_sa_aet.sa_aet import Batch, Words, evolve_images, sa_aet, semantic_projection
 from plait_sa_aet.source import Source
 from plait_sa_aet.text_attack import bert_words, word_attack
 from plait_sa_aet.word_candidates import Synonyms
@@ -129,3 +131,24 @@ def test_co_attack_leaves_the_swapped_captions(data):
     # The divergence from an image's own clean embedding starts near its minimum, where signs flip more easily.
     assert (levels(attacked) == np.concatenate(pictures)).mean() >= 0.98
     assert [text for texts in attacked["captions"] for text in texts] == captions
+
+
+def test_the_whole_of_sa_aet_is_one_call(data):
+    """A corpus of texts, or the projection that was made of them once; DRA is the whole triangle without either."""
+    source = Source(tiny_model())
+    texts = [text for captions in data["captions"] for text in captions]
+    batch = Batch(torch.from_numpy(levels(data)[:3]).permute(0, 3, 1, 2).float() / 255, texts[:3], torch.arange(3))
+    words = Words(Synonyms(TABLE))
+
+    def attacked(attack, **options):
+        return attack(source, batch, PerImage(0, range(3)), words=words, num_steps=2, **options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fewer texts than dimensions
+        once = attacked(sa_aet, corpus=texts)
+        again = attacked(sa_aet, corpus=semantic_projection(source.text_features(texts)))
+    assert torch.equal(once.images, again.images)
+    assert once.captions == again.captions != list(batch.captions)
+    plain = attacked(dra)
+    assert not torch.equal(plain.images, once.images)
+    assert torch.equal(plain.images, attacked(sa_aet, corpus=None, triangle="full", project_candidates=False).images)

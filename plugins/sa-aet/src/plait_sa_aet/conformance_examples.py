@@ -8,7 +8,12 @@ import torch
 from plait.testing import Example
 from plait_clip import digit_pairs, tiny_model, toy_data
 
-WORDS = {"generator": "synonyms", "synonyms": {word: tuple(others) for word, others in toy_data.SYNONYMS.items()}}
+from plait_sa_aet.scenes import SIDE
+
+WORDS: dict[str, Any] = {
+    "generator": "synonyms",
+    "synonyms": {word: tuple(others) for word, others in toy_data.SYNONYMS.items()},
+}
 
 
 def _attack(budget: float | None = 8 / 255, random: bool = True, **fields: Any) -> Example:
@@ -55,4 +60,11 @@ def digit_scenes() -> Example:
 
 
 def scene_encoder() -> Example:
-    return Example(arguments={}, random=True, progress=False)
+    return Example(arguments={}, random=True, progress=False, outputs=_features)
+
+
+def _features(model: Any) -> list[Any]:
+    """Of two grey scenes and of two captions."""
+    images = torch.linspace(0, 1, 2 * 3 * SIDE**2).view(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        return [model.encode_image(images), model.encode_text(["a red two", "the blue nine stands"])]

@@ -93,10 +93,16 @@ class ReleasedStreams:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the streams are, as JSON can hold it."""
-        name, keys, position, has_gauss, gauss = self._numpy.get_state()
+        numpy = self._numpy.get_state(legacy=False)
         version, words, gauss_next = self._python.getstate()
         return {
-            "numpy": [name, keys.tolist(), position, has_gauss, gauss],
+            "numpy": [
+                numpy["bit_generator"],
+                numpy["state"]["key"].tolist(),
+                numpy["state"]["pos"],
+                numpy["has_gauss"],
+                numpy["gauss"],
+            ],
             "python": [version, list(words), gauss_next],
         }
 

@@ -492,7 +492,8 @@ def evolve_images(
     trace = []
     with frozen(source.model):
         for _ in range(num_steps):
-            z, step = x, {"triples": [], "mixture_losses": [], "candidate_losses": []}
+            z = x
+            step: dict[str, Any] = {"triples": [], "mixture_losses": [], "candidate_losses": []}
             if h is not None and triangle != "none":
                 count = 1 if selection == "batch" else len(v)
                 # [K, 1 or B, 3]; all K drawn before any gradient

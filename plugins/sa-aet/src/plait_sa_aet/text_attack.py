@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -277,6 +277,7 @@ def _usable(
 
 def _proposed(candidates: WordCandidates, words: Sequence[str], index: int, top_k: int) -> list[str]:
     found = candidates.propose(words, index, top_k)
+    proposals: list[Any]
     try:
         proposals = [word for word, _ in found]
     except (TypeError, ValueError):

@@ -246,7 +246,7 @@ def top_captions(
     if model.kind != "fusion":
         return [gallery.captions[i] for i in similarities.argmax(dim=1).tolist()]
     chosen = Gallery(gallery.rows.select(rows), (), torch.empty(0))
-    texts = []
+    texts: list[str] = []
     for images in chosen.image_batches(model, 1):
         pixels = images if images.is_floating_point() else images.float() / 255
         near = similarities[len(texts)].topk(min(candidates, len(gallery.captions))).indices.tolist()

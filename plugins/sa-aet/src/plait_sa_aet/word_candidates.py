@@ -150,7 +150,7 @@ class MaskedLanguageModel:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"masked language model {str(source)!r} is no folder with a saved model and cannot be downloaded "
+                f"masked language model {str(source)!r} is not a folder with a saved model and cannot be downloaded "
                 f"({reason}); give a folder that save_pretrained wrote, or another generator"
             ) from error
         finally:
