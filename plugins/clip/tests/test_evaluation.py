@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plait_clip import prompts, zero_shot
-from plait_clip.examples import tiny_fusion_model
+from plait_clip import prompts, tiny_fusion_model, zero_shot
 from plait_clip.plugin.evaluation import LinearProbe, Retrieval, SupervisedFineTune, ZeroShot
 from plait_clip.retrieval import evaluate_retrieval, recall, retrieval_ranks
 

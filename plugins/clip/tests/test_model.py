@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from plait import Run
-from plait_clip import toy_data
-from plait_clip.examples import digit_pairs
+from plait_clip import digit_pairs, toy_data
 from plait_clip.model import (
     CallableModel,
     ImageInput,
