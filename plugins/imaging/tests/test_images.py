@@ -156,12 +156,12 @@ def test_missing_column_and_what_is_no_dataset():
         images.over_splits({}, lambda dataset, split: dataset)
 
 
-def test_images_that_cannot_be_read_are_named_by_column_and_row():
+def test_images_that_cannot_be_read_are_named_by_column_and_row(tmp_path):
     cells = [{"bytes": images.encode_png(torch.zeros(3, 2, 2, dtype=torch.uint8)), "path": None}] * 2
     for bad, sentence in (
         ({"bytes": b"text", "path": None}, "is not an image"),
         (None, "is missing"),
-        ({"bytes": None, "path": "/none/x.png"}, "cannot be read: No such file"),
+        ({"bytes": None, "path": str(tmp_path / "none" / "x.png")}, "cannot be read: No such file"),
     ):
         data = Dataset.from_dict({"image": [*cells, bad]}, features=Features({"image": Image()}))
         for read in (images.read_batches, images.sizes):

@@ -226,7 +226,7 @@ def test_wrong_language_models_are_refused(folder, load, tmp_path):
     for options in ({"top_k": 0}, {"bpe_max": 0}, {"max_length": 3}, {"max_length": 33}, {"position_offset": 2}):
         with pytest.raises(ValueError, match=next(iter(options))):
             load(**options)
-    with pytest.raises(ValueError, match="no folder with a saved model and cannot be downloaded"):
+    with pytest.raises(ValueError, match="is not a folder with a saved model and cannot be downloaded"):
         MaskedLanguageModel.from_pretrained(tmp_path / "none" / "here")
     lm = load()
     words_only = transformers.BertTokenizer({piece: i for i, piece in enumerate(PIECES) if "##" not in piece})
