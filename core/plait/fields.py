@@ -78,11 +78,6 @@ def doc(text: str) -> dict[str, str]:
     return {DOC: text}
 
 
-def output_path(text: str) -> dict[str, Any]:
-    """Metadata as of :func:`output_field`, for fields that are declared with ``attrs.field``."""
-    return {DOC: text, OUTPUT: True}
-
-
 def in_range(
     low: float | None = None, high: float | None = None, *, low_open: bool = False, high_open: bool = False
 ) -> Validator:

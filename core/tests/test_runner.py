@@ -306,10 +306,10 @@ def test_what_a_step_writes_beside_its_result_is_no_input(workplace):
 import attrs
 from pathlib import Path
 from plait import Report, hookimpl
-from plait.fields import output_path
+from plait.fields import output_field
 @attrs.frozen
 class Write:
-    save_to: Path | None = attrs.field(default=None, metadata=output_path("also written here"))
+    save_to: Path | None = output_field(None, "also written here")
     @hookimpl
     def load_data(self, run):
         if self.save_to is not None:

@@ -177,7 +177,7 @@ def _downloaded(name: str, scratch: Path) -> Path:
     def process(self: Any) -> None:
         raise _DownloadedError
 
-    with _silent(), _told_when_offline(name), contextlib.suppress(_DownloadedError):
+    with _silent(), _offline_in_a_sentence(name), contextlib.suppress(_DownloadedError):
         type(reader.__name__, (reader,), {"process": process})(str(scratch), *arguments)
     return scratch / folder / "raw"
 
@@ -191,7 +191,7 @@ def _silent() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told_when_offline(name: str) -> Iterator[None]:
+def _offline_in_a_sentence(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # urllib's, fsspec's or aiohttp's, whichever PyG downloads with
@@ -213,7 +213,7 @@ def _downloaded_ogb(name: str, scratch: Path) -> Path:
     from torch_geometric.data import download_url, extract_zip
 
     url = f"https://snap.stanford.edu/ogb/data/nodeproppred/{name.removeprefix('ogbn-')}.zip"
-    with _told_when_offline(name):
+    with _offline_in_a_sentence(name):
         extract_zip(download_url(url, str(scratch), log=False), str(scratch), log=False)
     return scratch
 
