@@ -143,6 +143,12 @@ def test_exit_codes_and_messages(demo):
     assert "Traceback" in cli("--debug", "run", "none.yaml").stderr
 
 
+def test_the_package_is_the_command_too():
+    done = subprocess.run([sys.executable, "-m", "plait", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("Usage: plait ")
+
+
 def test_store_that_cannot_be_written(demo):
     Path("file").write_text("")
     done = cli("run", "demo.yaml", "--store", "file/store")
