@@ -7,11 +7,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+# `make test` runs these tests: what it tells the makes below it would make them talk.
+OUTER = {name: value for name, value in os.environ.items() if name not in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")}
+
+
 def set_up(folder, *settings, **environment):
     done = subprocess.run(
         ["make", f"VENV={folder}", *settings, f"{folder}/.ready"],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**OUTER, **environment},
         capture_output=True,
         text=True,
         timeout=300,
