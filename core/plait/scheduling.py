@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
 from collections.abc import Set
 
 from plait.plan import Plan, Task
@@ -34,7 +34,9 @@ class Progress:
             for task in plan.tasks
             if task.key not in self._settled
         }
-        self._ready = deque(task for task in plan.tasks if self._missing.get(task.key) == 0)
+        # The first of the plan first, so that one cell ends before the next begins. A sorted list is a heap.
+        self._place = {task.key: place for place, task in enumerate(plan.tasks)}
+        self._ready = [(place, task.key) for place, task in enumerate(plan.tasks) if self._missing.get(task.key) == 0]
         self._open = len(self._missing)
         self._finished: set[str] = set()
         self._skipped: dict[str, str] = {}
@@ -84,7 +86,7 @@ class Progress:
 
     def next_ready(self) -> Task | None:
         """Take a task that may start now; ``None`` where all that is left waits for a running one."""
-        return self._ready.popleft() if self._ready else None
+        return self._tasks[heapq.heappop(self._ready)[1]] if self._ready else None
 
     def finish(self, task: Task) -> None:
         """A task's result is in the store."""
@@ -94,7 +96,7 @@ class Progress:
             if user.key in self._missing:
                 self._missing[user.key] -= 1
                 if self._missing[user.key] == 0 and user.label not in self._skipped:
-                    self._ready.append(user)
+                    heapq.heappush(self._ready, (self._place[user.key], user.key))
 
     def fail(self, task: Task, message: str) -> list[tuple[Task, str]]:
         """A task failed; the tasks behind it, which are skipped, each with a sentence."""
