@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import dis
+import errno
+import os
 import traceback
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -114,6 +116,33 @@ def located(error: BaseException) -> str:
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}; " if frames else ""
     message = shortened(next(iter(_message_of(error).strip().splitlines()), ""))
     return f"{type(error).__name__}{f': {message}' if message else ''} ({place}--debug shows all)"
+
+
+UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+)
+
+
+def unwritable(error: BaseException) -> str | None:
+    """Why a file or folder cannot be written, in the system's words; ``None`` where the error is another.
+
+    Libraries that write by themselves raise errors of their own, with the system's words inside.
+    """
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return os.strerror(error.errno)
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if os.strerror(code) in str(error):
+            return os.strerror(code)
+    return None
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

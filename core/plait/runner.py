@@ -110,7 +110,7 @@ def run_pipeline(
 
     started = time.monotonic()
     write_provenance(folder, pipeline, plan, store)
-    with interrupts() as asked:
+    with interrupts() as asked, store.needed(f"{folder.name}-{os.getpid()}", [task.key for task in plan.tasks]):
 
         def emit_and_heed(name: str, **facts: Any) -> None:
             asked.check()

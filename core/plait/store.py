@@ -3,31 +3,37 @@
 ::
 
     <root>/objects/ab/ab12…/   artifact/  extras/  meta.json      one finished step
-    <root>/tmp/…               what is being written; renamed into objects/ when complete
+    <root>/tmp/ab12…-…/        what is being written; renamed into objects/ when complete
     <root>/scratch/ab12…/      what a running step keeps for a resume (``run.folder``)
-    <root>/locks/ab12….lock
+    <root>/locks/ab12….lock    who computes it; other hosts that see the folder respect it
+    <root>/runs/….json, .lock  the results that a running pipeline needs
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import attrs
-from filelock import FileLock, Timeout
+from filelock import SoftFileLease, Timeout
 
-from plait.errors import StoreError
+from plait.errors import StoreError, unwritable
 
 META = "meta.json"
+KEY = re.compile(r"[0-9a-f]{64}")
+# A holder that has died on this host is seen at once; one on another host when it has not stirred for so long.
+LEASE_SECONDS = 60.0
+# After so long a file that nobody refreshes belongs to nobody, whatever the clocks of two hosts say.
+ABANDONED_SECONDS = 3600.0
 
 
 def default_root() -> Path:
@@ -79,21 +85,42 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, key: str, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-        """Hold the key alone among all processes; released by the system if the process dies."""
-        with self._explained():
-            (self.root / "locks").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / "locks" / f"{key}.lock")
+        """Hold the key alone among all processes of all hosts that see the store; it is free again when the process dies."""
+        lease = self._lease("locks", key)
         with self._explained():
             try:
-                lock.acquire(timeout=0)
+                lease.acquire(timeout=0)
             except Timeout:
                 if on_wait:
                     on_wait()
-                lock.acquire()
+                lease.acquire()
         try:
             yield
         finally:
-            lock.release()
+            lease.release()
+
+    @contextlib.contextmanager
+    def needed(self, name: str, keys: Iterable[str]) -> Iterator[None]:
+        """While it holds, :meth:`collect` on any host leaves the results with these keys alone.
+
+        Args:
+            name: of the run, different for every one.
+        """
+        lease = self._lease("runs", name)
+        with self._explained():
+            lease.acquire(timeout=0)
+            _write_synced(self.root / "runs" / f"{name}.json", json.dumps(list(keys)))
+        try:
+            yield
+        finally:
+            (self.root / "runs" / f"{name}.json").unlink(missing_ok=True)
+            lease.release()
+
+    def _lease(self, kind: str, name: str) -> SoftFileLease:
+        folder = self.root / kind
+        with self._explained():
+            folder.mkdir(parents=True, exist_ok=True)
+        return SoftFileLease(folder / f"{name}.lock", lease_duration=LEASE_SECONDS)
 
     def scratch(self, key: str) -> Path:
         """The folder that a step with this key finds again after a kill."""
@@ -104,7 +131,7 @@ class Store:
 
     def put(self, key: str, write: Callable[[Path], None], facts: dict[str, Any]) -> Entry:
         """Store a result: ``write`` fills a folder beside the store, which then moves in as one piece."""
-        aside = self.root / "tmp" / f"{os.getpid()}-{uuid.uuid4().hex}"
+        aside = self.root / "tmp" / f"{key}-{uuid.uuid4().hex}"
         with self._explained():
             try:
                 aside.mkdir(parents=True)
@@ -118,7 +145,9 @@ class Store:
                 _write_synced(aside / META, json.dumps(meta, indent=1))
                 target = self.folder(key)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if target.exists():  # incomplete, else it would have been taken from the store
+                if self.has(key):  # another host that took this one for dead has finished it; the results are equal
+                    return Entry(key, target, json.loads((target / META).read_text(encoding="utf-8")))
+                if target.exists():  # incomplete
                     _remove(target)
                 os.replace(aside, target)
                 _sync_folder(target.parent)
@@ -135,12 +164,15 @@ class Store:
 
     def entries(self) -> Iterator[Entry]:
         """All complete results."""
-        for folder in sorted((self.root / "objects").glob("*/*")):
+        for folder in self._folders("objects/*/*"):
             if entry := self.entry(folder.name):
                 yield entry
 
     def collect(self, older_than: float) -> tuple[int, int]:
         """Delete results not used for ``older_than`` seconds, and what killed processes left.
+
+        What a running pipeline needs and what is being written stay, on whichever host that is; so do files that are not
+        the store's.
 
         Returns:
             number of deleted results, and bytes freed.
@@ -148,21 +180,61 @@ class Store:
         count = freed = 0
         limit = time.time() - older_than
         with self._explained():
-            for folder in sorted((self.root / "objects").glob("*/*")) + sorted((self.root / "scratch").glob("*")):
-                with (
-                    contextlib.suppress(Timeout),
-                    FileLock(self.root / "locks" / f"{folder.name}.lock").acquire(timeout=0),
-                ):
-                    used = _last_used(folder)
-                    if used is not None and used <= limit:
+            needed = self._needed_by_runs()
+            for folder in [*self._folders("objects/*/*"), *self._folders("scratch/*")]:
+                used = _last_used(folder)
+                if used is None or used > limit or folder.name in needed:
+                    continue
+                with self._if_free(folder.name) as free:
+                    if free:
                         freed += _size(folder)
                         count += folder.parent.name != "scratch"
                         _remove(folder)
-            for aside in (self.root / "tmp").glob("*"):
-                if not _is_alive(int(aside.name.partition("-")[0])):
-                    freed += _size(aside)
-                    _remove(aside)
+            for aside in self._folders("tmp/*"):
+                with self._if_free(aside.name.partition("-")[0]) as free:
+                    if free:
+                        freed += _size(aside)
+                        _remove(aside)
+            for file in (self.root / "locks").glob("*.lock"):  # of processes that were killed
+                with self._if_free(file.stem):
+                    pass
         return count, freed
+
+    def _folders(self, pattern: str) -> list[Path]:
+        """The store's own folders of a kind."""
+        found = self.root.glob(pattern)
+        return sorted(path for path in found if KEY.fullmatch(path.name.partition("-")[0]) and path.is_dir())
+
+    def _needed_by_runs(self) -> set[str]:
+        needed: set[str] = set()
+        for file in (self.root / "runs").glob("*.json"):
+            lock = file.with_suffix(".lock")
+            try:
+                keys = json.loads(file.read_text(encoding="utf-8"))
+                self._lease("runs", file.stem).acquire(timeout=0)
+            except Timeout:
+                if not _is_abandoned(lock):
+                    needed.update(keys)
+                continue
+            except (OSError, ValueError):  # it has just ended
+                continue
+            file.unlink(missing_ok=True)  # the run was killed
+            lock.unlink(missing_ok=True)
+        return needed
+
+    @contextlib.contextmanager
+    def _if_free(self, key: str) -> Iterator[bool]:
+        """Hold a key if nobody does."""
+        lease = self._lease("locks", key)
+        try:
+            lease.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lease.release()
 
     def changed_files(self, key: str) -> list[str]:
         """The files of a complete result that differ from the checksums they were written with."""
@@ -174,7 +246,7 @@ class Store:
     def verify(self) -> dict[str, str]:
         """Key → what is wrong, for every result whose files differ from their checksums."""
         broken = {}
-        for folder in sorted((self.root / "objects").glob("*/*")):
+        for folder in self._folders("objects/*/*"):
             if self.entry(folder.name) is None:
                 broken[folder.name] = "incomplete"
             elif changed := self.changed_files(folder.name):
@@ -190,20 +262,11 @@ class Store:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            if error.errno not in (
-                errno.ENOSPC,
-                errno.EROFS,
-                errno.EACCES,
-                errno.EPERM,
-                errno.EDQUOT,
-                errno.ENOTDIR,
-                errno.EEXIST,
-            ):
+        except Exception as error:
+            if (reason := unwritable(error)) is None:
                 raise
-            remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "name another place"
             raise StoreError(
-                f"the store {self.root} cannot be written ({error.strerror}); {remedy}, e.g. with --store or PLAIT_STORE"
+                f"the store {self.root} cannot be written ({reason}); name another place with --store or PLAIT_STORE, or free some space"
             ) from error
 
 
@@ -260,11 +323,8 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _is_alive(pid: int) -> bool:
+def _is_abandoned(lock: Path) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
+        return time.time() - lock.stat().st_mtime > ABANDONED_SECONDS
+    except OSError:
         return True
-    return True

@@ -18,7 +18,7 @@ from plait import codecs
 from plait.calling import hook_caller
 from plait.configuration import configure, plain_fields
 from plait.context import Run
-from plait.errors import PlaitError, located, sentence_of
+from plait.errors import PlaitError, located, sentence_of, unwritable
 from plait.hookspecs import hook_arguments
 from plait.importing import FILE_ATTRIBUTE, local_sources
 from plait.methods import find
@@ -109,7 +109,10 @@ def _sentence(error: BaseException, job: Job) -> str:
         )
     if isinstance(error, MemoryError):
         return f"out of memory ({located(error)}); smaller batches or fewer --jobs may help"
-    return sentence_of(error, {*plait_modules(), *_modules_of(job)}) or located(error)
+    sentence = sentence_of(error, {*plait_modules(), *_modules_of(job)})
+    if sentence is None and (reason := unwritable(error)) is not None:
+        return f"a file cannot be written ({reason}; {located(error)})"
+    return sentence or located(error)
 
 
 def _modules_of(job: Job) -> set[str]:

@@ -112,7 +112,7 @@ def test_mutated_files(tmp_path):
         file = tmp_path / "mutated.yaml"
         file.write_bytes(text.encode("utf-8", "surrogatepass"))
         try:
-            refused += _try(lambda: load_pipeline(file))
+            refused += _try(lambda file=file: load_pipeline(file))
         except Exception as error:
             raise AssertionError(f"file {number} ends in {type(error).__name__}: {error}\n{text}") from error
     assert 200 < refused < 2000
@@ -142,7 +142,7 @@ def test_random_bytes(tmp_path):
     for _ in range(200):
         file = tmp_path / "random.yaml"
         file.write_bytes(BASE.encode()[: draw.randrange(len(BASE))] + draw.randbytes(draw.randrange(1, 40)))
-        _try(lambda: load_pipeline(file))
+        _try(lambda file=file: load_pipeline(file))
 
 
 def test_the_file_that_is_mutated_is_right():
