@@ -63,6 +63,22 @@ def _store_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+class Jobs(click.ParamType[Any]):
+    """A number of processes from 1, or ``auto``."""
+
+    name = "number or auto"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return value if value == "auto" else click.IntRange(1).convert(value, param, ctx)
+
+
+def _pairs(given: tuple[str, ...]) -> dict[str, str]:
+    for text in given:
+        if not all(text.partition("=")):
+            raise PipelineError([f"--slurm {text!r} is not of the form key=value"])
+    return dict(text.split("=", 1) for text in given)
+
+
 def _store(path: Path | None) -> Any:
     from plait.store import Store
 
@@ -80,7 +96,25 @@ def _store(path: Path | None) -> Any:
     show_default=True,
     help="Where the run's folder is made.",
 )
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes over independent steps.")
+@click.option("--jobs", type=Jobs(), default="1", show_default=True, help="Processes over independent steps, or auto.")
+@click.option(
+    "--executor",
+    type=click.Choice(("local", "ray", "slurm")),
+    default="local",
+    show_default=True,
+    help="What runs the steps.",
+)
+@click.option("--address", help="ray: auto or ray://host:port (default: a cluster on this machine for this run).")
+@click.option(
+    "--retries",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="ray: tries more for a step whose worker died.",
+)
+@click.option(
+    "--slurm", multiple=True, metavar="KEY=VALUE", help="slurm: an option of sbatch, e.g. partition=long, time=4:00:00."
+)
 @click.option("--device", help="torch device, e.g. cuda:0 (default: CUDA where there is one).")
 @click.option("--quiet", is_flag=True, help="Print the report's path only.")
 def run(
@@ -88,7 +122,11 @@ def run(
     overrides: tuple[str, ...],
     store: Path | None,
     out: Path,
-    jobs: int,
+    jobs: Any,
+    executor: Any,
+    address: str | None,
+    retries: int,
+    slurm: tuple[str, ...],
     device: str | None,
     quiet: bool,
 ) -> None:
@@ -98,15 +136,17 @@ def run(
     """
     from rich.console import Console
 
+    from plait.executors.choice import Execution
     from plait.listeners import Display, Lines
     from plait.pipeline import load_pipeline
     from plait.runner import run_pipeline
 
+    execution = Execution(executor=executor, jobs=jobs, address=address, retries=retries, slurm=_pairs(slurm))
     checked = load_pipeline(pipeline, overrides)
     console = Console(stderr=True)
     display = None if quiet else Display(console) if console.is_terminal else Lines(console)
     try:
-        result = run_pipeline(checked, _store(store), out, jobs, device, [display] if display else [])
+        result = run_pipeline(checked, _store(store), out, execution, device, [display] if display else [])
     finally:
         if isinstance(display, Display):
             display.close()

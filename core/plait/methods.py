@@ -32,6 +32,11 @@ class Method:
     package: str | None
 
     @property
+    def full_name(self) -> str:
+        """``package/name``, or the path; leads to this method whatever else is installed."""
+        return f"{self.package}/{self.name}" if self.package else self.name
+
+    @property
     def arguments(self) -> dict[str, bool]:
         """The hook arguments that it takes (without ``run``) → whether they are required."""
         return arguments_of(self.cls, self.hook)

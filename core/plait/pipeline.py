@@ -19,11 +19,12 @@ from plait.each import EachError, Family, expanded, member_of
 from plait.errors import ConfigurationError, PipelineError, PlaitError, nearest
 from plait.hookspecs import HOOKS, hook_arguments, kinds_of
 from plait.methods import Method, find
+from plait.resources import Resources, parse_resources
 
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 TOP_KEYS = ("plait", "name", "description", "seed", "matrix", "steps")
-STEP_KEYS = ("each", "from", "with", "seed", "resources")
+STEP_KEYS = ("each", "from", "with", "seed", "resources", "keep")
 MAX_CELLS = 10_000
 
 
@@ -54,7 +55,8 @@ class Step:
     config: Mapping[str, Any]
     inputs: Mapping[str, Any]
     seed: int
-    resources: Mapping[str, Any]
+    resources: Resources
+    keep: bool
 
     def references(self) -> Iterator[Reference]:
         """All steps that this one takes something from."""
@@ -500,11 +502,14 @@ def _check_step(
         problems.add((*path, "seed"), f"step {name}: seed is {seed!r}; allowed is a whole number from 0 to 2**63 - 1")
         return None
     inputs = _check_inputs(name, hook, body.get("from"), cell, problems)
-    resources = body.get("resources") or {}
-    if not isinstance(resources, dict):
-        problems.add(
-            (*path, "resources"), f"step {name}: resources is {resources!r}; it is a mapping such as {{gpu: 1}}"
-        )
+    try:
+        resources = parse_resources(body.get("resources"))
+    except ValueError as error:
+        problems.add((*path, "resources"), f"step {name}: {error}")
+        return None
+    keep = body.get("keep", True)
+    if not isinstance(keep, bool):
+        problems.add((*path, "keep"), f"step {name}: keep is {keep!r}; allowed is true or false")
         return None
     method, instance = _check_method(name, hooks[0], hook, body, folder, problems)
     if method is None or inputs is None:
@@ -514,9 +519,8 @@ def _check_step(
         return None
     family = cell.families.get(cell.origin(name))
     labels = family.members[name.removeprefix(f"{family.name}.")] if family else {}
-    return Step(
-        name, cell.origin(name), labels, hook, method, instance, body.get("with") or {}, inputs, seed, resources
-    )
+    config = body.get("with") or {}
+    return Step(name, cell.origin(name), labels, hook, method, instance, config, inputs, seed, resources, keep)
 
 
 def _check_method(
@@ -669,7 +673,7 @@ def _order(steps: Mapping[str, Step], problems: _Problems) -> list[str]:
             f"steps form a cycle: {' → '.join(reversed(cycle))}; take one of these from another step",
         )
         return []
-    order: list[str] = []
+    order: dict[str, None] = {}
     todo = list(reversed(graph))
     # As in the file, but for steps that need a later one.
     while todo:
@@ -679,6 +683,5 @@ def _order(steps: Mapping[str, Step], problems: _Problems) -> list[str]:
             todo += reversed(missing)
         else:
             todo.pop()
-            if name not in order:
-                order.append(name)
-    return order
+            order[name] = None
+    return list(order)

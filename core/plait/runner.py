@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 import pluggy
@@ -17,7 +17,8 @@ from plait.calling import wrappers
 from plait.configuration import plain
 from plait.document import Document
 from plait.errors import PlaitError, located, sentence_of
-from plait.executors.local import InProcess, Processes
+from plait.executors import Executor
+from plait.executors.choice import Execution
 from plait.facts import lost_outputs
 from plait.hookspecs import RunEvents
 from plait.interrupts import Interrupts, interrupts
@@ -30,6 +31,8 @@ from plait.run_folder import make_folder, write_provenance
 from plait.scheduling import Progress
 from plait.store import Store
 from plait.work import Emit, Outcome, load_extras, load_result, make_job
+
+ONE_PROCESS = Execution()
 
 
 @attrs.frozen
@@ -68,9 +71,10 @@ def run(
     *,
     store: Path | str | None = None,
     out: Path | str = "runs",
-    jobs: int = 1,
+    jobs: int | Literal["auto"] = 1,
     device: str | None = None,
     listeners: Sequence[Any] = (),
+    execution: Execution | None = None,
 ) -> Result:
     """Run a pipeline file; steps whose results are in the store are not run again.
 
@@ -79,9 +83,10 @@ def run(
         overrides: ``path.to.field=value`` each.
         store: folder of the store; default ``PLAIT_STORE``, else ``.plait``.
         out: where the run's folder is made.
-        jobs: number of processes over independent steps.
+        jobs: number of processes over independent steps, or ``auto``.
         device: a torch device; default CUDA where there is one.
         listeners: objects with run events (:class:`plait.hookspecs.RunEvents`).
+        execution: another executor than processes of this machine, see :class:`plait.executors.choice.Execution`.
 
     Raises:
         PipelineError: the pipeline is wrong; nothing has been run.
@@ -89,11 +94,17 @@ def run(
         KeyboardInterrupt: Ctrl-C or SIGTERM; what is finished is kept, and in the report.
     """
     pipeline = load_pipeline(path, overrides)
-    return run_pipeline(pipeline, Store(Path(store).absolute() if store else None), Path(out), jobs, device, listeners)
+    place = Store(Path(store).absolute() if store else None)
+    return run_pipeline(pipeline, place, Path(out), execution or Execution(jobs=jobs), device, listeners)
 
 
 def run_pipeline(
-    pipeline: Pipeline, store: Store, out: Path, jobs: int = 1, device: str | None = None, listeners: Sequence[Any] = ()
+    pipeline: Pipeline,
+    store: Store,
+    out: Path,
+    execution: Execution = ONE_PROCESS,
+    device: str | None = None,
+    listeners: Sequence[Any] = (),
 ) -> Result:
     """As :func:`run`, for a checked pipeline."""
     plan = make_plan(pipeline)
@@ -116,7 +127,7 @@ def run_pipeline(
             asked.check()
             emit(name, **facts)
 
-        executor = Processes(jobs, emit_and_heed) if jobs > 1 else InProcess(emit_and_heed)
+        executor = execution.start(emit_and_heed, plan, store, folder)
         emit("run_started", folder=folder, pipeline=plain(pipeline.data), steps=[task.label for task in plan.tasks])
         progress = _progress(plan, store, emit)
         ended_by: KeyboardInterrupt | None = None
@@ -200,17 +211,20 @@ def _progress(plan: Plan, store: Store, emit: Emit) -> Progress:
 
 
 def _carry_out_all(
-    progress: Progress, pipeline: Pipeline, store: Store, executor: InProcess | Processes, emit: Emit, asked: Interrupts,
+    progress: Progress, pipeline: Pipeline, store: Store, executor: Executor, emit: Emit, asked: Interrupts,
     device: str | None,
 ) -> None:  # fmt: skip
     """Run every task as soon as those that it needs are done."""
     for task in progress.settled:
         store.touch(task.key)
         emit("step_cached", step=task.label, key=task.key)
+    for task in progress.no_longer_needed:
+        store.drop(task.key)
     running = 0
+
     while not progress.is_over:
         asked.check()
-        while executor.has_room() and (ready := progress.next_ready()) is not None:
+        while (ready := progress.next_ready(executor.has_room_for)) is not None:
             executor.submit(make_job(ready, pipeline.folder, store, device))
             running += 1
         if not running:
@@ -230,6 +244,8 @@ def _record(progress: Progress, outcome: Outcome, store: Store, emit: Emit) -> N
             sys.stderr.write(outcome.details)
         return
     progress.finish(task)
+    for used_up in progress.used_up_by(task):
+        store.drop(used_up.key)
     if outcome.cached:
         emit("step_cached", step=task.label, key=task.key)
         return
@@ -238,7 +254,7 @@ def _record(progress: Progress, outcome: Outcome, store: Store, emit: Emit) -> N
 
 
 def _reports_of(task: Task, store: Store) -> list[Report]:
-    if not store.has(task.key):
+    if store.entry(task.key) is None:
         return []
     own = [load_result(Input(task.key, (), task.label), store)] if task.step.hook == "evaluate" else []
     return [*own, *load_extras(task.key, store)]

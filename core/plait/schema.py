@@ -17,6 +17,16 @@ from plait.hookspecs import HOOKS, hook_arguments
 from plait.methods import find
 from plait.pipeline import FORMAT, NAME
 
+INTERPOLATION = {"type": "string", "pattern": r"\$\{.*\}"}
+RESOURCES = {
+    "type": "object",
+    "properties": {
+        "gpu": {"anyOf": [{"type": "integer", "minimum": 0}, INTERPOLATION]},
+        "cpu": {"anyOf": [{"type": "number", "minimum": 0}, INTERPOLATION]},
+        "memory": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+    },
+    "additionalProperties": False,
+}
 REFERENCE = {
     "anyOf": [
         {"type": "string"},
@@ -24,7 +34,6 @@ REFERENCE = {
         {"type": "object", "additionalProperties": {"$ref": "#/$defs/reference"}},
     ]
 }
-INTERPOLATION = {"type": "string", "pattern": r"\$\{.*\}"}
 
 
 def pipeline_schema() -> dict[str, Any]:
@@ -49,7 +58,7 @@ def pipeline_schema() -> dict[str, Any]:
                 "additionalProperties": False,
             },
         },
-        "$defs": {"reference": REFERENCE, "step": {"oneOf": steps}},
+        "$defs": {"reference": REFERENCE, "resources": RESOURCES, "step": {"oneOf": steps}},
     }
 
 
@@ -68,7 +77,8 @@ def _step(hook: str) -> dict[str, Any]:
             "from": {"type": "object", "properties": arguments, "additionalProperties": False},
             "with": {"type": "object"},
             "seed": {"anyOf": [{"type": "integer", "minimum": 0}, INTERPOLATION]},
-            "resources": {"type": "object"},
+            "resources": {"$ref": "#/$defs/resources"},
+            "keep": {"anyOf": [{"type": "boolean"}, INTERPOLATION]},
         },
     }
     return {**step, "allOf": rules} if rules else step

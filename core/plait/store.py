@@ -29,6 +29,7 @@ from filelock import SoftFileLease, Timeout
 from plait.errors import StoreError, unwritable
 
 META = "meta.json"
+ARTIFACT = "artifact"  # the folder of the result itself in what is stored
 KEY = re.compile(r"[0-9a-f]{64}")
 # A holder that has died on this host is seen at once; one on another host when it has not stirred for so long.
 LEASE_SECONDS = 60.0
@@ -48,6 +49,11 @@ class Entry:
     key: str
     folder: Path
     meta: dict[str, Any]
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether only what is around the result is left, see :meth:`Store.drop`."""
+        return bool(self.meta.get("dropped"))
 
     @property
     def size(self) -> int:
@@ -71,7 +77,8 @@ class Store:
 
     def has(self, key: str) -> bool:
         """Whether a complete result is there: its files exist in the sizes they were written with."""
-        return self.entry(key) is not None
+        entry = self.entry(key)
+        return entry is not None and not entry.is_dropped
 
     def entry(self, key: str) -> Entry | None:
         """The stored result, or ``None``."""
@@ -157,6 +164,23 @@ class Store:
             _remove(self.root / "scratch" / key)
         return Entry(key, self.folder(key), meta)
 
+    def drop(self, key: str) -> None:
+        """Delete a result that nothing needs any more, and keep what is stored around it (for reports).
+
+        It stays where another run, on any host, is going to need it.
+        """
+        entry = self.entry(key)
+        if entry is None or sum(key in keys for keys in self._keys_of_runs()) > 1:
+            return
+        with self.lock(key), self._explained():
+            files = {name: fact for name, fact in entry.meta["files"].items() if not name.startswith(f"{ARTIFACT}/")}
+            os.chmod(entry.folder, 0o755)
+            unfinished = entry.folder / f"{META}.new"
+            _write_synced(unfinished, json.dumps({**entry.meta, "files": files, "dropped": True}, indent=1))
+            os.replace(unfinished, entry.folder / META)
+            _remove(entry.folder / ARTIFACT)
+            _protect(entry.folder)
+
     def touch(self, key: str) -> None:
         """Remember that a result was used now, for :meth:`collect`."""
         with contextlib.suppress(OSError):
@@ -180,7 +204,7 @@ class Store:
         count = freed = 0
         limit = time.time() - older_than
         with self._explained():
-            needed = self._needed_by_runs()
+            needed = set().union(*self._keys_of_runs())
             for folder in [*self._folders("objects/*/*"), *self._folders("scratch/*")]:
                 used = _last_used(folder)
                 if used is None or used > limit or folder.name in needed:
@@ -205,22 +229,24 @@ class Store:
         found = self.root.glob(pattern)
         return sorted(path for path in found if KEY.fullmatch(path.name.partition("-")[0]) and path.is_dir())
 
-    def _needed_by_runs(self) -> set[str]:
-        needed: set[str] = set()
+    def _keys_of_runs(self) -> list[set[str]]:
+        """The keys that each running pipeline needs; what runs that were killed left is swept."""
+        found = []
         for file in (self.root / "runs").glob("*.json"):
             lock = file.with_suffix(".lock")
+            lease = self._lease("runs", file.stem)
             try:
-                keys = json.loads(file.read_text(encoding="utf-8"))
-                self._lease("runs", file.stem).acquire(timeout=0)
+                keys = set(json.loads(file.read_text(encoding="utf-8")))
+                lease.acquire(timeout=0)
             except Timeout:
                 if not _is_abandoned(lock):
-                    needed.update(keys)
+                    found.append(keys)
                 continue
-            except (OSError, ValueError):  # it has just ended
+            except (OSError, ValueError):  # it has just ended, or is not the store's
                 continue
-            file.unlink(missing_ok=True)  # the run was killed
-            lock.unlink(missing_ok=True)
-        return needed
+            file.unlink(missing_ok=True)
+            lease.release()
+        return found
 
     @contextlib.contextmanager
     def _if_free(self, key: str) -> Iterator[bool]:
