@@ -85,7 +85,7 @@ def _start(seeds: str, store: Path, jobs: int, log: Path) -> subprocess.Popen[by
 
 
 def _checksums(store: Path) -> dict[str, dict[str, str]]:
-    return {e.key: {name: fact["sha256"] for name, fact in e.meta["files"].items()} for e in Store(store).entries()}
+    return {e.key: {name: fact["xxh3"] for name, fact in e.meta["files"].items()} for e in Store(store).entries()}
 
 
 @pytest.mark.slow
