@@ -7,7 +7,6 @@ are adversarial; text retrieval (TR) ranks captions for every image, image retri
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -360,12 +359,10 @@ def retrieve(
 
     images = torch.cat(list(image_features(model, batches(), precision=precision)))
     texts = text_features(model, gallery.captions, precision=precision)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        ranks = ranks_by_model(
-            model, batches, images, texts, gallery.captions, gallery.owner, Path(scratch),
-            candidates=candidates, precision=precision,
-        )  # fmt: skip
+    ranks = ranks_by_model(
+        model, batches, images, texts, gallery.captions, gallery.owner, folder,
+        candidates=candidates, precision=precision,
+    )  # fmt: skip
     return Retrieval(images, texts, *ranks)
 
 
