@@ -172,6 +172,10 @@ class FeatureSet:
         described = [attrs.asdict(activation) for activation in self.activations]
         return fingerprint(described, self.rows, self._source.fingerprint())
 
+    def difference(self, other: FeatureSet) -> str:
+        """Why rows of another set cannot stand beside these, in a few words: names, shapes, dtypes, origins; else nothing."""
+        return _of_activations(self.activations, other.activations)
+
     def read(self, names: Sequence[str] | None = None, rows: slice | Sequence[int] | None = None) -> dict[str, Tensor]:
         """The values of some rows: name → [n, C, H, W] or [n, C], on the CPU.
 
@@ -241,7 +245,7 @@ def append(*sets: FeatureSet) -> FeatureSet:
     if not sets:
         raise ValueError("append was given no feature set")
     for number, other in enumerate(sets[1:], start=2):
-        if difference := _difference(sets[0], other):
+        if difference := sets[0].difference(other):
             raise ValueError(f"feature sets 1 and {number} cannot be mixed: {difference}")
     rows = datasets.concatenate_datasets([one.rows for one in sets])
     starts = np.cumsum([0, *(len(one) for one in sets)]).tolist()
@@ -281,6 +285,7 @@ def write_features(
     dtype: torch.dtype | None = None,
     inputs: Any = (),
     description: str = "features",
+    shard_bytes: int = SHARD_BYTES,
 ) -> FeatureSet:
     """Compute features of a dataset batch by batch into files below ``run.folder``; goes on where a killed run stopped.
 
@@ -292,6 +297,7 @@ def write_features(
             and shapes every time. It must depend on the rows alone, not on how they are batched.
         dtype: of the files; default: as computed.
         inputs: what else the features are computed from (the model), as in :meth:`plait.Run.loop`.
+        shard_bytes: values that are held before they are written.
 
     Raises:
         ValueError: there are no rows; batches of different names or shapes; values that ``dtype`` cannot hold.
@@ -302,7 +308,7 @@ def write_features(
     made_of = fingerprint(
         type(method).__module__, method, run.seed, run.step, description, attrs.asdict(origin), data, inputs, str(dtype)
     )
-    writer = FeatureWriter(run.folder / f"features-{made_of[:16]}", data, origin, dtype=dtype)
+    writer = FeatureWriter(run.folder / f"features-{made_of[:16]}", data, origin, dtype=dtype, shard_bytes=shard_bytes)
     run.progress(description, writer.done, len(data))
     for start in range(writer.done, len(data), batch_size):
         stop = min(start + batch_size, len(data))
@@ -763,10 +769,6 @@ def _described(tensors: Mapping[str, Tensor], rows: int, origin: Origin) -> tupl
         dtype = str(tensor.dtype).removeprefix("torch.")
         found.append(Activation(name, tensor.shape[1], height, width, dtype, origin))
     return tuple(found)
-
-
-def _difference(one: FeatureSet, other: FeatureSet) -> str:
-    return _of_activations(one.activations, other.activations)
 
 
 def _of_activations(one: Sequence[Activation], other: Sequence[Activation]) -> str:
