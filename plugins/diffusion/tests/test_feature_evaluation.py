@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from plait import Run
 from plait.testing import conformance
-from plait_diffusion import FeatureSet, Origin
+from plait_diffusion import FeatureSet, Origin, mask_tensors
 from plait_diffusion.correspondence import (
     Aggregation,
     Pair,
@@ -30,7 +30,6 @@ from plait_diffusion.features_plugin import (
     FeatureProbe,
     FeatureSegmentation,
     SPair,
-    mask_tensors,
 )
 from plait_diffusion.probe import draws, probe
 from plait_diffusion.segmentation import (
@@ -116,6 +115,10 @@ def test_features_of_two_kinds_are_no_training_and_test(tmp_path):
     other = FeatureSet.of_tensors(features.rows, features.read(), Origin(model="toy", timestep=50))
     with pytest.raises(ValueError, match=r"'features' of data and of reference .* timestep is None in one and 50"):
         FeatureProbe().evaluate(features, other, Run(folder=tmp_path))
+    again = FeatureSet.of_tensors(features.rows, features.read(), Origin(model="toy", seed=1))
+    assert FeatureProbe(num_labels=20, repeats=1).evaluate(features, again, Run(folder=tmp_path)), (
+        "another draw of noise"
+    )
     with pytest.raises(ValueError, match="data has a and reference b; give the same names"):
         FeatureProbe().evaluate({"a": features}, {"b": features}, Run(folder=tmp_path))
     with pytest.raises(ValueError, match="baseline is 'b'; the sets are a"):

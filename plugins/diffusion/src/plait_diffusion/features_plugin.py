@@ -12,7 +12,6 @@ import attrs
 import datasets
 import numpy as np
 import torch
-from PIL import Image as Picture
 from plait import Report, Run, hookimpl
 from plait.fields import field, in_range
 from plait.report import Curve, Image, Panel, png
@@ -20,7 +19,7 @@ from plait_vision import write_rows
 from torch import Tensor
 
 from plait_diffusion import correspondence, probe, segmentation, spair
-from plait_diffusion.feature_sets import FeatureSet
+from plait_diffusion.feature_sets import FeatureSet, mask_tensors
 
 _WHOLE = 256  # rows read at a time
 
@@ -402,27 +401,6 @@ class _ImageFeatures:
         return rows[self._places[name]]["image"] if "image" in rows.column_names else None
 
 
-def mask_tensors(rows: datasets.Dataset, column: str, side: int) -> Tensor:
-    """Masks of some rows, int64 [N, side, side], resized to the nearest pixel.
-
-    Raises:
-        ValueError: there is no such column; a mask is in colour.
-    """
-    if column not in rows.column_names:
-        raise ValueError(f"the features' rows have no column {column!r} with masks but {', '.join(rows.column_names)}")
-    masks = []
-    for number, mask in enumerate(rows.with_format(None).select_columns(column)[:][column]):
-        levels = np.asarray(mask)
-        if levels.ndim != 2 or levels.dtype.kind not in "iub":
-            raise ValueError(
-                f"mask of row {number} has shape {list(levels.shape)} and type {levels.dtype}; a picture of one channel whose"
-                " levels are class numbers is needed"
-            )
-        picture = Picture.fromarray(levels.astype(np.int32))
-        masks.append(np.asarray(picture.resize((side, side), Picture.Resampling.NEAREST)))
-    return torch.from_numpy(np.stack(masks).astype(np.int64))
-
-
 def _sets_and_training(data: Any, reference: Any) -> tuple[dict[str, FeatureSet], dict[str, FeatureSet]]:
     """The sets by name, and those to train on under the same names (none without a reference)."""
     sets = _named(data, "data")
@@ -436,7 +414,7 @@ def _sets_and_training(data: Any, reference: Any) -> tuple[dict[str, FeatureSet]
                 f"the sets of {what} have different numbers of rows ({lengths}); extract them from one dataset"
             )
     for name, train in training.items():
-        if difference := sets[name].difference(train):
+        if difference := sets[name].difference(train, seeds=False):
             raise ValueError(
                 f"features {name!r} of data and of reference were extracted in different ways: {difference}"
             )
