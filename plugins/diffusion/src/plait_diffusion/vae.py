@@ -39,7 +39,8 @@ def encode(vae: nn.Module | None, images: Tensor) -> Moments:
     vae = _in_needed_precision(vae)
     out = vae.encode(images.to(next(vae.parameters()).dtype))
     if hasattr(out, "latent_dist"):
-        return Moments(out.latent_dist.mean, out.latent_dist.logvar)
+        # Contiguous, as they come from the cache: convolutions give other last bits for other layouts.
+        return Moments(out.latent_dist.mean.contiguous(), out.latent_dist.logvar.contiguous())
     return Moments(out.latents, None)
 
 
