@@ -132,6 +132,8 @@ def test_restorations_depend_on_names_and_not_on_places(example, trained):
     assert tiled[0].shape == whole[0].shape
     with pytest.raises(ValueError, match="a stride above the tile"):
         RestoreWeather(tile=8)
+    seeded = [images(RestoreWeather(first_seed=0).restore(trained, data, Run(seed=seed))) for seed in (0, 1)]
+    assert np.array_equal(seeded[0][1], seeded[1][1])
     splits = RestoreWeather().restore(trained, {"a": data, "b": data}, Run())
     assert set(splits) == {"a", "b"}
 
@@ -139,7 +141,7 @@ def test_restorations_depend_on_names_and_not_on_places(example, trained):
 def test_saved_folders(trained, tmp_path):
     trained.save_pretrained(tmp_path / "model")
     again = LoadWeatherRestorer(path=tmp_path / "model").load_model(Run())
-    assert torch.equal(again.restore(torch.ones(3, 8, 8), 0), trained.restore(torch.ones(3, 8, 8), 0))
+    assert torch.equal(again.restore(torch.ones(1, 3, 8, 8), [0]), trained.restore(torch.ones(1, 3, 8, 8), [0]))
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         LoadWeatherRestorer(path=tmp_path).load_model(Run())
 

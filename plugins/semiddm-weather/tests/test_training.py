@@ -103,8 +103,8 @@ def test_baselines_with_other_networks(architecture):
     networks = replace(SMALL, kind=architecture, base_channels=8, patch_size=8)
     model = train("supervised", architecture=networks).model
     assert model.discriminator is None
-    found = model.restore(torch.rand(3, 10, 13), seed=0, num_samples=2)
-    assert found.shape == (2, 3, 10, 13)
+    found = model.restore(torch.rand(2, 3, 10, 13), [0, 1], num_samples=2)
+    assert found.shape == (2, 2, 3, 10, 13)
     with pytest.raises(ValueError, match="is trained by supervised alone"):
         train("semiddm", architecture=networks)
 
@@ -257,10 +257,10 @@ def test_saved_and_loaded_it_restores_to_the_same_bits(started, tmp_path):
     started.save_pretrained(tmp_path)
     again = WeatherRestorer.from_pretrained(tmp_path)
     assert same(again, started)
-    image = torch.rand(3, 9, 14)
+    image = torch.rand(1, 3, 9, 14)
     for weights in ("student", "teacher"):
-        assert torch.equal(again.restore(image, 3, weights=weights), started.restore(image, 3, weights=weights))
-    assert torch.equal(again.score(image[None]), started.score(image[None]))
+        assert torch.equal(again.restore(image, [3], weights=weights), started.restore(image, [3], weights=weights))
+    assert torch.equal(again.score(image), started.score(image))
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
 
@@ -278,39 +278,40 @@ def test_folders_without_a_model_are_refused(tmp_path, started):
 
 @pytest.mark.parametrize("shape", [(2, 2), (3, 7), (16, 16), (5, 64)])
 def test_any_size_comes_back(started, shape):
-    assert started.restore(torch.rand(3, *shape), seed=0).shape == (1, 3, *shape)
+    assert started.restore(torch.rand(1, 3, *shape), [0]).shape == (1, 1, 3, *shape)
     assert all(side % 8 == 0 for side in pad_to_multiple(torch.rand(1, 3, *shape), 8).shape[-2:])
     with pytest.raises(ValueError, match="1×4 pixels; 2×2 is the least"):
-        started.restore(torch.rand(3, 1, 4), seed=0)
+        started.restore(torch.rand(1, 3, 1, 4), [0])
 
 
 def test_a_new_network_with_a_residual_head_gives_the_image_back():
-    image = torch.rand(3, 12, 20)
-    assert torch.allclose(WeatherRestorer(SMALL).restore(image, seed=0)[0], image, atol=1e-4)
+    image = torch.rand(1, 3, 12, 20)
+    assert torch.allclose(WeatherRestorer(SMALL).restore(image, [0])[0], image, atol=1e-4)
 
 
 def test_samples_differ_and_their_mean_is_better_than_they_are(started):
-    degraded, clean = LABELLED[0]
-    samples = started.restore(degraded, seed=4, num_samples=5, batch_size=2)
-    assert samples.shape == (5, 3, 16, 16)
-    assert len({tuple(sample.flatten().tolist()) for sample in samples}) == 5
-    assert torch.allclose(samples, started.restore(degraded, seed=4, num_samples=5), atol=1e-5)
-    assert torch.allclose(samples[:2], started.restore(degraded, seed=4, num_samples=2), atol=1e-5)
-    assert not torch.equal(samples[:1], started.restore(degraded, seed=5))
-    errors = (samples - clean).square().mean(dim=(1, 2, 3))
-    assert (samples.mean(dim=0) - clean).square().mean() <= errors.mean() + 1e-9
+    degraded, clean = (torch.stack([LABELLED[row][place] for row in (0, 1)]) for place in (0, 1))
+    samples = started.restore(degraded, [4, 5], num_samples=5, batch_size=3)
+    assert samples.shape == (5, 2, 3, 16, 16)
+    assert len({tuple(sample.flatten().tolist()) for sample in samples[:, 0]}) == 5
+    assert torch.allclose(samples, started.restore(degraded, [4, 5], num_samples=5), atol=1e-5)
+    assert torch.allclose(samples[:2, :1], started.restore(degraded[:1], [4], num_samples=2), atol=1e-5)
+    assert not torch.equal(samples[:1, :1], started.restore(degraded[:1], [5]))
+    errors = (samples - clean).square().mean(dim=(2, 3, 4))
+    assert ((samples.mean(dim=0) - clean).square().mean(dim=(1, 2, 3)) <= errors.mean(dim=0) + 1e-9).all()
+    with pytest.raises(ValueError, match="1 seeds for 2 images"):
+        started.restore(degraded, [1])
 
 
 def test_tiles_cover_the_image_and_each_has_noise_of_its_own(started):
-    image = torch.rand(3, 20, 26)
-    tiled = started.restore(image, seed=1, tile=16, stride=5, num_samples=2)
-    assert tiled.shape == (2, 3, 20, 26)
-    assert torch.allclose(
-        tiled, started.restore(image, seed=1, tile=16, stride=5, num_samples=2, batch_size=3), atol=1e-5
-    )
-    averaged = started.restore(image, seed=1, tile=16, stride=5, average=True)
-    assert averaged.shape == (1, 3, 20, 26)
-    identity = WeatherRestorer(SMALL).restore(image, seed=1, tile=16, stride=5)
+    image = torch.rand(1, 3, 20, 26)
+    options = {"tile": 16, "stride": 5, "num_samples": 2}
+    tiled = started.restore(image, [1], **options)
+    assert tiled.shape == (2, 1, 3, 20, 26)
+    assert torch.allclose(tiled, started.restore(image, [1], **options, batch_size=3), atol=1e-5)
+    averaged = started.restore(image, [1], tile=16, stride=5, average=True)
+    assert averaged.shape == (1, 1, 3, 20, 26)
+    identity = WeatherRestorer(SMALL).restore(image, [1], tile=16, stride=5)
     assert torch.allclose(identity[0], image, atol=1e-4)
 
 

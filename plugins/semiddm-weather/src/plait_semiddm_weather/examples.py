@@ -36,8 +36,8 @@ def _weather(photo: str) -> Dataset:
 
 def _restored(model: Any) -> torch.Tensor:
     """What a model makes of a few pixels."""
-    image = torch.rand(3, 9, 12, generator=torch.Generator().manual_seed(0))
-    found: torch.Tensor = model.restore(image, seed=0)
+    image = torch.rand(1, 3, 9, 12, generator=torch.Generator().manual_seed(0))
+    found: torch.Tensor = model.restore(image, [0])
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,8 +95,8 @@ class WeatherRestorer(nn.Module):
 
     def restore(
         self,
-        image: Tensor,
-        seed: int,
+        images: Tensor,
+        seeds: Sequence[int],
         *,
         num_samples: int = 1,
         weights: Weights = "teacher",
@@ -105,27 +105,48 @@ class WeatherRestorer(nn.Module):
         average: bool = False,
         batch_size: int = 16,
     ) -> Tensor:
-        """Samples of one image, ``[3, H, W]`` in [0, 1] → ``[num_samples, 3, H, W]``.
+        """Samples of images, ``[B, 3, H, W]`` in [0, 1] → ``[num_samples, B, 3, H, W]``.
 
-        Sample k depends on ``seed`` and k only. With ``tile``, each tile is sampled by itself and blended.
+        Args:
+            seeds: one an image; sample k of an image depends on its seed and on k only.
+            tile: side of tiles, each of which is sampled by itself, ``stride`` pixels apart and blended with Hann
+                weights (or the plain ``average``); ``None``, or not smaller than the image: the whole at once.
+            batch_size: images or tiles that go through the network together.
         """
-
-        def parts(seeds: list[int], images: Tensor) -> Tensor:
-            return self.sample(images, _generators(seeds), weights)
-
-        def tiled(number: int) -> Tensor:
-            def one(tiles: Tensor, numbers: list[int]) -> Tensor:
-                return parts([derived_seed(seed, number, n) for n in numbers], tiles)
-
-            assert tile is not None
-            return restore_tiled(one, image, tile, stride, average=average, batch_size=batch_size)
-
+        if len(seeds) != len(images):
+            raise ValueError(f"there are {len(seeds)} seeds for {len(images)} images; give one an image")
+        numbers = [(number, row) for number in range(num_samples) for row in range(len(images))]
         with torch.inference_mode():
-            if tile is not None and tile < max(image.shape[1:]):
-                return torch.stack([tiled(number) for number in range(num_samples)])
-            seeds = [derived_seed(seed, number) for number in range(num_samples)]
-            chunks = [seeds[start : start + batch_size] for start in range(0, num_samples, batch_size)]
-            return torch.cat([parts(chunk, image.expand(len(chunk), -1, -1, -1)) for chunk in chunks])
+            if tile is None or tile >= max(images.shape[-2:]):
+                parts = []
+                for start in range(0, len(numbers), batch_size):
+                    chunk = numbers[start : start + batch_size]
+                    random = _generators([derived_seed(seeds[row], number) for number, row in chunk])
+                    parts.append(self.sample(images[[row for _, row in chunk]], random, weights))
+                restored = torch.cat(parts)
+            else:
+                restored = torch.stack(
+                    [
+                        self._tiled(images[row], (seeds[row], number), weights, tile, stride, average, batch_size)
+                        for number, row in numbers
+                    ]
+                )
+        return restored.unflatten(0, (num_samples, len(images)))
+
+    def _tiled(
+        self,
+        image: Tensor,
+        seed: tuple[int, int],
+        weights: Weights,
+        tile: int,
+        stride: int,
+        average: bool,
+        batch_size: int,
+    ) -> Tensor:
+        def one(tiles: Tensor, numbers: list[int]) -> Tensor:
+            return self.sample(tiles, _generators([derived_seed(*seed, number) for number in numbers]), weights)
+
+        return restore_tiled(one, image, tile, stride, average=average, batch_size=batch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """One restoration by the teacher with fixed noise: ``[B, 3, H, W]`` → the same, differentiable."""

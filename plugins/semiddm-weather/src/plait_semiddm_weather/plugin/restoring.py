@@ -49,6 +49,11 @@ class RestoreWeather:
     stride: int = field(16, "pixels from tile to tile", in_range(1))
     average: bool = field(False, "plain average where tiles overlap, as released, instead of Hann weights")
     batch_size: int = field(16, "samples or tiles at a time", in_range(1))
+    first_seed: int | None = field(
+        None,
+        "image i, counted over all splits, draws with seed first_seed + i; without it, from run and name",
+        in_range(0),
+    )
     keep_float: bool = field(False, "also store unrounded images, which psnr-ssim with rounding: false then scores")
 
     def __attrs_post_init__(self) -> None:
@@ -63,27 +68,43 @@ class RestoreWeather:
         before = model.device
         network = model.to(run.device)
         try:
-            return over_splits(data, lambda dataset, split: self._restored(network, dataset, split, run))
+            earlier = 0
+
+            def restored(dataset: Dataset, split: str) -> Dataset:
+                nonlocal earlier
+                offset, earlier = earlier, earlier + len(dataset)
+                return self._restored(network, dataset, split, offset, run)
+
+            return over_splits(data, restored)
         finally:
             model.to(before)
 
-    def _restored(self, model: WeatherRestorer, dataset: Dataset, split: str, run: Run) -> Dataset:
+    def _restored(self, model: WeatherRestorer, dataset: Dataset, split: str, offset: int, run: Run) -> Dataset:
         labels = names(dataset)
 
+        def seed(row: int) -> int:
+            if self.first_seed is not None:
+                return self.first_seed + offset + row
+            return run.derived_seed(f"{split}/{labels[row]}")
+
         def results() -> Iterator[Tensor]:
-            images = (image for _, batch in read_batches(dataset, "image", 1) for image in batch)
-            for row, image in enumerate(run.track(images, f"images {split}".strip(), total=len(dataset))):
-                samples = self._samples(model, image, labels[row], run.derived_seed(f"{split}/{labels[row]}"))
-                chosen = samples.mean(dim=0) if self.reduce == "mean" else samples[0]
-                yield torch.cat([chosen[None], samples]) if self.num_samples > 1 else chosen
+            rows = _of_one_size(dataset, max(1, self.batch_size // self.num_samples))
+            done = 0
+            for numbers, images in rows:
+                samples = self._samples(model, images, [labels[n] for n in numbers], [seed(n) for n in numbers])
+                for image in samples.transpose(0, 1):
+                    chosen = image.mean(dim=0) if self.reduce == "mean" else image[0]
+                    yield torch.cat([chosen[None], image]) if self.num_samples > 1 else chosen
+                done += len(numbers)
+                run.progress(f"images {split}".strip(), done, len(dataset))
 
         return write_images(run, dataset, results(), keep_float=self.keep_float, num_samples=self.num_samples)
 
-    def _samples(self, model: WeatherRestorer, image: Tensor, name: str, seed: int) -> Tensor:
+    def _samples(self, model: WeatherRestorer, images: Tensor, labels: list[str], seeds: list[int]) -> Tensor:
         try:
             samples = model.restore(
-                to_float(image).to(model.device),
-                seed,
+                images.to(model.device),
+                seeds,
                 num_samples=self.num_samples,
                 weights=self.weights,
                 tile=self.tile,
@@ -92,7 +113,21 @@ class RestoreWeather:
                 batch_size=self.batch_size,
             )
         except torch.OutOfMemoryError as error:
-            raise ValueError(f"image {name}: out of memory; set tile, or lower it or batch_size") from error
+            raise ValueError(f"image {labels[0]}: out of memory; set tile, or lower it or batch_size") from error
         except ValueError as error:
-            raise ValueError(f"image {name}: {error}") from error
+            raise ValueError(f"image {labels[0]}: {error}") from error
         return samples.cpu()
+
+
+def _of_one_size(dataset: Dataset, most: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Row numbers and images ``[B, 3, H, W]`` in the rows' order, B at most ``most``."""
+    numbers: list[int] = []
+    held: list[Tensor] = []
+    for rows, images in read_batches(dataset, "image", 1):
+        if held and (len(held) == most or images[0].shape != held[0].shape):
+            yield numbers, torch.stack(held)
+            numbers, held = [], []
+        numbers += rows
+        held.append(to_float(images[0]))
+    if held:
+        yield numbers, torch.stack(held)

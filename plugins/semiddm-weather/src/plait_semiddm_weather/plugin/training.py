@@ -225,8 +225,8 @@ class TrainWeatherRestorer:
                 line.append(("bank", result.bank.get(torch.tensor([row]))[0]))
             seed = run.derived_seed(f"panel/{row}")
             line += [
-                ("student", result.model.restore(image, seed, weights="student")[0]),
-                ("teacher", result.model.restore(image, seed, weights="teacher")[0]),
+                ("student", result.model.restore(image[None], [seed], weights="student")[0, 0]),
+                ("teacher", result.model.restore(image[None], [seed], weights="teacher")[0, 0]),
             ]
             if (truth := images.truth(row)) is not None:
                 line.append(("target", truth))
