@@ -180,10 +180,14 @@ def candidate_pool(denoiser: nn.Module) -> tuple[str, ...]:
 
     For transformers there is no published rule; see :func:`heuristic_set`.
     """
-    ids = list(official_ids(denoiser))
-    up = [name for name in ids if place_of(name).stage == "up"]
+    return pool_of_names(official_ids(denoiser)) if hasattr(denoiser, "up_blocks") else heuristic_set(denoiser)
+
+
+def pool_of_names(names: Iterable[str]) -> tuple[str, ...]:
+    """As :func:`candidate_pool`, of the official ids of a U-Net; none of other names."""
+    up = [name for name in names if place_of(name).stage == "up"]
     if not up:
-        return heuristic_set(denoiser)
+        return ()
     levels = max(place_of(name).level or 0 for name in up) + 1
     with_vit = {place_of(name).level for name in up if "-vit-" in name}
     late = (levels - 2, max(place_of(name).repeat or 0 for name in up))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from plait_gdf.gdf import (
     gdf,
     layers_of,
     noise_report,
+    pool_of_names,
     rank_activations,
     seed_of_draw,
     stored,
@@ -383,10 +385,13 @@ class ActivationRanking:
     ``data`` is a labelled feature set of training images, ``reference`` one of test images.
     """
 
-    candidates: tuple[str, ...] | None = field(None, "activations to choose from; default: all of the features")
+    candidates: tuple[str, ...] | None = field(
+        None,
+        "activations to choose from, globs too; default: those of the features that the three properties leave over",
+    )
     against: dict[str, tuple[str, ...]] = field(attrs.Factory(dict), "name → activations of a set to compare with")
     singles: dict[str, tuple[str, ...]] = field(
-        attrs.Factory(dict), "name → activations of which the best alone is compared with"
+        attrs.Factory(dict), "name → activations, globs too, of which the best alone is compared with"
     )
     num_labels: int = field(200, "labelled images that a probe learns from", in_range(2))
     num_validation: int = field(300, "further images that candidates are scored on", in_range(1))
@@ -423,8 +428,12 @@ class ActivationRanking:
         sizes = {name: (train[name].shape[-1], train[name].shape[0]) for name in names}
         ranking = rank_activations(sizes, {"validation": on_validation})
         chosen = choose(ranking, self.max_channels)
-        sets = {"chosen": chosen, **{name: tuple(several) for name, several in self.against.items()}}
-        for name, several in self.singles.items():
+        sets = {
+            "chosen": chosen,
+            **{name: _matching(train, several, "against") for name, several in self.against.items()},
+        }
+        for name, patterns in self.singles.items():
+            several = _matching(train, patterns, "singles")
             scores = {
                 one: linear_probe(pooled[one][fit], labels[fit], pooled[one][hold], labels[hold], self.strength)
                 for one in several
@@ -433,7 +442,7 @@ class ActivationRanking:
         rows: list[dict[str, Any]] = []
         for name, several in sets.items():
             channels = sum(pooled[one].shape[1] for one in several)
-            rows.append({"set": name, "test accuracy": 100 * on_test(several), "channels": float(channels)})
+            rows.append({"activations": name, "test accuracy, %": 100 * on_test(several), "channels": float(channels)})
         notes = [f"chosen of {len(names)}: {', '.join(chosen)}", _best_of_each_side(ranking)]
         return Report(
             rows=rows,
@@ -443,11 +452,24 @@ class ActivationRanking:
         )
 
     def _candidates(self, features: FeatureSet) -> list[str]:
-        wanted = features.names if self.candidates is None else self.candidates
-        missing = [name for name in wanted if name not in features.names]
-        if missing:
-            raise ValueError(f"candidates names {missing[0]!r}, which the features do not have")
-        return [name for name in wanted if self.max_side is None or features[name].shape[-1] <= self.max_side]
+        if self.candidates is not None:
+            wanted = _matching(features, self.candidates, "candidates")
+        else:
+            wanted = pool_of_names(features.names) or features.names
+        found = [name for name in wanted if self.max_side is None or features[name].shape[-1] <= self.max_side]
+        if not found:
+            raise ValueError(f"no candidate has a side of at most {self.max_side}; raise max_side")
+        return found
+
+
+def _matching(features: FeatureSet, patterns: Sequence[str], field_name: str) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        names = fnmatch.filter(features.names, pattern)
+        if not names:
+            raise ValueError(f"{field_name} names {pattern!r}, which the features do not have")
+        found.update(dict.fromkeys(names))
+    return tuple(found)
 
 
 def _labelled(features: Any, argument: str) -> FeatureSet:
