@@ -200,6 +200,18 @@ def test_the_mean_gate_is_averaging_over_noise(tmp_path):
     )
 
 
+def test_splits_are_fused_apart(tmp_path):
+    data, run = example_buckets(), Run(folder=tmp_path)
+    halves = {name: {"train": one.select(range(5)), "test": one.select(range(5, 8))} for name, one in data.items()}
+    fused = Amalgamation(fusion="mean").extract_feature(None, halves, run)
+    assert {name: len(one) for name, one in fused.items()} == {"train": 5, "test": 3}
+    whole = Amalgamation(fusion="mean").extract_feature(None, data, run).read()
+    assert torch.equal(fused["test"].read()["a"], whole["a"][5:])
+    del halves["plain"]["test"]
+    with pytest.raises(ValueError, match=r"different splits .plain: train; control: test, train"):
+        Amalgamation(fusion="mean").extract_feature(None, halves, run)
+
+
 def test_pixels_as_target(tmp_path):
     from plait_diffusion.features_examples import square_features
 

@@ -194,12 +194,17 @@ class Amalgamation:
     dtype: Literal["float16", "float32"] = field("float32", "in which features are stored")
 
     @hookimpl
-    def extract_feature(self, model: Any | None, data: Any, run: Run) -> FeatureSet:
+    def extract_feature(self, model: Any | None, data: Any, run: Run) -> FeatureSet | dict[str, FeatureSet]:
         """
         Args:
             model: a trained gate.
-            data: name → feature set of the same rows.
+            data: name → feature set of the same rows; or name → split → feature set, for one result a split.
         """
+        if isinstance(data, Mapping) and data and all(isinstance(one, Mapping) for one in data.values()):
+            return {split: self._fused(model, sets, run) for split, sets in _by_split(data).items()}
+        return self._fused(model, data, run)
+
+    def _fused(self, model: Any | None, data: Any, run: Run) -> FeatureSet:
         gate = model if isinstance(model, SavedGate) else None
         if (self.fusion == "gate") != (gate is not None) or (gate is None and model is not None):
             what = "none" if model is None else f"a {type(model).__name__}"
@@ -299,6 +304,15 @@ def _buckets(data: Any) -> tuple[dict[str, FeatureSet], FeatureSet | None]:
                 " channels are never resized"
             )
     return sets, attention
+
+
+def _by_split(data: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    splits = {name: set(one) for name, one in data.items()}
+    first = next(iter(data.values()))
+    if any(names != set(first) for names in splits.values()):
+        listed = "; ".join(f"{name}: {', '.join(sorted(names))}" for name, names in splits.items())
+        raise ValueError(f"the buckets have different splits ({listed}); extract them from the same data")
+    return {split: {name: one[split] for name, one in data.items()} for split in first}
 
 
 def _together(features: FeatureSet, pooled: bool, side: int | None) -> FeatureSet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,15 +142,21 @@ class ContentShift:
         return texts
 
     @hookimpl
-    def extract_feature(self, model: Any, data: Any, run: Run) -> FeatureSet:
-        """A feature set of the data, each activation the mean over draws of noise."""
+    def extract_feature(self, model: Any, data: Any, run: Run) -> FeatureSet | dict[str, FeatureSet]:
+        """A feature set of a dataset, each activation the mean over draws of noise; of a mapping of datasets one each."""
         backbone = backbone_in(model).on(run.device)
-        if not isinstance(data, datasets.Dataset) or not len(data):
-            raise ValueError("content-shift needs a dataset with images; name a split of the data")
         bucket = self.bucket(backbone, run)
-        texts = self.texts(data)
-        seeds = self.seeds(run)
-        timestep = self.nominal(backbone)
+        if isinstance(data, Mapping):
+            return {
+                name: self._extracted(backbone, bucket, part, run, f"{self.label}, {name}")
+                for name, part in data.items()
+            }
+        return self._extracted(backbone, bucket, data, run, self.label)
+
+    def _extracted(self, backbone: Backbone, bucket: Bucket, data: Any, run: Run, name: str) -> FeatureSet:
+        if not isinstance(data, datasets.Dataset) or not len(data):
+            raise ValueError("content-shift needs a dataset with images, or several by name; the data has none")
+        texts, seeds, timestep = self.texts(data), self.seeds(run), self.nominal(backbone)
         origin = self._origin(backbone, seeds[0], timestep, texts)
         size = origin.more.get("image_size") or backbone.default_size
 
@@ -177,7 +183,7 @@ class ContentShift:
             batch_size=self.batch_size,
             dtype=_STORED[self.dtype],
             inputs=origin.digest,
-            description=f"features, {self.label}",
+            description=f"features, {name}",
         )
 
     def _control(self, backbone: Backbone, run: Run) -> Control:
