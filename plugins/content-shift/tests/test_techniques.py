@@ -334,7 +334,7 @@ def test_the_fields_say_which_noise(tmp_path):
 
 def test_draws_in_one_pass_equal_draws_one_by_one(backbone, images, controlnet):
     bucket = Bucket(controls=(Control(controlnet(SD15, 0.5)),), prompt="a horse")
-    layers = extractor("up-level0*", "unet-in")
+    layers = extractor("up-level0*", "unet-in", sample_posterior=False)
     options = {"rows": range(2), "timestep": 50}
     together = extract(layers, backbone, images, bucket, seeds=[0, 1, 2], **options)
     for seed, found in enumerate(together):
@@ -465,6 +465,17 @@ def test_wrong_fields_end_in_a_sentence(backbone, run):
         ContentShift(extractor=vision)
     with pytest.raises(ValueError, match="control is own, but the model has no ControlNet"):
         ContentShift(extractor=extractor(), control="own", control_image="outlines").bucket(backbone, run)
+
+
+def test_the_users_own_technique(backbone, run, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import attrs\n\n\ndef halve(call):\n    return attrs.evolve(call, sample=call.sample / 2)\n")
+    method = ContentShift(extractor=extractor("unet-in"), function=f"{file}:halve", dtype="float32")
+    plain = attrs.evolve(method, function=None)
+    found, expected = (one.extract_feature(backbone, digits(2), run).read()["unet-in"] for one in (method, plain))
+    assert torch.equal(found, expected / 2)
+    with pytest.raises(ValueError, match="names no function"):
+        attrs.evolve(method, function=f"{file}:nothing").bucket(backbone, run)
 
 
 def test_a_controlnet_of_a_folder(backbone, run, controlnet, tmp_path):

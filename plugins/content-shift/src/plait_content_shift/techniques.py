@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -107,6 +107,7 @@ class Bucket:
         loras: applied together.
         denoise_from: nominal timestep to denoise from before features are read; None: one pass.
         guidance: classifier-free guidance while denoising; 1: none. Features are of the conditional branch.
+        functions: the user's own techniques, call → call, before each other.
     """
 
     prompt: str | None = None
@@ -114,11 +115,12 @@ class Bucket:
     loras: tuple[Lora, ...] = ()
     denoise_from: int | None = None
     guidance: float = 1.0
+    functions: tuple[Callable[[DenoiserCall], DenoiserCall], ...] = ()
 
     @property
     def steers(self) -> bool:
         """Whether something but noise and prompt changes a pass."""
-        return bool(self.controls or self.loras)
+        return bool(self.controls or self.loras or self.functions)
 
     def check(self, backbone: Backbone, timestep: float) -> None:
         """Refuse what does not fit, before the first pass.
@@ -157,6 +159,8 @@ class Bucket:
         return self._steered(call, shown)
 
     def _steered(self, call: DenoiserCall, shown: Sequence[Tensor]) -> DenoiserCall:
+        for function in self.functions:
+            call = function(call)
         if not self.controls:
             return call
         residuals: dict[str, Any] = {}
