@@ -47,7 +47,7 @@ class Control:
                 f"a {type(self.model).__name__} for a {type(denoiser).__name__}: ControlNets are taken for U-Nets (SD 1.x, SDXL)"
             )
         for name in ("cross_attention_dim", "block_out_channels", "layers_per_block", "in_channels"):
-            own, needed = getattr(self.model.config, name), getattr(denoiser.config, name)
+            own, needed = getattr(self.model.config, name, None), getattr(denoiser.config, name, None)
             if _listed(own) != _listed(needed):
                 raise ValueError(
                     f"the ControlNet's {name} is {own} and the U-Net's {needed}; give a ControlNet of this U-Net"
