@@ -12,7 +12,8 @@ from plait.methods import find
 from plait_content_shift.content_shift import content_shift, extract, img2img, stacked
 from plait_content_shift.control_images import canny, outlines
 from plait_content_shift.examples import digits
-from plait_content_shift.lora import LowRank, applied, read_lora, save_lora
+from plait_content_shift.lora import LowRank, applied
+from plait_content_shift.lora_files import read_lora
 from plait_content_shift.plugin import ClassCaptions, ContentShift
 from plait_content_shift.techniques import Bucket, Control, Lora
 from safetensors.torch import load_file, save_file
@@ -140,6 +141,17 @@ def lora_for(backbone, rank=2, text=True):
             if name.endswith("q_proj")
         }
     return weights
+
+
+def save_lora(weights, path):
+    """In peft's names, with alpha."""
+    tensors = {}
+    for root, parts in weights.items():
+        for name, part in parts.items():
+            tensors[f"{root}.{name}.lora_A.weight"] = part.down.contiguous()
+            tensors[f"{root}.{name}.lora_B.weight"] = part.up.contiguous()
+            tensors[f"{root}.{name}.alpha"] = torch.tensor(part.alpha)
+    save_file(tensors, path)
 
 
 def hooks_of(backbone):

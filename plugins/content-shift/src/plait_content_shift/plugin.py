@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from plait_content_shift.baselines import mean
 from plait_content_shift.content_shift import extract, seed_of_bucket
 from plait_content_shift.control_images import canny, has_exact_canny, outlines
-from plait_content_shift.lora import read_lora
+from plait_content_shift.lora_files import read_lora
 from plait_content_shift.techniques import Bucket, Control, Lora, leaked_labels
 
 OWN = "own"
