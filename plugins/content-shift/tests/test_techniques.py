@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, PNDMScheduler, SD3ControlNetModel
 from plait import Run
 from plait.configuration import configure
 from plait.methods import find
@@ -61,6 +61,27 @@ def test_a_fresh_controlnet_and_scale_0_change_no_bit(tiny, controlnet, kind):
     assert all(torch.equal(steered[name], plain[name]) for name in plain if name.startswith("down-"))
 
 
+def test_a_controlnet_of_sd3_adds_to_blocks(tiny):
+    backbone = tiny("sd3")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SD3ControlNetModel.from_transformer(
+            backbone.denoiser, num_layers=2, num_extra_conditioning_channels=0
+        ).eval()
+    images = torch.rand(2, 3, backbone.default_size, backbone.default_size)
+    layers = ("vit-block*-out",)
+    control = Control(model.requires_grad_(False))
+    control.check(backbone.denoiser)
+    plain = features(backbone, images, layers=layers)
+    assert same(features(backbone, images, Bucket(controls=(control,)), layers), plain), "its last layers are zero"
+    for block in model.controlnet_blocks:
+        block.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
+    steered = features(backbone, images, Bucket(controls=(control, control)), layers)
+    assert not torch.equal(list(steered.values())[-1], list(plain.values())[-1])
+    with pytest.raises(ValueError, match="SD3ControlNetModel for a UNet2DConditionModel"):
+        control.check(tiny(SD15).denoiser)
+
+
 def test_residuals_of_several_controlnets_add_up(backbone, images, controlnet):
     one = Control(controlnet(SD15, 0.5))
     twice = features(backbone, images, Bucket(controls=(one, one)))
@@ -102,10 +123,11 @@ def test_control_images(images):
 
 def test_control_that_does_not_fit_is_refused(tiny, backbone, images, controlnet):
     with pytest.raises(
-        ValueError, match=r"ControlNet's (cross_attention_dim|block_out_channels) is .* give a ControlNet of this U-Net"
+        ValueError,
+        match=r"ControlNet's (cross_attention_dim|block_out_channels) is .* give a ControlNet of this very denoiser",
     ):
         Bucket(controls=(Control(controlnet("sdxl", 0.0)),)).check(backbone, 50)
-    with pytest.raises(ValueError, match="ControlNets are taken for U-Nets"):
+    with pytest.raises(ValueError, match="ControlNetModel is taken for U-Nets"):
         Bucket(controls=(Control(controlnet(SD15, 0.0)),)).check(tiny("flux"), 50)
     small = Control(controlnet(SD15, 0.0), image=lambda pixels: pixels[..., ::2, ::2])
     with pytest.raises(ValueError, match="the control image has shape"):

@@ -142,7 +142,7 @@ def img2img(
             prompts=tuple(texts),
             rows=tuple(rows) or tuple(range(len(images))),
         )
-        shown = [control.shown(call) for control in bucket.controls]
+        shown = [control.shown(model, call) for control in bucket.controls]
         return model.decode(_redrawn(model, bucket, call, shown, start, num_steps))
 
 

@@ -261,10 +261,11 @@ def _controlnet(source: str | None, backbone: Backbone) -> nn.Module:
                 "control is own, but the model has no ControlNet; train one with optimize: diffusion, part: control"
             )
         return model
-    from diffusers import ControlNetModel
+    from diffusers import ControlNetModel, SD3ControlNetModel
 
+    kind = SD3ControlNetModel if type(backbone.denoiser).__name__ == "SD3Transformer2DModel" else ControlNetModel
     try:
-        loaded = ControlNetModel.from_pretrained(source, torch_dtype=backbone.dtype)
+        loaded = kind.from_pretrained(source, torch_dtype=backbone.dtype)
     except OSError as error:
         raise ValueError(
             f"control is {source!r}, which cannot be read as a ControlNet: {str(error).splitlines()[0]}"
