@@ -229,7 +229,7 @@ def shapes(
     with torch.device("meta"):
         empty = type(getattr(denoiser, "_orig_mod", denoiser)).from_config(denoiser.config)
     with torch.no_grad():
-        found = capture(empty.eval(), taps, _on_meta(sample), 1.0, _on_meta(condition), early_exit=False)
+        found = capture(empty.eval(), taps, _on_meta(sample), 1.0, _on_meta(condition))
     return {name: tuple(value.shape) for name, value in found.items()}
 
 
