@@ -114,6 +114,12 @@ class TestSets:
             with pytest.raises(ValueError, match="no recipe is published"):
                 layers_of("auto", tiny(kind).denoiser)
 
+    def test_stable_diffusion_2_has_no_recipe(self):
+        with torch.device("meta"):
+            unet = diffusers.UNet2DConditionModel(**{**SD15, "cross_attention_dim": 1024})
+        with pytest.raises(ValueError, match="no recipe is published"):
+            layers_of("auto", unet)
+
     def test_transformers_have_a_heuristic_and_no_legacy_set(self, tiny):
         assert heuristic_set(tiny("pixart").denoiser) == ("vit-block1-self-q", "vit-block1-out")
         assert heuristic_set(tiny("flux").denoiser) == (

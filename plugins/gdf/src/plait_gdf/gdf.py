@@ -263,6 +263,8 @@ def layers_of(preset: Presets, denoiser: nn.Module) -> tuple[str, ...]:
         return tuple(name for name in official_ids(denoiser) if family_of(name) != "score map")
     count = len(official_ids(denoiser))
     recipe = {197: "sd15", 612: "sdxl"}.get(count) if hasattr(denoiser, "up_blocks") else None
+    if recipe == "sd15" and denoiser.config.cross_attention_dim == 1024:  # SD 2 has the same blocks
+        recipe = None
     if recipe is None:
         raise ValueError(
             "no recipe is published for this model; name layers, or take preset pool (all that may be good), legacy, or for "
@@ -742,7 +744,4 @@ def _product(shape: Sequence[int]) -> int:
 
 def _empty_sample(backbone: Backbone, batch: int, size: int) -> Tensor:
     side = size // backbone.pixels_per_latent
-    channels = backbone.denoiser.config.in_channels
-    if type(backbone.denoiser).__name__ == "FluxTransformer2DModel":  # packed: 2×2 latent values a token
-        channels //= 4
-    return torch.empty(batch, channels, side, side, device="meta")
+    return torch.empty(batch, backbone.latent_channels, side, side, device="meta")
