@@ -92,6 +92,7 @@ class TestSets:
     def test_sizes_of_pools_and_taxonomy(self, full_size):
         assert len(POOL_SDXL) == len(set(POOL_SDXL)) == 63
         assert len(POOL_SD15) == len(set(POOL_SD15)) == 33
+        assert layers_of("pool_sd15", full_size["sd15"]) == POOL_SD15
         for name, pool, rule, total in (("sdxl", POOL_SDXL, 66, 612), ("sd15", POOL_SD15, 34, 197)):
             ids = official_ids(full_size[name])
             found = candidate_pool(full_size[name])

@@ -53,6 +53,8 @@ Presets = Literal[
     "sdxl_seg",
     "legacy",
     "vpd_sd15",
+    "pool_sd15",
+    "pool_sdxl",
     "pool",
     "heuristic",
     "all",
@@ -168,6 +170,8 @@ POOL_SD15: tuple[str, ...] = (
     *(f"up-level3-repeat{repeat}-vit-block0-self-{part}" for repeat in range(3) for part in "qk"),
 )
 
+POOLS: Mapping[str, tuple[str, ...]] = {"pool_sd15": POOL_SD15, "pool_sdxl": POOL_SDXL}
+
 # --- The filter of the three properties (§4) ---------------------------------------------------------------------------------
 
 
@@ -253,6 +257,8 @@ def layers_of(preset: Presets, denoiser: nn.Module) -> tuple[str, ...]:
     """
     if preset in PRESETS:
         return PRESETS[preset]
+    if preset in POOLS:
+        return POOLS[preset]
     if preset == "pool":
         return candidate_pool(denoiser)
     if preset == "legacy":
