@@ -13,7 +13,7 @@ from plait.errors import PlaitError
 from plait_diffusion import Backbone, load_backbone, small_backbone
 from plait_diffusion.toy_models import tiny_backbone
 
-KINDS = ("sd15", "sdxl", "sd3", "pixart", "flux", "ddpm")
+KINDS = ("sd15", "sdxl", "sd3", "pixart", "flux", "ddpm", "dit")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ class TestFolders:
         with torch.no_grad():
             out = backbone.denoise(torch.zeros(2, channels, side, side), 50.0, backbone.condition([""], side))
         assert torch.isfinite(out).all()
-        if kind != "ddpm":
+        if kind not in ("ddpm", "dit"):  # models without text
             with pytest.raises(ValueError, match="no text encoder"):
                 backbone.condition(["a cat"], side)
 
@@ -207,6 +207,8 @@ class TestParts:
             Backbone({"scheduler": tiny("sd15").scheduler})
         with pytest.raises(ValueError, match="the denoiser is a Linear"):
             Backbone({"unet": torch.nn.Linear(1, 1), "scheduler": tiny("sd15").scheduler})
+        with pytest.raises(ValueError, match="takes 4 channels and the VAE gives 16; models for inpainting"):
+            tiny("sd15").with_components(vae=tiny("sd3").encoder)
 
     @pytest.mark.parametrize(("kind", "factor", "shift"), [("sd15", 0.18215, 0.0), ("sd3", 1.5305, 0.0609)])
     def test_latents_are_shifted_and_scaled(self, tiny, kind, factor, shift):
