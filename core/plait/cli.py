@@ -126,7 +126,7 @@ def _print_tables(tables: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from plait.report.render import column_title
+    from plait.report.tables import column_title
 
     console = Console()
     for table in tables:

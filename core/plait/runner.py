@@ -24,9 +24,10 @@ from plait.interrupts import Interrupts, interrupts
 from plait.listeners import JSONLog
 from plait.pipeline import Pipeline, check, load_pipeline
 from plait.plan import Input, Plan, Task, make_plan
+from plait.report.document import RunReport, collect
+from plait.report.files import write
 from plait.report.model import Report
-from plait.report.render import RunReport, collect, write
-from plait.run_folder import make_folder, write_provenance
+from plait.run_folder import make_folder, read_provenance, repeat_of, write_provenance
 from plait.scheduling import Progress
 from plait.store import Store
 from plait.work import Emit, Outcome, load_extras, load_result, make_job
@@ -135,15 +136,18 @@ def run_pipeline(
     return Result(folder, plan, store, progress.failed, progress.not_run, tables)
 
 
-def write_report_again(folder: Path, store: Store) -> None:
+def write_report_again(folder: Path, store: Store, full: bool = False) -> None:
     """Write the report of an earlier run from what is in the store.
+
+    Args:
+        full: the page holds all pictures as they are.
 
     Raises:
         PlaitError: ``folder`` is not a run folder.
     """
+    provenance = read_provenance(folder)
     try:
         data = json.loads((folder / "resolved.json").read_text(encoding="utf-8"))["pipeline"]
-        provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
         origin = Path(provenance["folder"])
     except (OSError, ValueError, KeyError) as error:
         raise PlaitError(f"{folder} is not a run folder: it lacks resolved.json and provenance.json") from error
@@ -152,7 +156,7 @@ def write_report_again(folder: Path, store: Store) -> None:
     keys = {step["label"]: step["key"] for step in provenance["steps"]}
     plan = attrs.evolve(plan, tasks=[attrs.evolve(task, key=keys.get(task.label, task.key)) for task in plan.tasks])
     missing = {task.label: "it is not in the store" for task in plan.tasks if not store.has(task.key)}
-    _write_report(plan, store, {}, missing, folder)
+    _write_report(plan, store, {}, missing, folder, full)
 
 
 def _tables_of_report(plan: Plan, store: Store, progress: Progress, folder: Path) -> Mapping[str, Any]:
@@ -167,12 +171,13 @@ def _tables_of_report(plan: Plan, store: Store, progress: Progress, folder: Path
 
 
 def _write_report(
-    plan: Plan, store: Store, failed: Mapping[str, str], not_run: Mapping[str, str], folder: Path
+    plan: Plan, store: Store, failed: Mapping[str, str], not_run: Mapping[str, str], folder: Path, full: bool = False
 ) -> RunReport:
     done = [task for task in plan.tasks if task.label not in failed and task.label not in not_run]
     reports = [(task, _reports_of(task, store)) for task in done]
-    document = collect(plan, reports, failed, not_run, {task.label: _warnings_of(task, store) for task in done})
-    write(document, folder)
+    warnings = {task.label: _warnings_of(task, store) for task in done}
+    document = collect(plan, reports, failed, not_run, warnings, repeat_of(folder, done, store))
+    write(document, folder, {"cells": len(plan.pipeline.cells), "steps": len(plan.tasks)}, full)
     return document
 
 

@@ -19,6 +19,7 @@ from plait.calling import hook_caller
 from plait.configuration import configure, plain_fields
 from plait.context import Run
 from plait.errors import PlaitError, located, sentence_of
+from plait.hardware import hardware
 from plait.hookspecs import hook_arguments
 from plait.importing import FILE_ATTRIBUTE, local_sources
 from plait.methods import find
@@ -157,6 +158,7 @@ def _run(job: Job, store: Store, emit: Emit) -> None:
         on_log=journal.log,
         on_warning=journal.warn,
     )
+    started = time.monotonic()
     with same_surroundings(run.derived_seed("global")), _no_caches_of_libraries():
         result = hook_caller(job.hook, instance)(run=run, **arguments)
     if result is None:
@@ -165,6 +167,7 @@ def _run(job: Job, store: Store, emit: Emit) -> None:
         raise PlaitError(
             f"method {job.method!r} returned a {type(result).__name__}; evaluate has to return a plait.Report"
         )
+    made = {"seconds": round(time.monotonic() - started, 3), "hardware": hardware()}
     extras = [*run.reports, *journal.report()]
 
     def write(folder: Path) -> None:
@@ -172,7 +175,7 @@ def _run(job: Job, store: Store, emit: Emit) -> None:
         codecs.save(extras, folder / "extras")
 
     facts = {"label": job.label, "method": job.method, "facts": job.facts, "libraries": library_versions()}
-    store.put(job.key, write, {**facts, "warnings": journal.warnings})
+    store.put(job.key, write, {**facts, **made, "warnings": journal.warnings})
 
 
 def load_input(value: Any, store: Store) -> Any:
