@@ -63,6 +63,12 @@ def _store_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def _out_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where run folders are."
+    )(command)
+
+
 def _store(path: Path | None) -> Any:
     from plait.store import Store
 
@@ -73,13 +79,7 @@ def _store(path: Path | None) -> Any:
 @click.argument("pipeline", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @_store_option
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("runs"),
-    show_default=True,
-    help="Where the run's folder is made.",
-)
+@_out_option
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes over independent steps.")
 @click.option("--device", help="torch device, e.g. cuda:0 (default: CUDA where there is one).")
 @click.option("--quiet", is_flag=True, help="Print the report's path only.")
@@ -101,6 +101,7 @@ def run(
     from plait.listeners import Display, Lines
     from plait.pipeline import load_pipeline
     from plait.runner import run_pipeline
+    from plait.terminal import print_tables
 
     checked = load_pipeline(pipeline, overrides)
     console = Console(stderr=True)
@@ -111,7 +112,7 @@ def run(
         if isinstance(display, Display):
             display.close()
     if not quiet:
-        _print_tables(table for table in result.tables.values() if table.main)
+        print_tables(table for table in result.tables.values() if table.main)
     click.echo(f"report: {result.folder / 'report.html'}")
     for step, message in result.failed.items():
         click.echo(f"error: step {step}: {message}", err=True)
@@ -119,31 +120,6 @@ def run(
         click.echo(f"{len(result.not_run)} steps behind these were not run: {', '.join(result.not_run)}", err=True)
     if result.failed:
         raise SystemExit(1)
-
-
-def _print_tables(tables: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from plait.report.tables import column_title
-
-    console = Console()
-    for table in tables:
-        shown = Table(title=Text(table.title), title_justify="left", box=None, padding=(0, 2, 0, 0))
-        for name in table.index:
-            shown.add_column(Text(name), no_wrap=True)
-        for metric in table.metrics:
-            shown.add_column(Text(column_title(table, metric)), justify="right", no_wrap=True)
-        for texts, numbers in table.rows:
-            cells = [Text("–") if n is None else Text(n.text, style="bold green" if n.best else "") for n in numbers]
-            shown.add_row(*map(Text, texts), *cells)
-        # A table wider than the terminal is wrapped by it, rather than cut by us.
-        wide = Console(
-            width=max(console.width, console.measure(shown, options=console.options.update(width=10_000)).maximum)
-        )
-        wide.print(shown, soft_wrap=False)
-        wide.print()
 
 
 @main.command()
@@ -229,10 +205,82 @@ def list_methods(hook: str | None, every: bool, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("method")
+@_out_option
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def runs(out: Path, as_json: bool) -> None:
+    """List earlier runs, the latest first: when, how they ended, their main figures."""
+    from plait.runs import past_runs
+
+    found = past_runs(out)
+    if as_json:
+        rows = [
+            {
+                "run": run.folder.name, "folder": str(run.folder), "pipeline": run.pipeline, "started": run.started.isoformat(),
+                "state": run.state, "cells": run.results.get("cells"), "steps": run.results.get("steps"), "headline": run.headline,
+            }
+            for run in found
+        ]  # fmt: skip
+        click.echo(json.dumps(rows, indent=1))
+        return
+    if not found:
+        click.echo(f"there are no runs in {out}")
+    width = max((len(run.pipeline) for run in found), default=0)
+    for run in found:
+        cells, steps = (run.results.get(name, "?") for name in ("cells", "steps"))
+        when = run.started.strftime("%Y-%m-%d %H:%M")
+        line = f"{run.folder.name}  {when}  {run.pipeline:<{width}}  {cells:>3} cells {steps:>4} steps  {run.state}"
+        click.echo(f"{line}  {run.headline}".rstrip())
+
+
+@main.command()
+@click.argument("name", metavar="METHOD|RUN")
 @click.option("--hook", help="Which hook, where methods of two hooks share the name.")
-def show(method: str, hook: str | None) -> None:
-    """Show a METHOD: hooks, fields with types, defaults and meaning, paper, package."""
+@click.option("--all", "every", is_flag=True, help="Of a run: also the tables that steps added.")
+@click.option(
+    "--format",
+    "text_format",
+    type=click.Choice(["Markdown", "LaTeX", "CSV"], case_sensitive=False),
+    help="Of a run: print its tables in this format.",
+)
+@_out_option
+def show(name: str, hook: str | None, every: bool, text_format: Any, out: Path) -> None:
+    """Show a METHOD (hooks, fields, package, paper, an example) or the tables of a RUN.
+
+    A RUN is a folder, an id or its beginning, a pipeline's name for its latest run, or "last".
+    """
+    from plait.runs import is_run
+
+    if is_run(name, out) or (not _is_method(name) and (out / name).is_dir()):
+        _show_run(name, out, every, text_format)
+    else:
+        _show_method(name, hook)
+
+
+def _is_method(name: str) -> bool:
+    from plait.catalogue import offers
+    from plait.hookspecs import HOOKS
+
+    return ":" in name or any(offer.name == name.rpartition("/")[2] for hook in HOOKS for offer in offers(hook))
+
+
+def _show_run(name: str, out: Path, every: bool, text_format: Any) -> None:
+    from plait.report.text import table_as
+    from plait.runs import find_run, open_run
+    from plait.terminal import print_tables
+
+    run = open_run(find_run(name, out))
+    tables = [table for table in run.tables if every or table.main]
+    if text_format:
+        click.echo("\n".join(table_as(text_format, table) for table in tables), nl=False)
+        return
+    click.echo(f"{run.pipeline}, {run.started:%Y-%m-%d %H:%M}: {run.state}; {run.folder}")
+    print_tables(tables)
+    for kind, said in (("failed", "failed"), ("not run", "was not run")):
+        for step, message in run.results[kind].items():
+            click.echo(f"step {step} {said}: {message}")
+
+
+def _show_method(method: str, hook: str | None) -> None:
     import inspect
 
     from plait.catalogue import catalogue, offers, package_of
@@ -306,14 +354,42 @@ def schema() -> None:
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("names", metavar="RUN...", nargs=-1, required=True)
+@click.option("--full", is_flag=True, help="With all pictures as they are, however large the page becomes.")
+@click.option("--to", type=click.Path(path_type=Path), help="Of several runs: the HTML file to write.")
+@_out_option
 @_store_option
-def report(folder: Path, store: Path | None) -> None:
-    """Write the report of the run in FOLDER again."""
-    from plait.runner import write_report_again
+def report(names: tuple[str, ...], full: bool, to: Path | None, out: Path, store: Path | None) -> None:
+    """Write the report of a RUN again, or put several runs beside each other.
 
-    write_report_again(folder, _store(store))
-    click.echo(f"report: {folder / 'report.html'}")
+    A RUN is a folder, an id or its beginning, a pipeline's name for its latest run, or "last". Of several runs: what
+    differs in configuration, and their tables with the differences to the first.
+    """
+    from plait.runs import find_run
+
+    folders = [find_run(name, out) for name in names]
+    if len(folders) == 1:
+        from plait.runner import write_report_again
+
+        write_report_again(folders[0], _store(store), full)
+        click.echo(f"report: {folders[0] / 'report.html'}")
+        return
+    from plait.comparing import compare
+    from plait.report.html import to_html
+    from plait.terminal import print_tables
+
+    document = compare(folders)
+    print_tables(table for table in document.tables if table.main)
+    for note in document.notes:
+        click.echo(f"note: {note}")
+    click.echo(document.description)
+    file = to or out / f"comparison-{'-'.join(folder.resolve().name for folder in folders)[:200]}.html"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(to_html(document, full), encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise PlaitError(f"{file} cannot be written: {error.strerror}; name another file with --to") from error
+    click.echo(f"report: {file}")
 
 
 @main.command()

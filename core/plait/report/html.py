@@ -81,7 +81,7 @@ def _hash(text: str) -> str:
 
 def table_element(table: Table) -> Markup:
     """A ``<table>`` with everything from data escaped."""
-    lead = leaders(table)
+    lead = {metric: number for metric, (_, number) in leaders(table).items()}
     head = [Markup('<th scope="col">{}</th>').format(name) for name in table.index]
     head += [Markup('<th scope="col" class="n">{}</th>').format(column_title(table, name)) for name in table.metrics]
     rows = []

@@ -65,6 +65,7 @@ class Difference:
         spread: from seed to seed where both have the same seeds, else of two independent means; ``None`` for
             single values.
         count: how many pairs; 0 where the seeds are not the same.
+        gaps: the difference of each pair.
         exceeds: whether it is larger than its own spread and than that of either number; ``None`` where no
             spread is known.
         text: with its sign, ``+0.05 ± 0.08``.
@@ -75,6 +76,7 @@ class Difference:
     count: int
     exceeds: bool | None
     text: str
+    gaps: tuple[float, ...] = ()
 
 
 @attrs.frozen(repr=False)
@@ -86,6 +88,7 @@ class Table:
         main: whether it is the result of an ``evaluate`` step; the others are what steps add beside their results.
         spread: what stands behind every ± of the table.
         formats: metric → format specification.
+        note: how to read it, where :func:`caption` cannot tell.
     """
 
     title: str
@@ -96,6 +99,7 @@ class Table:
     main: bool = True
     spread: Spread = "std"
     formats: Mapping[str, str] = attrs.field(factory=dict)
+    note: str = ""
 
     def value(self, metric: str, **index: Any) -> Number:
         """The number of one metric in the one row whose columns equal ``index``.
@@ -225,6 +229,7 @@ def difference(one: Number, other: Number, table: Table, metric: str) -> Differe
     by_seed = _by_seed(one), _by_seed(other)
     pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in by_seed[0] if seed in by_seed[1]]
     spread: float | None
+    gaps: list[float] = []
     if len(pairs) > 1 and len(pairs) == one.count == other.count:
         gaps = [a - b for a, b in pairs]
         mean = statistics.fmean(gaps)
@@ -234,8 +239,10 @@ def difference(one: Number, other: Number, table: Table, metric: str) -> Differe
         mean, pairs = one.mean - other.mean, []
         own = [n.spread if n.spread is not None else n.std for n in (one, other)]
         spread = None if None in own else math.hypot(*(s for s in own if s is not None))
+    if spread is not None and spread <= 1e-9 * max(abs(one.mean), abs(other.mean)):
+        spread = 0.0  # the noise of the arithmetic
     text = format(mean, form) + (f" ± {_of_spread(spread, form)}" if spread else "")
-    return Difference(mean, spread, len(pairs), _exceeds(mean, spread, one, other), text)
+    return Difference(mean, spread, len(pairs), _exceeds(mean, spread, one, other), text, tuple(gaps))
 
 
 def _by_seed(number: Number) -> dict[str, float]:
@@ -270,6 +277,8 @@ def counts_of(table: Table) -> set[int]:
 
 def caption(table: Table) -> str:
     """How to read a table, in a sentence or two: n, what ± is, what is marked."""
+    if table.note:
+        return table.note
     counts = counts_of(table)
     if counts <= {1}:
         ranked = any(metric in table.better for metric in table.metrics) and len(table.rows) > 1
@@ -295,14 +304,27 @@ def column_title(table: Table, metric: str) -> str:
     return metric + {"higher": " ↑", "lower": " ↓"}.get(table.better.get(metric, ""), "")
 
 
-def leaders(table: Table) -> dict[str, Number]:
-    """Metric with a direction → its leading number, marked or not."""
+def leaders(table: Table) -> dict[str, tuple[Sequence[str], Number]]:
+    """Metric with a direction → the texts of its leading row and its number there, marked or not."""
     found = {}
     for column, metric in enumerate(table.metrics):
-        here = [n for _, numbers in table.rows if (n := numbers[column]) is not None and math.isfinite(n.mean)]
+        here = [(texts, n) for texts, numbers in table.rows if (n := numbers[column]) and math.isfinite(n.mean)]
         if metric in table.better and here:
-            found[metric] = (max if table.better[metric] == "higher" else min)(here, key=lambda number: number.mean)
+            found[metric] = (max if table.better[metric] == "higher" else min)(here, key=lambda item: item[1].mean)
     return found
+
+
+def headline(table: Table) -> str:
+    """The figure that a table is about, ``PSNR 26.82 ± 0.10 (ensir)``: its first metric where it leads."""
+    lead = leaders(table)
+    if lead:
+        metric, (texts, number) = next(iter(lead.items()))
+    elif table.rows and table.rows[0][1] and table.rows[0][1][0] is not None:
+        metric, texts, number = table.metrics[0], table.rows[0][0], table.rows[0][1][0]
+    else:
+        return ""
+    where = ", ".join(text for text in texts if text) if len(table.rows) > 1 else ""
+    return f"{metric} {number.text}{where and f' ({where})'}"
 
 
 def to_data(table: Table) -> dict[str, Any]:
