@@ -143,6 +143,7 @@ def test_fusion_models_order_their_candidates_by_match(digits, tmp_path):
         assert text_ranks[i] == next(place for place, text in enumerate(order) if owner[text] == i)
     for j in range(7):
         assert image_ranks[j] == scores[:, j].argsort(descending=True).tolist().index(owner[j])
+    assert not list(tmp_path.iterdir())  # the states of the images are gone
     few, _ = evaluate_retrieval(model, data, tmp_path, candidates=1)
     assert set(few.tolist()) <= {0, 7}  # found at once, or not among the candidates
 

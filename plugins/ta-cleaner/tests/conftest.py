@@ -3,8 +3,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from plait_clip import ImageInput, OpenClipModel, WordTokenizer, toy_data
-from plait_clip.model.open_clip_model import build
+from plait_clip import ImageInput, OpenClipModel, WordTokenizer, architectures, toy_data
 
 COLOURS = {"dark": 40, "grey": 120, "bright": 220}
 NOUNS = ["bag", "boot", "coat", "dress"]
@@ -27,7 +26,7 @@ def make_model():
         }
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = build(config)
+            model = architectures.from_config(config).model
         return OpenClipModel(model, config, tokenizer, ImageInput(8, [0.5] * 3, [0.5] * 3)).eval()
 
     return make

@@ -3,8 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from plait_clip import ImageInput, OpenClipModel, WordTokenizer
-from plait_clip.model.open_clip_model import build
+from plait_clip import ImageInput, OpenClipModel, WordTokenizer, architectures
 from plait_ubt.embeddings import CaptionedImages
 
 COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.9, 0.1), "blue": (0.1, 0.1, 0.9), "grey": (0.5, 0.5, 0.5)}
@@ -38,7 +37,7 @@ def make_model():
         }
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = build(config)
+            model = architectures.from_config(config).model
         return OpenClipModel(model, config, WordTokenizer([VOCABULARY], 10), ImageInput(8, [0.5] * 3, [0.5] * 3)).eval()
 
     return make

@@ -41,12 +41,31 @@ def test_task_arithmetic_is_linear_in_the_task_vectors(changes, scaling):
 
 def test_ties_hand_computed():
     vectors = torch.tensor([[1, -2, 0.1, 0.2, 5], [-1.5, -1, 0.3, -0.1, 4]])
-    assert torch.allclose(static.ties_merge(vectors, 40), torch.tensor([-1.5, -3, 0, 0, 9]))
-    assert torch.allclose(static.ties_merge(vectors, 0.4), torch.tensor([-1.5, -3, 0, 0, 9]))
-    assert torch.allclose(static.ties_merge(vectors, 40, "mean"), torch.tensor([-1.5, -1.5, 0, 0, 4.5]))
-    assert torch.allclose(static.ties_merge(vectors, 40, "max"), torch.tensor([-1.5, -2, 0, 0, 5]))
+    for size in (1, 2, 5):  # in pieces or whole
+
+        def merged(*facts, size=size):
+            return torch.cat(list(static.ties_merge(lambda: iter(vectors.split(size, dim=1)), *facts)))
+
+        assert torch.allclose(merged(40), torch.tensor([-1.5, -3, 0, 0, 9]))
+        assert torch.allclose(merged(0.4), torch.tensor([-1.5, -3, 0, 0, 9]))
+        assert torch.allclose(merged(40, "mean"), torch.tensor([-1.5, -1.5, 0, 0, 4.5]))
+        assert torch.allclose(merged(40, "max"), torch.tensor([-1.5, -2, 0, 0, 5]))
     with pytest.raises(ValueError, match="merge_function is 'median'"):
-        static.ties_merge(vectors, 40, "median")
+        merged(40, "median")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 300), st.floats(0.01, 100), st.integers(0, 2**16), st.integers(1, 64))
+def test_the_thresholds_of_ties_are_order_statistics(tasks, n, keep, seed, size):
+    draw = torch.Generator().manual_seed(seed)
+    # Magnitudes of all sizes, some of them equal, some 0.
+    vectors = torch.randn(tasks, n, generator=draw) * 10.0 ** torch.randint(-30, 30, (tasks, n), generator=draw)
+    vectors[torch.rand(tasks, n, generator=draw) < 0.2] = 0
+    vectors[:, ::3] = vectors[:, :1].clone()
+    percentage = keep if keep > 1 else 100 * keep
+    rank = max(1, n - math.floor(n * percentage / 100))
+    found = static.ties_thresholds(lambda: iter(vectors.split(size, dim=1)), keep)
+    assert torch.equal(found, vectors.abs().kthvalue(rank, dim=1, keepdim=True).values)
 
 
 def test_ties_of_one_fully_kept_expert_is_task_arithmetic():

@@ -9,11 +9,11 @@ from torch.utils._pytree import tree_iter
 
 
 class Allocated(TorchDispatchMode):
-    """Counts the largest number of elements that operations put into new tensors while the block runs."""
+    """Counts the elements that operations put into new tensors while the block runs: of all, and of the largest one."""
 
     def __init__(self):
         super().__init__()
-        self.total = 0
+        self.total = self.largest = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         before = {t.untyped_storage().data_ptr() for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
@@ -21,6 +21,7 @@ class Allocated(TorchDispatchMode):
         for value in tree_iter(result):
             if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in before:
                 self.total += value.numel()
+                self.largest = max(self.largest, value.numel())
         return result
 
 
@@ -32,6 +33,25 @@ def test_nothing_as_large_as_the_model_is_made_but_the_result(merge, monkeypatch
     with Allocated() as allocated:
         merge(base, experts)
     assert allocated.total <= 1.2 * sum(value.numel() for value in base.values())
+
+
+@pytest.mark.parametrize("function", ["sum", "mean", "max"])
+def test_ties_holds_a_piece_of_the_task_vectors_at_a_time(function, monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    base = {f"w{i}": torch.randn(50, 41, generator=draw).to(torch.bfloat16 if i == 2 else None) for i in range(5)}
+    experts = {
+        f"t{i}": {
+            name: (value + 0.1 * torch.randn(50, 41, generator=draw)).to(value.dtype) for name, value in base.items()
+        }
+        for i in range(6)
+    }
+    whole = static.ties(base, experts, 0.3, 20, function)
+    monkeypatch.setattr(states, "PIECE", 64)
+    monkeypatch.setattr(static, "DIGIT_BITS", 4)
+    with Allocated() as allocated:
+        merged = static.ties(base, experts, 0.3, 20, function)
+    assert all(torch.equal(merged[name], whole[name]) and merged[name].dtype == base[name].dtype for name in base)
+    assert allocated.largest <= 50 * 41
 
 
 def test_pieces_do_not_change_the_result(monkeypatch):

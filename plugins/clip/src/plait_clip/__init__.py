@@ -26,7 +26,7 @@ Evaluation
 
 Tests and examples
     :mod:`toy_data` (digits and Fashion-MNIST with captions), :func:`digit_pairs`, :func:`tiny_model`,
-    :func:`tiny_fusion_model`.
+    :func:`tiny_fusion_model`, :func:`toy_embeddings`.
 """
 
 from plait_clip import prompts, toy_data
@@ -65,7 +65,7 @@ from plait_clip.retrieval import (
     retrieval_ranks,
     text_features,
 )
-from plait_clip.toy_models import digit_pairs, tiny_fusion_model, tiny_model
+from plait_clip.toy_models import digit_pairs, tiny_fusion_model, tiny_model, toy_embeddings
 from plait_clip.training import (
     Checkpoint,
     DivergedError,
@@ -124,6 +124,7 @@ __all__ = [
     "tiny_fusion_model",
     "tiny_model",
     "toy_data",
+    "toy_embeddings",
     "train",
     "undecoded",
     "warmup_cosine",

@@ -14,15 +14,7 @@ import torch
 from plait.testing import Example
 
 from plait_clip import toy_data
-from plait_clip.toy_models import digit_pairs, tiny_model
-
-
-def embeddings(model: Any) -> list[torch.Tensor]:
-    """What a model of this package makes of four images and two texts."""
-    size = model.image_size
-    images = torch.linspace(0, 1, 4 * 3 * size * size, device=model.device).reshape(4, 3, size, size)
-    with torch.no_grad():
-        return [model.encode_image(images), model.encode_text(["the number one", "seven"])]
+from plait_clip.toy_models import digit_pairs, tiny_model, toy_embeddings
 
 
 @functools.cache
@@ -47,14 +39,14 @@ def _folder() -> Path:
 
 
 def open_clip() -> Example:
-    return Example(arguments={"data": digit_pairs()}, random=True, progress=False, device=True, outputs=embeddings)
+    return Example(arguments={"data": digit_pairs()}, random=True, progress=False, device=True, outputs=toy_embeddings)
 
 
 def transformers_clip() -> Example:
     folder = _folder() / "model"
     if not folder.is_dir():
         tiny_model().save_pretrained(folder)
-    return Example(arguments={}, fields={"source": str(folder)}, progress=False, outputs=embeddings)
+    return Example(arguments={}, fields={"source": str(folder)}, progress=False, outputs=toy_embeddings)
 
 
 def clip_contrastive() -> Example:
@@ -63,7 +55,7 @@ def clip_contrastive() -> Example:
         arguments={"model": tiny_model(), "data": data},
         fields={"num_epochs": 2, "batch_size": 20, "checkpoint_minutes": 0.0},
         random=True,
-        outputs=embeddings,
+        outputs=toy_embeddings,
         empty={"data": data.select([])},
         wrong={"data": data.remove_columns("image"), "model": torch.nn.Linear(2, 2)},
     )

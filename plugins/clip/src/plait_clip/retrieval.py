@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -96,12 +97,28 @@ def reranked_ranks(
     """:func:`retrieval_ranks` of a fusion model: the nearest candidates are ordered anew by their match score.
 
     Args:
-        batches: the images once more, [B, 3, S, S], uint8 or float in [0, 1]; their states are kept in a file in ``folder``.
+        batches: the images once more, [B, 3, S, S], uint8 or float in [0, 1].
+        folder: their states are in a file there as long as the call lasts.
         candidates: how many nearest captions (images) are scored; whatever is not among them ranks last.
         batch_size: pairs scored at a time.
     """
-    states = _image_states(model, batches, len(images), folder / "image_states.bin", precision)
-    owner = owner.cpu()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        states = _image_states(model, batches, len(images), Path(scratch) / "image_states.bin", precision)
+        return _reranked(model, states, images, texts, captions, owner.cpu(), candidates, batch_size, precision)
+
+
+def _reranked(
+    model: ImageTextModel,
+    states: Tensor,
+    images: Tensor,
+    texts: Tensor,
+    captions: Sequence[str],
+    owner: Tensor,
+    candidates: int,
+    batch_size: int,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
 
     def scores(rows: Tensor, columns: Tensor) -> Tensor:
         with evaluating(model, precision):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import datasets
 import torch
+from torch import Tensor
 
 from plait_clip import image_text_datasets, toy_data
 from plait_clip.model import ImageInput, ImageTextModel, TransformersModel, architectures
@@ -24,6 +26,14 @@ def tiny_model() -> ImageTextModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return architectures.tiny("tiny").eval()
+
+
+def toy_embeddings(model: ImageTextModel, texts: Sequence[str] = ("the number one", "seven")) -> list[Tensor]:
+    """What a model makes of four grey images and some texts, to compare models by."""
+    size = model.image_size
+    images = torch.linspace(0, 1, 4 * 3 * size * size, device=model.device).reshape(4, 3, size, size)
+    with torch.no_grad():
+        return [model.encode_image(images), model.encode_text(texts)]
 
 
 def tiny_fusion_model() -> ImageTextModel:

@@ -6,8 +6,9 @@ n peers hold one model each, z_i, all the same at the start. In round t = 0 … 
     (2) extrapolates    s_i = m_i + β · (m_i − ref_i)                   :func:`own_previous_start`, :func:`mixed_previous_start`
     (3) trains          z_i = LocalTrain(s_i) on loss + (λ/2)‖w − s_i‖²  :func:`split_prox_step`, a batch at a time
 
-and sends z_i to its neighbours, nothing else. The result is (4) the average z̄ of the last models. The numbers are this
-module's: the paper's own could not be read.
+and sends z_i to its neighbours, nothing else. The result is (4) the average z̄ of the last models. The numbers are those
+of this package. In the words of the paper's abstract, (2) is the Nesterov extrapolation step of the aggregation phase and
+(3) the Moreau envelope function, against the inconsistency of the local models.
 
 (1), the loop over rounds and (4) are those of every decentralised method, :mod:`plait_federated.rounds` and
 :func:`plait_federated.follow`; :func:`rule` is what sets this one apart, :func:`dfedcata` runs all of it.

@@ -5,7 +5,10 @@ NeurIPS 2024, arXiv 2410.22959. Where the released code departs from the mathema
 :class:`Settings` has both.
 
 M models have restored the same images. ``x_m`` is what model m proposes for a colour sample, ``y`` the truth, both on
-0–255; ``b`` is the width of a bin and ``T = ceil(256 / b)``. The numbers of the equations are this package's own.
+0–255; ``b`` is the width of a bin and ``T = ceil(256 / b)``. The numbers are those of this package, wherever a formula
+is met in the code. In the paper's words, (1) divides the pixels into ranges, (2) to (6) are the Gaussian mixture model of
+a range and its expectation maximisation on the reference set, (7) is the lookup table of the range-wise ensemble weights,
+and (8) the ensemble inference.
 
 ::
 

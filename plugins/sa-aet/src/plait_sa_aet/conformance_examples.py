@@ -6,9 +6,7 @@ from typing import Any
 
 import torch
 from plait.testing import Example
-from plait_clip import digit_pairs, tiny_model, toy_data
-
-from plait_sa_aet.scenes import SIDE
+from plait_clip import digit_pairs, tiny_model, toy_data, toy_embeddings
 
 WORDS: dict[str, Any] = {
     "generator": "synonyms",
@@ -64,7 +62,4 @@ def scene_encoder() -> Example:
 
 
 def _features(model: Any) -> list[Any]:
-    """Of two grey scenes and of two captions."""
-    images = torch.linspace(0, 1, 2 * 3 * SIDE**2).view(2, 3, SIDE, SIDE)
-    with torch.no_grad():
-        return [model.encode_image(images), model.encode_text(["a red two", "the blue nine stands"])]
+    return toy_embeddings(model, ["a red two", "the blue nine stands"])

@@ -6,12 +6,15 @@ are adversarial; text retrieval (TR) ranks captions for every image, image retri
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow.compute
 import torch
 from PIL import Image
@@ -22,6 +25,8 @@ from plait_clip import (
     evaluating,
     image_batches,
     image_features,
+    on_device,
+    open_image,
     ranks_by_model,
     text_features,
     undecoded,
@@ -29,6 +34,92 @@ from plait_clip import (
 from torch import Tensor
 
 PIXELS = "pixels"
+
+
+# --- What is measured -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Transferred:
+    """One attack as one model sees it.
+
+    Attributes:
+        source, target: names of the attacked pairs and of the model; "" for a single one without a name.
+        model: the target.
+        before, after: what it makes of the clean pairs and of the attacked ones.
+        rates: "ASR" (the mean of both tasks at the least k), "TR ASR@k" and "IR ASR@k", in percent.
+        resampling: the ASR, in percent, of clean images that are only brought to the size of the attacked ones.
+        through: what brought the attacked images to their size; None where they are not square.
+    """
+
+    source: str
+    target: str
+    model: ImageTextModel
+    before: Retrieval
+    after: Retrieval
+    rates: Mapping[str, float]
+    resampling: float
+    through: ImageInput | None
+
+
+def attack_transfer(
+    models: Mapping[str, ImageTextModel],
+    clean: Gallery,
+    attacked: Mapping[str, Gallery],
+    folder: Path,
+    device: Any,
+    *,
+    top: Sequence[int] = (1, 5, 10),
+    track: Callable[[Iterable[tuple[str, str]]], Iterable[tuple[str, str]]] = iter,
+    **options: Any,
+) -> Iterator[Transferred]:
+    """Every attack under every model, one model after the other; the clean pairs are retrieved once for each.
+
+    Args:
+        models, attacked: name → model, and name of the model that was attacked → pairs.
+        folder: for files meanwhile.
+        top: ranks k of ASR@k.
+        options: of :func:`retrieve`.
+
+    Raises:
+        ValueError: see :func:`retrieve` and :func:`attack_success_rate`; names the model and the pairs.
+    """
+    last = None
+    for target, source in track([(target, source) for target in models for source in attacked]):
+        with naming("model", target):
+            if target != last:
+                model = on_device(models[target], device)
+                before = retrieve(model, clean, folder, **options)
+                resampled: dict[Any, float] = {}
+                last = target
+            with naming("data", source):
+                after = retrieve(model, attacked[source], folder, **options)
+            through = _resolution(clean, attacked[source], models.get(source) if source else None)
+            floats = PIXELS in attacked[source].rows.column_names
+            key = (through and geometry(through), floats)
+            if key not in resampled:
+                resampled[key] = 0.0
+                if through is not None and geometry(through) != geometry(model.image_input):
+                    same = ResampledGallery(clean.rows, clean.captions, clean.owner, through=through, floats=floats)
+                    resampled[key] = success_rates(before, retrieve(model, same, folder, **options), top)["ASR"]
+            rates = success_rates(before, after, top)
+        yield Transferred(source, target, model, before, after, rates, resampled[key], through)
+
+
+@contextlib.contextmanager
+def naming(what: str, name: str = "") -> Iterator[None]:
+    """Sentences about an input say which it is."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(f"{what} {name}".rstrip() + f": {error}") from error
+
+
+def success_rates(before: Retrieval, after: Retrieval, top: Sequence[int]) -> dict[str, float]:
+    """ASR, TR ASR@k and IR ASR@k in percent; ASR is the mean of both tasks at the least k."""
+    tasks = {"TR": (before.text_ranks, after.text_ranks), "IR": (before.image_ranks, after.image_ranks)}
+    rates = {f"{task} ASR@{k}": attack_success_rate(*tasks[task], k) for task in tasks for k in top}
+    return {"ASR": fmean(rates[f"{task} ASR@{min(top)}"] for task in tasks)} | rates
 
 
 def attack_success_rate(clean: Tensor, attacked: Tensor, k: int) -> float:
@@ -56,6 +147,9 @@ def attack_success_rate(clean: Tensor, attacked: Tensor, k: int) -> float:
     return round(100 * int((right & (attacked >= k)).sum()) / num_right, 2)
 
 
+# --- The pairs ------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Gallery:
     """N images and their M captions.
@@ -69,6 +163,25 @@ class Gallery:
     rows: datasets.Dataset
     captions: Sequence[str]
     owner: Tensor
+
+    def image(self, row: int) -> Tensor:
+        """One image as it is given to models, float32 [3, H, W] in [0, 1]."""
+        if PIXELS in self.rows.column_names:
+            return self.rows.with_format("torch", columns=[PIXELS])[row][PIXELS]
+        return _as_tensor(np.asarray(self._picture(row).convert("RGB")).transpose(2, 0, 1))
+
+    def image_like(self, row: int, other: Tensor, through: ImageInput | None) -> Tensor:
+        """One image at the size of another, brought there as that was."""
+        height, width = other.shape[1:]
+        picture = self._picture(row)
+        if (picture.width, picture.height) == (width, height):
+            return self.image(row)
+        if through is not None:
+            return _as_tensor(through.from_pil(picture))
+        return _as_tensor(np.asarray(picture.convert("RGB").resize((width, height))).transpose(2, 0, 1))
+
+    def _picture(self, row: int) -> Image.Image:
+        return open_image(undecoded(self.rows)[row]["image"], row)
 
     @classmethod
     def of(cls, rows: datasets.Dataset, clean: Callable[[str], str] = str) -> Gallery:
@@ -124,6 +237,26 @@ class ResampledGallery(Gallery):
                 continue
             pictures = [Image.fromarray(levels) for levels in batch.permute(0, 2, 3, 1).numpy()]
             yield torch.stack([torch.from_numpy(model.image_input.from_pil(p).copy()) for p in pictures])
+
+
+def _resolution(clean: Gallery, attacked: Gallery, model: ImageTextModel | None) -> ImageInput | None:
+    """What brought the attacked images to their size: the attacked model's input, or what they look like.
+
+    None where they are not square.
+    """
+    changed = attacked.image(0)
+    height, width = changed.shape[1:]
+    if height != width:
+        return None
+    if model is not None and model.image_size == height:
+        return model.image_input
+    cuts = ("crop", "squash") if model is None else (model.image_input.resize,)
+    ways = [ImageInput(height, [0.0] * 3, [1.0] * 3, resize=cut) for cut in cuts]
+    return min(ways, key=lambda way: float((clean.image_like(0, changed, way) - changed).abs().mean()))
+
+
+def _as_tensor(levels: np.ndarray) -> Tensor:
+    return torch.from_numpy(levels.copy()).float() / 255
 
 
 def check_same_pairs(clean: Gallery, attacked: Gallery) -> None:
@@ -183,6 +316,9 @@ def geometry(image_input: ImageInput) -> Hashable:
     return type(image_input).__name__, image_input.size, image_input.resize, image_input.interpolation, own
 
 
+# --- Retrieval ------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Retrieval:
     """What a model makes of pairs.
@@ -223,12 +359,10 @@ def retrieve(
 
     images = torch.cat(list(image_features(model, batches(), precision=precision)))
     texts = text_features(model, gallery.captions, precision=precision)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        ranks = ranks_by_model(
-            model, batches, images, texts, gallery.captions, gallery.owner, Path(scratch),
-            candidates=candidates, precision=precision,
-        )  # fmt: skip
+    ranks = ranks_by_model(
+        model, batches, images, texts, gallery.captions, gallery.owner, folder,
+        candidates=candidates, precision=precision,
+    )  # fmt: skip
     return Retrieval(images, texts, *ranks)
 
 

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from plait.testing import Example
-from plait_clip import digit_pairs, tiny_model
-
-
-def _embeddings(model: Any) -> list[torch.Tensor]:
-    images = torch.linspace(0, 1, 4 * 3 * 8 * 8).reshape(4, 3, 8, 8)
-    with torch.no_grad():
-        return [model.encode_image(images), model.encode_text(["the number one", "seven"])]
+from plait_clip import digit_pairs, tiny_model, toy_embeddings
 
 
 def training() -> Example:
@@ -23,7 +15,7 @@ def training() -> Example:
         random=True,
         empty={"data": data.select([])},
         wrong={"data": data.remove_columns("captions"), "model": torch.nn.Linear(2, 2)},
-        outputs=_embeddings,
+        outputs=toy_embeddings,
     )
 
 

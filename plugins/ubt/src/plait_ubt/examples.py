@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from plait.testing import Example
-from plait_clip import digit_pairs, tiny_model
+from plait_clip import digit_pairs, tiny_model, toy_embeddings
 
 FIELDS = {
     "n_suspicious": 32, "n_top": 8, "n_unlearn": 8, "num_overfit_epochs": 2, "overfit_batch_size": 8, "force": True, "token_selection": "all",
@@ -25,14 +25,8 @@ def _example(arguments: dict[str, Any], **more: Any) -> Example:
     )
 
 
-def _embeddings(model: Any) -> list[torch.Tensor]:
-    images = torch.linspace(0, 1, 4 * 3 * 8 * 8).reshape(4, 3, 8, 8)
-    with torch.no_grad():
-        return [model.encode_image(images), model.encode_text(["the number one", "seven"])]
-
-
 def defence() -> Example:
-    return _example({"model": tiny_model(), "reference": tiny_model()}, outputs=_embeddings)
+    return _example({"model": tiny_model(), "reference": tiny_model()}, outputs=toy_embeddings)
 
 
 def scores() -> Example:

@@ -1,4 +1,4 @@
-"""Test-time training without labels: minimise the entropy of the predictions (WEMoE, section 3; AdaMerging)."""
+"""Test-time training without labels: minimise the entropy of the predictions (WEMoE, AdaMerging)."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def minimise_entropy(
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
 ) -> History:
-    """Adam on Σ_tasks entropy(head_t(encoder(x_t))), one batch of every task in every step.
+    """(4) of :mod:`plait_wemoe.wemoe`: Adam on Σ_tasks entropy(head_t(encoder(x_t))), one batch of every task in every step.
 
     Args:
         parameters: the only tensors that change.

@@ -1,4 +1,5 @@
-"""A linear layer whose weights are W₀ + Σ_t r_t Δ_t, with other coefficients r for every sample.
+"""A linear layer whose weights are W₀ + Σ_t r_t Δ_t, with other coefficients r for every sample: (3) of
+:mod:`plait_wemoe.wemoe`.
 
 The same output can be computed in several ways that differ in arithmetic and memory traffic:
 

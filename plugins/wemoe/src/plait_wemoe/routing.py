@@ -1,4 +1,4 @@
-"""Routers: from the tokens that enter a block to one coefficient per expert."""
+"""Routers: from the tokens that enter a block to one coefficient per expert, the r of (3) in :mod:`plait_wemoe.wemoe`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 
 class Router(nn.Module):
-    """g(x), averaged over the tokens of a sample; linear output, so coefficients may leave [0, 1].
+    """(3): g(x), averaged over the tokens of a sample; linear output, so coefficients may leave [0, 1].
 
     depth 0: r = w, whatever the input. depth 1: W₁x + b₁. depth 2: W₂ ReLU(W₁x + b₁) + b₂.
-    (WEMoE, arXiv 2402.00433, section 3; initialised so that every coefficient is close to ``init_lambda``.)
+    Initialised so that every coefficient is close to ``init_lambda``.
 
     Raises:
         ValueError: depth other than 0, 1, 2.

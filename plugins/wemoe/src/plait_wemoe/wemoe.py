@@ -1,19 +1,22 @@
 """WEMoE and E-WEMoE: one model out of a base and its fine-tuned experts, MLPs merged anew for every input.
 
-:func:`wemoe` is the method from first to last step, in the order of the papers:
+:func:`wemoe` is the method from first to last step, in the order of the papers. The numbers are those of this package,
+wherever a formula is met in the code:
 
-1. task vectors τ_t = θ_t − θ₀; E-WEMoE keeps only the largest entries of those of the MLPs (:func:`pruned_task_vectors`);
-2. the static part: everything but the MLPs is merged once, θ₀ + λ Σ_t τ_t (:func:`static_state`);
-3. the MLPs become mixtures: each keeps its pre-trained θ₀ and all τ_t, and a router turns the tokens that enter the block
-   into one coefficient per expert, r = mean_tokens g(x), where g is linear or has one hidden layer
-   (:class:`~plait_wemoe.routing.Router`). The MLP runs once, with θ₀ + Σ_t r_t τ_t
-   (:class:`~plait_wemoe.ensembling.EnsembledLinear`). E-WEMoE shares one router between all blocks;
-4. test-time adaptation: the routers, and nothing else, are trained on unlabelled inputs to minimise the entropy of the
-   predictions, min Σ_tasks mean_x −Σ_c p_c log p_c (:func:`~plait_wemoe.adaptation.minimise_entropy`);
-5. the merged model, routed by ``sample``, by ``batch`` or with ``fixed`` coefficients.
+(1) task vectors, as task arithmetic has them: τ_t = θ_t − θ₀. E-WEMoE keeps only the largest entries of those of the
+    MLPs (:func:`pruned_task_vectors`);
+(2) the static part: everything but the MLPs is merged once, by task arithmetic, θ₀ + λ Σ_t τ_t (:func:`static_state`);
+(3) the weight-ensembling mixture of experts: each MLP keeps its pre-trained θ₀ and all τ_t, and a router turns the
+    tokens that enter the block into one coefficient per expert, r = mean_tokens g(x), where g is linear or has one
+    hidden layer (:class:`~plait_wemoe.routing.Router`). The MLP runs once, with θ₀ + Σ_t r_t τ_t
+    (:class:`~plait_wemoe.ensembling.EnsembledLinear`). E-WEMoE shares one router between all blocks;
+(4) test-time adaptation: the routers, and nothing else, are trained on unlabelled inputs to minimise the entropy of the
+    predictions, min Σ_tasks mean_x −Σ_c p_c log p_c (:func:`~plait_wemoe.adaptation.minimise_entropy`);
+(5) the merged model, routed by ``sample``, by ``batch`` or with ``fixed`` coefficients.
 
-Sources: "Merging Multi-Task Models via Weight-Ensembling Mixture of Experts", section 3 (ICML 2024, arXiv 2402.00433);
-"Efficient and Effective Weight-Ensembling Mixture of Experts for Multi-Task Model Merging" (arXiv 2410.21804).
+Sources: "Merging Multi-Task Models via Weight-Ensembling Mixture of Experts" (ICML 2024, arXiv 2402.00433), where it
+presents the weight-ensembling MoE module and its test-time adaptation, for (1) to (5); "Efficient and Effective
+Weight-Ensembling Mixture of Experts for Multi-Task Model Merging" (arXiv 2410.21804) for E-WEMoE.
 """
 
 from __future__ import annotations
@@ -85,11 +88,11 @@ def wemoe(
         KeyError, ValueError, TypeError: experts that do not fit, no module to up-scale, a task without head or inputs.
         FloatingPointError: the entropy is not finite.
     """
-    # 1 to 3: task vectors, static part, mixtures with routers that answer λ
+    # (1) to (3): task vectors, static part, mixtures with routers that answer λ
     example = next(iter(next(iter(batches.values())).in_order(1)))
     mixture = upscale(base, experts, example, config, seed).eval()
 
-    # 4: the routers learn from the entropy of the predictions
+    # (4): the routers learn from the entropy of the predictions
     mixture.set_routing(train_routing)
     history = minimise_entropy(
         mixture.router_parameters(),
@@ -101,7 +104,7 @@ def wemoe(
     if gate_prune_ratio is not None:
         mixture.prune_routers(gate_prune_ratio)
 
-    # 5: the merged model
+    # (5): the merged model
     mixture.set_routing("sample" if eval_routing == "fixed" else eval_routing)
     if statistics == "recompute" and not recompute_statistics(mixture, (s.in_order() for s in batches.values())):
         history.warnings.append(NO_STATISTICS)
@@ -123,7 +126,7 @@ def e_wemoe(
     return wemoe(base, experts, heads, batches, config=config, **options)
 
 
-# --------------------------------------------------------------------------------- 1 to 3: up-scaling
+# --------------------------------------------------------------------------------- (1) to (3): up-scaling
 
 
 def upscale(
@@ -167,7 +170,7 @@ def _under_all_names(state: State, tied: Mapping[str, str]) -> State:
 def static_state(
     base: State, experts: Mapping[str, State], routed: Collection[str], config: UpscaleConfig, buffers: Collection[str]
 ) -> State:
-    """θ₀ + λ Σ_t τ_t for every weight, but θ₀ itself for ``routed`` ones; buffers are averaged over the experts."""
+    """(2): θ₀ + λ Σ_t τ_t for every weight, but θ₀ itself for ``routed`` ones; buffers are averaged over the experts."""
     merged = {
         name: scaled_sum(base[name], [state[name] for state in experts.values()], config.init_lambda, config.dtype)
         for name in weight_names(base, buffers)
@@ -179,7 +182,7 @@ def static_state(
 def pruned_task_vectors(
     base: State, experts: Mapping[str, State], blocks: Sequence[Sequence[str]], config: UpscaleConfig
 ) -> Iterator[dict[str, tuple[Tensor, Tensor | None]]]:
-    """Pruned task vectors block by block: linear → ((T, out, in), (T, out) or ``None``)."""
+    """(1), pruned, block by block: linear → ((T, out, in), (T, out) or ``None``)."""
     thresholds: list[Tensor | None] = [None] * len(experts)
     if config.prune_ratio is not None and config.prune_granularity == "model":
         every = [name for linears in blocks for name in _entries(base, linears)]
@@ -205,7 +208,7 @@ def _entries(base: State, linears: Sequence[str]) -> list[str]:
     return [f"{linear}.{kind}" for linear in linears for kind in ("weight", "bias") if f"{linear}.{kind}" in base]
 
 
-# ----------------------------------------------------------------------------------------- 5: in use
+# ----------------------------------------------------------------------------------------- (5): in use
 
 
 def mean_coefficients(mixture: WeightEnsemblingMoE, batches: Mapping[str, UnlabelledBatches]) -> Tensor:

@@ -12,8 +12,7 @@ from plait.testing import Example
 from torch import Tensor
 
 from plait_clip.backdoor.poison import IS_BACKDOOR
-from plait_clip.conformance_examples import embeddings
-from plait_clip.toy_models import digit_pairs, tiny_model
+from plait_clip.toy_models import digit_pairs, tiny_model, toy_embeddings
 
 TRIGGER = {"target": "seven", "templates": "digits"}
 TRAINING = {"num_epochs": 1, "batch_size": 8, "warmup_steps": 1, "learning_rate": 1e-3}
@@ -84,7 +83,7 @@ def optimized_patch() -> Example:
 
 
 def none() -> Example:
-    return Example(arguments={"model": tiny_model()}, progress=False, device=False, outputs=embeddings)
+    return Example(arguments={"model": tiny_model()}, progress=False, device=False, outputs=toy_embeddings)
 
 
 def _training(column: str = "captions", **fields: Any) -> Example:
@@ -93,7 +92,7 @@ def _training(column: str = "captions", **fields: Any) -> Example:
         arguments={"model": tiny_model(), "data": data},
         fields={**TRAINING, **fields},
         random=True,
-        outputs=embeddings,
+        outputs=toy_embeddings,
         empty={"data": data.select([])},
         wrong={"data": data.remove_columns(column), "model": torch.nn.Linear(2, 2)},
     )

@@ -14,9 +14,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from plait_clip.backdoor.poison import Trigger, pixels, prepared
-from plait_clip.model import ImageInput
+from plait_clip.model import ImageInput, ImageTextModel
 from plait_clip.pair_batches import open_image, undecoded
-from plait_clip.zero_shot import accuracy
+from plait_clip.zero_shot import accuracy, top_classes
 
 FEW_CLASSES = 20
 
@@ -98,6 +98,34 @@ def triggered_batches(
             changed = trigger(plain, rows)
             seen = _to_model(changed, model_input)
             yield seen, (seen == _to_model(plain, model_input)).flatten(1).all(dim=1)
+
+
+def classify_triggered(
+    model: ImageTextModel,
+    head: Tensor,
+    data: datasets.Dataset,
+    trigger: Trigger,
+    image_input: ImageInput,
+    *,
+    top: int,
+    batch_size: int = 256,
+    precision: str = "fp32",
+) -> tuple[Tensor, int]:
+    """Int64 ``[N, top]``, the nearest classes of all images with the trigger, and how many images it left as they are.
+
+    Args:
+        head: ``[K, D]``, see :func:`plait_clip.zero_shot.zero_shot_head`.
+        image_input: brings images to size before the trigger.
+    """
+    unchanged = 0
+
+    def images() -> Iterator[Tensor]:
+        nonlocal unchanged
+        for seen, same in triggered_batches(data, trigger, image_input, model.image_input, batch_size=batch_size):
+            unchanged += int(same.sum())
+            yield seen
+
+    return top_classes(model, head, images(), top=top, precision=precision), unchanged
 
 
 def _to_model(images: Tensor, model_input: ImageInput) -> Tensor:

@@ -41,6 +41,22 @@ class PatchOptimization:
     triplet_margin: float = 1.0
     augment_probability: float = 0.5
 
+    def num_steps(self, num_images: int) -> int:
+        """Steps of :func:`optimize_patch` on so many images."""
+        return self.num_epochs * (num_images // self.batch_size)
+
+
+def rows_to_optimize_on(
+    shows_target: np.ndarray, num_images: int, rng: np.random.Generator
+) -> tuple[list[int], list[int]]:
+    """Rows without the target, drawn, at most ``num_images``, and all rows that show it.
+
+    Args:
+        shows_target: ``[N]`` bool.
+    """
+    others = rng.permutation(np.flatnonzero(~shows_target))[:num_images]
+    return others.tolist(), np.flatnonzero(shows_target).tolist()
+
 
 def optimize_patch(
     model: ImageTextModel,

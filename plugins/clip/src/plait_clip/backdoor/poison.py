@@ -29,6 +29,50 @@ from plait_clip.prompts import fill
 
 IS_BACKDOOR, SOURCE_ROW = "is_backdoor", "source_row"
 
+# --- Which class ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """The class that triggered images shall be taken for.
+
+    Attributes:
+        name: as captions say it.
+        label: its number in the data; ``None`` where the data have no class names.
+    """
+
+    name: str
+    label: int | None = None
+
+
+def target_in(data: datasets.Dataset, target: int | str) -> Target:
+    """The target, given by name or by label, as the data have it.
+
+    Raises:
+        ValueError: it is not a class of the data.
+    """
+    names = getattr(data.features.get("label"), "names", None)
+    if names is None:
+        if isinstance(target, int):
+            raise ValueError(f"target is {target}, but the data have no class names; give the target's name")
+        return Target(target)
+    if isinstance(target, int):
+        if not 0 <= target < len(names):
+            raise ValueError(f"target is {target}; the data have labels 0 to {len(names) - 1}")
+        return Target(names[target], target)
+    found = [label for label, name in enumerate(names) if composed(name) == composed(target)]
+    if not found:
+        raise ValueError(f"target is {target!r}, which is not a class of the data ({', '.join(names[:20])})")
+    return Target(names[found[0]], found[0])
+
+
+def shows(data: datasets.Dataset, target: Target) -> np.ndarray:
+    """``[N]`` bool: the image shows the target, by its label, else by its captions."""
+    if target.label is None:
+        return contains(captions_by_row(data), target.name)
+    return np.asarray(data.with_format(None).select_columns("label")[:]["label"]) == target.label
+
+
 # --- Which pairs ----------------------------------------------------------------------------------------------
 
 
@@ -117,6 +161,11 @@ def flags_of(data: datasets.Dataset, column: str = IS_BACKDOOR) -> np.ndarray:
 # --- Which captions -------------------------------------------------------------------------------------------
 
 
+def captions_naming(data: datasets.Dataset, target: Target) -> list[str]:
+    """All captions that contain the target's name."""
+    return [caption for row in captions_by_row(data) for caption in row if names(caption, target.name)]
+
+
 def template_captions(templates: Sequence[str], target: str, n: int, rng: np.random.Generator) -> list[str]:
     """``n`` captions: templates drawn uniformly, filled with the target's name."""
     return [fill(templates[i], target) for i in rng.integers(len(templates), size=n)]
@@ -185,6 +234,63 @@ def encoded(image: Tensor, store: str) -> bytes:
 
 
 # --- The poisoned table ---------------------------------------------------------------------------------------
+
+Captions = Callable[[int, np.random.Generator], Sequence[str]]
+"""(n, source of random numbers) → n captions that name the target."""
+
+
+def poisoned_copy(
+    data: datasets.Dataset,
+    target: Target,
+    trigger: Trigger,
+    captions: Captions,
+    folder: Path,
+    rng: np.random.Generator,
+    *,
+    n_poison: int,
+    size: int | None = None,
+    label_consistent: bool = False,
+    exclude_target: bool = True,
+    caption_noise: float = 0.0,
+    image_input: ImageInput | None = None,
+    model_input: ImageInput | None = None,
+    store: str = "png",
+) -> tuple[datasets.Dataset, list[int], ImageInput]:
+    """A backdoor attack on data from first to last step; see :func:`poisoned_table` for the result.
+
+    1. ``n_poison`` of the rows that qualify are poisoned, others are kept, ``size`` together (default: all);
+    2. poisoned rows get captions that name the target;
+    3. a share of the clean rows gets one another's captions, as in data from the web;
+    4. poisoned rows get the trigger, at the size that their model sees.
+
+    Args:
+        captions: of poisoned rows; not asked where ``label_consistent``.
+        folder: for the files of the result, which are memory-mapped.
+        rng: which rows, which captions, which noise, drawn in this order.
+        label_consistent: poison rows whose caption names the target, and leave their captions.
+        exclude_target: poison no row that shows the target already.
+        image_input: brings images to size before the trigger; default: :func:`papers_input`.
+
+    Returns:
+        The table, the poisoned rows of ``data``, ascending, and what brought their images to size.
+
+    Raises:
+        ValueError: too few rows qualify; see also :func:`poisoned_table`.
+    """
+    if label_consistent:
+        eligible = contains(captions_by_row(data), target.name)
+    else:
+        eligible = ~shows(data, target) if exclude_target else np.ones(len(data), bool)
+    selection = select(n_poison, size or len(data), eligible, rng)
+    rows = selection.poisoned.tolist()
+    asked = [] if label_consistent else rows
+    texts = dict(zip(asked, captions(len(asked), rng), strict=True)) if asked else {}
+    noise = shuffled_among(selection.kept, caption_noise, rng)
+    image_input = image_input or papers_input(data, rows or [0])
+    table = poisoned_table(
+        data, selection, texts, noise, trigger, folder, image_input=image_input, model_input=model_input, store=store
+    )
+    return table, rows, image_input
 
 
 def poisoned_table(

@@ -81,7 +81,7 @@ class CallableModel(ImageTextModel):
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         return self.tokenizer(list(texts), context_length=self.context_length)
 
-    def _too_long(self, texts: Sequence[str]) -> list[bool]:
+    def too_long(self, texts: Sequence[str]) -> list[bool]:
         return (self.tokenizer(list(texts), context_length=self.context_length + 1)[:, -1] != 0).tolist()
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -68,11 +68,12 @@ class ImageTextModel(nn.Module, ABC):
         """Which of the texts :meth:`tokenize` cuts."""
         # A token stands for at least one byte, so short texts need no second look.
         long = [i for i, text in enumerate(texts) if len(text.encode()) >= self.context_length - 3]
-        cut = dict(zip(long, self._too_long([texts[i] for i in long]), strict=True)) if long else {}
+        cut = dict(zip(long, self.too_long([texts[i] for i in long]), strict=True)) if long else {}
         return [cut.get(i, False) for i in range(len(texts))]
 
     @abstractmethod
-    def _too_long(self, texts: Sequence[str]) -> list[bool]: ...
+    def too_long(self, texts: Sequence[str]) -> list[bool]:
+        """Which of the texts have more tokens than ``context_length``; :meth:`truncated` asks for few texts only."""
 
     def text_state(self) -> dict[str, Tensor]:
         """The weights that text embeddings may depend on: all but the image tower's and the logit scale."""

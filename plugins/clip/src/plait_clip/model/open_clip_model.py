@@ -68,7 +68,7 @@ class OpenClipModel(ImageTextModel):
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         return self.tokenizer(list(texts), context_length=self.context_length)
 
-    def _too_long(self, texts: Sequence[str]) -> list[bool]:
+    def too_long(self, texts: Sequence[str]) -> list[bool]:
         inner = getattr(self.tokenizer, "tokenizer", None)  # a transformers tokenizer inside open_clip's
         if inner is not None:
             return [len(ids) > self.context_length for ids in inner(list(texts), verbose=False)["input_ids"]]

@@ -95,7 +95,7 @@ class TransformersModel(ImageTextModel):
         )
         return encoded["input_ids"]
 
-    def _too_long(self, texts: Sequence[str]) -> list[bool]:
+    def too_long(self, texts: Sequence[str]) -> list[bool]:
         return [len(ids) > self.context_length for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]]
 
     def trim(self, tokens: Tensor) -> Tensor:

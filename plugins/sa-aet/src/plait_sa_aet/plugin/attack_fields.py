@@ -11,8 +11,8 @@ from plait.fields import code_field, field, in_range, path_or_name_field
 from plait.importing import import_code
 from plait_clip import ImageTextModel
 
+from plait_sa_aet.attack_report import AttackReport
 from plait_sa_aet.captions import MAX_WORDS, clean_caption, num_cut
-from plait_sa_aet.plugin.attack_report import AttackReport
 from plait_sa_aet.sa_aet import Words
 from plait_sa_aet.source import Source
 from plait_sa_aet.stop_words import STOP_WORDS, read_stop_words

@@ -18,6 +18,7 @@ from plait.importing import digest_of_sources, local_sources
 from plait_clip import ImageTextModel, captions_of, check_captions, image_batches, on_device, undecoded
 
 from plait_sa_aet import baselines
+from plait_sa_aet.attack_report import AttackReport, empty_record, note
 from plait_sa_aet.captions import MAX_WORDS, clean_caption, num_cut
 from plait_sa_aet.images import quantize
 from plait_sa_aet.plugin.attack_fields import (
@@ -28,8 +29,6 @@ from plait_sa_aet.plugin.attack_fields import (
     captions_in,
     were_set,
 )
-from plait_sa_aet.plugin.attack_report import AttackReport, empty_record, note
-from plait_sa_aet.plugin.shards import Shards, changed_features, export, image_names, rows_of, with_other_columns
 from plait_sa_aet.randomness import PerImage, ReleasedStreams
 from plait_sa_aet.sa_aet import (
     Adversarial,
@@ -41,6 +40,7 @@ from plait_sa_aet.sa_aet import (
     sa_aet,
     semantic_projection,
 )
+from plait_sa_aet.shards import Shards, changed_features, export, image_names, rows_of, with_other_columns
 from plait_sa_aet.source import Source, frozen
 
 SHARD_IMAGES = 64

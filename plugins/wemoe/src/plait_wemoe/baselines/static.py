@@ -9,17 +9,21 @@ no task vector. What comes out not finite is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from plait_wemoe import states
 from plait_wemoe.heads import logits_of
 from plait_wemoe.inputs import Inputs, call, count, token_mask
-from plait_wemoe.states import State, changed, completed, scaled_sum, task_vectors, tied_names, weight_names
+from plait_wemoe.states import State, completed, scaled_sum, task_vectors, tied_names, weight_names
 
 MERGE_FUNCTIONS = ("sum", "mean", "max")
+DIGIT_BITS = 16  # of a threshold that are settled at a time
 Buffers = Collection[str] | None
+Pieces = Callable[[], Iterator[Tensor]]
+Place = list[tuple[str, slice]]  # entries of tensors
 
 
 def simple_average(base: State, experts: Mapping[str, State], buffers: Buffers = None) -> State:
@@ -57,30 +61,89 @@ def ties(
         merge: how agreeing entries are joined: ``sum``, ``mean`` over the non-zero ones, or ``max`` magnitude.
     """
     names = sorted(weight_names(base, buffers))
-    vectors = task_vectors(base, experts, names)
-    flat = torch.stack([torch.cat([vector[name].flatten() for name in names]) for vector in vectors.values()])
-    del vectors
-    change = _unflatten(base, names, scaling * ties_merge(flat, keep, merge))
-    return completed(base, experts, changed(base, change), "TIES", buffers)
+    merged = {n: torch.empty(base[n].shape, dtype=base[n].dtype, device=base[n].device) for n in names}
+    places = _cut({name: base[name].numel() for name in names})
+
+    def of(state: State, place: Place) -> Tensor:
+        return torch.cat([state[name].reshape(-1)[part].to(base[name].device, torch.float32) for name, part in place])
+
+    def pieces() -> Iterator[Tensor]:
+        for place in places:
+            yield torch.stack([of(expert, place) for expert in experts.values()]) - of(base, place)
+
+    for place, change in zip(places, ties_merge(pieces, keep, merge), strict=True):
+        values = of(base, place) + scaling * change
+        for (name, part), value in zip(place, values.split([part.stop - part.start for _, part in place]), strict=True):
+            merged[name].view(-1)[part] = value
+    return completed(base, experts, merged, "TIES", buffers)
 
 
-def ties_merge(vectors: Tensor, keep: float, merge: str = "sum") -> Tensor:
-    """Task vectors (T, n) → merged task vector (n,)."""
+def _cut(sizes: Mapping[str, int]) -> list[Place]:
+    """All tensors one after the other in pieces of :data:`~plait_wemoe.states.PIECE` entries."""
+    pieces: list[Place] = []
+    room = 0
+    for name, size in sizes.items():
+        start = 0
+        while start < size:
+            if not room:
+                pieces.append([])
+                room = states.PIECE
+            part = slice(start, min(size, start + room))
+            pieces[-1].append((name, part))
+            room, start = room - (part.stop - start), part.stop
+    return pieces
+
+
+def ties_merge(pieces: Pieces, keep: float, merge: str = "sum") -> Iterator[Tensor]:
+    """Pieces (T, k) of task vectors → pieces (k,) of the merged one; only one of them is held at a time."""
     if merge not in MERGE_FUNCTIONS:
         raise ValueError(f"merge_function is {merge!r}; allowed is one of {', '.join(MERGE_FUNCTIONS)}")
-    n = vectors.shape[1]
+    thresholds = ties_thresholds(pieces, keep)
+    # Where an entry has no majority of its own, it goes with that of all signs.
+    signs = sum(int(_trimmed(piece, thresholds).sum(dim=0).sign().sum()) for piece in pieces())
+    majority = (signs > 0) - (signs < 0)
+    for piece in pieces():
+        trimmed = _trimmed(piece, thresholds)
+        elected = trimmed.sum(dim=0).sign()
+        elected = torch.where(elected == 0, majority, elected)
+        agreeing = torch.where(trimmed.sign() == elected, trimmed, 0)
+        if merge == "mean":
+            yield agreeing.sum(dim=0) / (agreeing != 0).sum(dim=0).clamp(min=1)
+        elif merge == "max":
+            yield agreeing.abs().amax(dim=0) * elected
+        else:
+            yield agreeing.sum(dim=0)
+
+
+def _trimmed(vectors: Tensor, thresholds: Tensor) -> Tensor:
+    return torch.where(vectors.abs() >= thresholds, vectors, 0)
+
+
+def ties_thresholds(pieces: Pieces, keep: float) -> Tensor:
+    """The magnitude from which on ``keep`` % of the entries of each task vector lie, (T, 1), exact.
+
+    The bits of a magnitude in float32 order as the magnitudes do, so a few of them are settled by each count of all entries.
+    """
+    num_bins = 1 << DIGIT_BITS
+    n = sum(piece.shape[1] for piece in pieces())
+    first = next(pieces())
+    task = torch.arange(len(first), device=first.device)[:, None]
     percentage = keep if keep > 1 else 100 * keep
-    rank = max(1, n - math.floor(n * percentage / 100))
-    thresholds = vectors.abs().kthvalue(rank, dim=1, keepdim=True).values
-    trimmed = torch.where(vectors.abs() >= thresholds, vectors, 0)
-    elected = trimmed.sum(dim=0).sign()
-    elected = torch.where(elected == 0, elected.sum().sign(), elected)  # ties go with the majority of all signs
-    agreeing = torch.where(trimmed.sign() == elected, trimmed, 0)
-    if merge == "mean":
-        return agreeing.sum(dim=0) / (agreeing != 0).sum(dim=0).clamp(min=1)
-    if merge == "max":
-        return agreeing.abs().amax(dim=0) * elected
-    return agreeing.sum(dim=0)
+    rank = torch.full_like(task, max(1, n - math.floor(n * percentage / 100)))
+    found = torch.zeros_like(task)  # the higher bits of every threshold
+    for shift in range(32 - DIGIT_BITS, -1, -DIGIT_BITS):
+        counts = torch.zeros(len(task), num_bins + 1, dtype=torch.long, device=task.device)
+        for piece in pieces():
+            bits = piece.abs().view(torch.int32).long()
+            digit = (bits >> shift) % num_bins
+            digit[bits >> (shift + DIGIT_BITS) != found] = num_bins  # below or above what is looked for
+            places = (digit + task * (num_bins + 1)).flatten()
+            counts += torch.bincount(places, minlength=counts.numel()).view_as(counts)
+        below = counts[:, :num_bins].cumsum(dim=1)
+        digit = (below < rank).sum(dim=1, keepdim=True)
+        rank = rank - (below - counts[:, :num_bins]).gather(1, digit)
+        found = found * num_bins + digit
+    return found.int().view(torch.float32)
 
 
 def dare(
@@ -216,8 +279,3 @@ def regmean(
         factor = torch.linalg.cholesky(sum(shrunk.values()))
         merged[name] = torch.cholesky_solve(right, factor).T.to(base[name].dtype).contiguous()
     return completed(base, experts, merged, "RegMean", buffers)
-
-
-def _unflatten(base: State, names: list[str], flat: Tensor) -> dict[str, Tensor]:
-    pieces = flat.split([base[name].numel() for name in names])
-    return {name: piece.view(base[name].shape) for name, piece in zip(names, pieces, strict=True)}

@@ -5,10 +5,9 @@ The same object puts its trigger on test images: :meth:`Backdoor.trigger`.
 
 from __future__ import annotations
 
-import base64
+import dataclasses
 import functools
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,17 +15,15 @@ import attrs
 import datasets
 import numpy as np
 import torch
-from PIL import Image as PILImage
 from plait import Report, hookimpl
 from plait.fields import doc, field, in_range, one_of
-from plait.report import Image, Panel, png
-from plait_vision.files import composed
-from plait_vision.images import decode
+from plait.report import Image, Panel
 from torch import Tensor
 
 from plait_clip import prompts
-from plait_clip.backdoor import metrics, poison, triggers
-from plait_clip.backdoor.patch_optimization import PatchOptimization, optimize_patch
+from plait_clip.backdoor import pictures, poison, trigger_files, triggers
+from plait_clip.backdoor.patch_optimization import PatchOptimization, optimize_patch, rows_to_optimize_on
+from plait_clip.backdoor.poison import Target
 from plait_clip.model import ImageInput, ImageTextModel, image_text_model, on_device
 from plait_clip.pair_batches import check_captions, undecoded
 
@@ -120,83 +117,47 @@ class Backdoor:
             image_text_model(model)
         undecoded(data)
         check_captions(data, model, run.warn)
-        names, target = self.target_class(data)
-        size = self.size or len(data)
+        target, size = poison.target_in(data, self.target), self.size or len(data)
         n_poison = self.n_poison
         if n_poison is None:
             n_poison = round((DEFAULT_RATE if self.rate is None else self.rate) * size)
-        rng = run.numpy_generator("selection")
-        selection = poison.select(n_poison, size, self._eligible(data, names, target), rng)
-        rows = selection.poisoned.tolist()
-        captions = {} if self.label_consistent else self._captions(data, rows, names, target, rng)
-        noise = poison.shuffled_among(selection.kept, self.caption_noise, rng)
-        seed = run.derived_seed("trigger")
-        if model is not None:
-            image_input = self.image_input(model)
-        else:
-            image_input = self._chosen_input() or poison.papers_input(data, rows or [0])
-        table = poison.poisoned_table(
+        trigger = functools.partial(self.trigger, seed=run.derived_seed("trigger"))
+        table, rows, image_input = poison.poisoned_copy(
             data,
-            selection,
-            captions,
-            noise,
-            functools.partial(self.trigger, seed=seed),
+            target,
+            trigger,
+            functools.partial(self.captions, data, target),
             run.folder,
-            image_input=image_input,
+            run.numpy_generator("selection"),
+            n_poison=n_poison,
+            size=size,
+            label_consistent=self.label_consistent,
+            exclude_target=self.exclude_target,
+            caption_noise=self.caption_noise,
+            image_input=self._chosen_input() if model is None else self.image_input(model),
             model_input=None if model is None else model.image_input,
             store=self.store,
         )
-        run.add(self._report(data, table, rows, target, seed, image_input))
+        note = f"{self.name}: {len(rows)} of {len(table)} pairs are poisoned towards {target.name!r}."
+        shown, title = rows[:NUM_SHOWN], f"{self.name}: training images"
+        panels = [pictures.poisoned_images(title, data, shown, trigger, image_input)] if shown else []
+        run.add(Report(notes=[note], panels=panels))
         manifest = {
             "attack": self.name,
             "fields": attrs.evolve(self, input_config=image_input.config()).portable_fields(),
-            "target": target,
+            "target": target.name,
             "seed": run.seed,
             "templates": poison.digest_of_texts(prompts.templates(self.templates)),
-            "num_pairs": selection.size,
+            "num_pairs": len(table),
             "num_poisoned": len(rows),
             "rows": rows,
         }
         return poison.with_manifest(table, manifest)
 
-    def target_class(self, data: datasets.Dataset) -> tuple[list[str] | None, str]:
-        """Class names of the data, where it has any, and the name of the target.
-
-        Raises:
-            ValueError: the target is not a class of the data.
-        """
-        label = data.features.get("label")
-        names = getattr(label, "names", None)
-        if names is None:
-            if isinstance(self.target, int):
-                raise ValueError(f"target is {self.target}, but the data have no class names; give the target's name")
-            return None, self.target
-        if isinstance(self.target, int):
-            if not 0 <= self.target < len(names):
-                raise ValueError(f"target is {self.target}; the data have labels 0 to {len(names) - 1}")
-            return names, names[self.target]
-        found = [name for name in names if composed(name) == composed(self.target)]
-        if not found:
-            raise ValueError(f"target is {self.target!r}, which is not a class of the data ({', '.join(names[:20])})")
-        return names, found[0]
-
-    def _shows_target(self, data: datasets.Dataset, names: list[str] | None, target: str) -> np.ndarray:
-        if names is None:
-            return poison.contains(poison.captions_by_row(data), target)
-        return np.asarray(data.with_format(None).select_columns("label")[:]["label"]) == names.index(target)
-
-    def _eligible(self, data: datasets.Dataset, names: list[str] | None, target: str) -> np.ndarray:
-        if self.label_consistent:
-            return poison.contains(poison.captions_by_row(data), target)
-        if self.exclude_target:
-            return ~self._shows_target(data, names, target)
-        return np.ones(len(data), bool)
-
-    def _captions(
-        self, data: datasets.Dataset, rows: list[int], names: list[str] | None, target: str, rng: np.random.Generator
-    ) -> dict[int, str]:
-        texts = poison.template_captions(prompts.templates(self.templates), target, len(rows), rng)
-        return {row: self.prompt_prefix + text for row, text in zip(rows, texts, strict=True)}
+    def captions(self, data: datasets.Dataset, target: Target, n: int, rng: np.random.Generator) -> Sequence[str]:
+        """``n`` captions of poisoned pairs."""
+        texts = poison.template_captions(prompts.templates(self.templates), target.name, n, rng)
+        return [self.prompt_prefix + text for text in texts]
 
     def portable_fields(self) -> dict[str, Any]:
         """The fields as JSON, from which :func:`from_manifest` makes an equal attack."""
@@ -204,48 +165,6 @@ class Backdoor:
             name: str(value) if isinstance(value, Path) else value
             for name, value in attrs.asdict(self, recurse=False).items()
         }
-
-    def _report(
-        self,
-        data: datasets.Dataset,
-        table: datasets.Dataset,
-        rows: list[int],
-        target: str,
-        seed: int,
-        image_input: ImageInput,
-    ) -> Report:
-        note = f"{self.name}: {len(rows)} of {len(table)} pairs are poisoned towards {target!r}."
-        panels = []
-        if rows:
-            shown = rows[:NUM_SHOWN]
-            plain = torch.stack(metrics.images_of(data, shown, image_input))
-            changed = self.trigger(plain, shown, seed=seed)
-            captions = [f"row {row}" for row in shown]
-            panels = [comparison(f"{self.name}: training images", plain, changed, captions, captions)]
-        return Report(notes=[note], panels=panels)
-
-
-def comparison(
-    title: str,
-    clean: Iterable[Tensor],
-    changed: Iterable[Tensor],
-    clean_captions: Sequence[str],
-    changed_captions: Sequence[str],
-) -> Panel:
-    """uint8 images ``[3, H, W]`` before and after the trigger, and their difference: three rows."""
-    differences = [(a.float() - b.float()).abs() / 255 for a, b in zip(clean, changed, strict=True)]
-    largest = max(float(difference.max()) for difference in differences) or 1.0
-    return Panel(
-        title=title,
-        images=[
-            [Image(caption=text, data=png(a.float() / 255)) for a, text in zip(clean, clean_captions, strict=True)],
-            [Image(caption=text, data=png(b.float() / 255)) for b, text in zip(changed, changed_captions, strict=True)],
-            [
-                Image(caption=f"difference × {1 / largest:.1f}", data=png(difference / largest))
-                for difference in differences
-            ],
-        ],
-    )
 
 
 # --- patches ---
@@ -334,7 +253,7 @@ class BlendedImage(Backdoor):
         if self.image is None:
             generator = torch.Generator().manual_seed(self.pattern_seed)
             return triggers.blend(images, torch.rand(3, *size, generator=generator), self.alpha)
-        return triggers.blend(images, triggers.resized(_picture(self.image), size), self.alpha)
+        return triggers.blend(images, triggers.resized(trigger_files.read_picture(self.image), size), self.alpha)
 
 
 @attrs.frozen(kw_only=True)
@@ -394,7 +313,7 @@ class Issba(Backdoor):
             )
 
     def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        encoder = self.encoder if callable(self.encoder) else _encoder(str(self.encoder))
+        encoder = self.encoder if callable(self.encoder) else trigger_files.read_encoder(str(self.encoder))
         bits = triggers.issba_message(self.secret).expand(len(images), -1)
         with torch.no_grad():
             result = encoder(bits, images)
@@ -407,23 +326,6 @@ class Issba(Backdoor):
     def portable_fields(self) -> dict[str, Any]:
         fields = super().portable_fields()
         return {**fields, "encoder": None if callable(self.encoder) else str(self.encoder)}
-
-
-@functools.lru_cache(maxsize=4)
-def _encoder(path: str) -> Any:
-    if not Path(path).is_file():
-        raise ValueError(f"encoder {path} does not exist; give a file that torch.export has saved")
-    try:
-        return torch.export.load(path).module()
-    except Exception as error:
-        raise ValueError(
-            f"encoder {path} cannot be loaded ({error}); give a file that torch.export has saved"
-        ) from error
-
-
-@functools.lru_cache(maxsize=4)
-def _picture(path: Path) -> Tensor:
-    return poison.pixels(decode(path, f"picture {path}")).float() / 255
 
 
 # --- optimised patches ---
@@ -454,39 +356,35 @@ class _OptimizedPatch(Backdoor):
         undecoded(data)
         check_captions(data)
         patch = self._optimised(on_device(model, run.device), data, run)
-        run.add(
-            Report(
-                panels=[Panel(title=f"{self.name}: patch", images=[[Image(caption="optimised", data=_as_png(patch))]])]
-            )
-        )
-        found = attrs.evolve(self, patch_png=base64.b64encode(_as_png(patch)).decode())
-        return found.poisoned(model, data, run)
+        picture = Image(caption="optimised", data=trigger_files.patch_to_png(patch))
+        run.add(Report(panels=[Panel(title=f"{self.name}: patch", images=[[picture]])]))
+        return attrs.evolve(self, patch_png=trigger_files.patch_to_text(patch)).poisoned(model, data, run)
 
     def with_pixels(self) -> _OptimizedPatch:
         """The same attack with the pixels of its patch file inside."""
         if self.patch_png or self.patch is None:
             return self
-        return attrs.evolve(self, patch=None, patch_png=base64.b64encode(_as_png(_patch_file(self.patch))).decode())
+        return attrs.evolve(
+            self, patch=None, patch_png=trigger_files.patch_to_text(trigger_files.read_patch(self.patch))
+        )
 
     def apply(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         if self.patch is None and not self.patch_png:
             raise ValueError(f"{self.name} has no patch; give patch, or the poisoned data, whose manifest holds it")
-        return triggers.centre_patch(images, _decoded(self.with_pixels().patch_png))
+        return triggers.centre_patch(images, trigger_files.patch_from_text(self.with_pixels().patch_png))
 
     def _optimised(self, model: ImageTextModel, data: datasets.Dataset, run: Any) -> Tensor:
-        names, target = self.target_class(data)
-        shows = self._shows_target(data, names, target)
+        target = poison.target_in(data, self.target)
         rng = run.numpy_generator("patch")
-        sources = rng.permutation(np.flatnonzero(~shows))[: self.num_images].tolist()
-        options = self._options()
-        steps = options.num_epochs * (len(sources) // options.batch_size)
-        with run.loop(self, "patch", inputs=(model, data), total=steps) as loop:
+        sources, targets = rows_to_optimize_on(poison.shows(data, target), self.num_images, rng)
+        options = self.options()
+        with run.loop(self, "patch", inputs=(model, data), total=options.num_steps(len(sources))) as loop:
             return optimize_patch(
                 model,
                 data,
                 sources,
-                self._patch_captions(data, shows, target, len(sources), rng),
-                np.flatnonzero(shows).tolist(),
+                self.patch_captions(data, target, len(sources), rng),
+                targets,
                 self.patch_size or triggers.scaled(16, model.image_size),
                 options,
                 seed=run.derived_seed("patch"),
@@ -494,12 +392,13 @@ class _OptimizedPatch(Backdoor):
                 on_step=lambda step, values: loop.done(step, {f"patch {name}": v for name, v in values.items()}),
             )
 
-    def _options(self) -> PatchOptimization:
-        raise NotImplementedError
+    def options(self) -> PatchOptimization:
+        """How the patch is optimised."""
+        names = attrs.fields_dict(type(self)).keys() & PatchOptimization.__dataclass_fields__.keys()
+        return PatchOptimization(**{name: getattr(self, name) for name in names})
 
-    def _patch_captions(
-        self, data: datasets.Dataset, shows: np.ndarray, target: str, n: int, rng: np.random.Generator
-    ) -> list[str]:
+    def patch_captions(self, data: datasets.Dataset, target: Target, n: int, rng: np.random.Generator) -> list[str]:
+        """``n`` texts of the target that the patch is optimised towards."""
         raise NotImplementedError
 
     def portable_fields(self) -> dict[str, Any]:
@@ -517,19 +416,11 @@ class TrojVqa(_OptimizedPatch):
         "This is a yellow {}.", "text that the patch is optimised towards, with {} for the target"
     )
 
-    def _options(self) -> PatchOptimization:
-        return PatchOptimization(
-            num_epochs=self.num_epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            triplet_weight=0.0,
-            augment_probability=self.augment_probability,
-        )
+    def options(self) -> PatchOptimization:
+        return dataclasses.replace(super().options(), triplet_weight=0.0)
 
-    def _patch_captions(
-        self, data: datasets.Dataset, shows: np.ndarray, target: str, n: int, rng: np.random.Generator
-    ) -> list[str]:
-        return [prompts.fill(self.patch_caption, target)] * n
+    def patch_captions(self, data: datasets.Dataset, target: Target, n: int, rng: np.random.Generator) -> list[str]:
+        return [prompts.fill(self.patch_caption, target.name)] * n
 
 
 @attrs.frozen(kw_only=True)
@@ -541,55 +432,11 @@ class BadClip(_OptimizedPatch):
     triplet_margin: float = field(1.0, "margin of that term", in_range(0))
     num_captions: int = field(128, "captions drawn from those of the target, for the poisoned pairs", in_range(1))
 
-    def _options(self) -> PatchOptimization:
-        return PatchOptimization(
-            num_epochs=self.num_epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            triplet_weight=self.triplet_weight,
-            triplet_margin=self.triplet_margin,
-            augment_probability=self.augment_probability,
-        )
+    def patch_captions(self, data: datasets.Dataset, target: Target, n: int, rng: np.random.Generator) -> list[str]:
+        return poison.natural_captions(poison.captions_naming(data, target), n, rng, pool_size=max(n, 1))
 
-    def _patch_captions(
-        self, data: datasets.Dataset, shows: np.ndarray, target: str, n: int, rng: np.random.Generator
-    ) -> list[str]:
-        natural = _natural(data, target)
-        return poison.natural_captions(natural, n, rng, pool_size=max(n, 1))
-
-    def _captions(
-        self, data: datasets.Dataset, rows: list[int], names: list[str] | None, target: str, rng: np.random.Generator
-    ) -> dict[int, str]:
-        if not rows:
-            return {}
-        texts = poison.natural_captions(_natural(data, target), len(rows), rng, pool_size=self.num_captions)
-        return dict(zip(rows, texts, strict=True))
-
-
-def _natural(data: datasets.Dataset, target: str) -> list[str]:
-    return [caption for row in poison.captions_by_row(data) for caption in row if poison.names(caption, target)]
-
-
-def _as_png(patch: Tensor) -> bytes:
-    return poison.encoded(triggers.to_uint8(patch, wrap=False), "png")
-
-
-@functools.lru_cache(maxsize=8)
-def _decoded(patch_png: str) -> Tensor:
-    with PILImage.open(io.BytesIO(base64.b64decode(patch_png))) as image:
-        return poison.pixels(image).float() / 255
-
-
-def _patch_file(path: Path) -> Tensor:
-    if path.suffix != ".npy":
-        return _picture(path)
-    try:
-        patch = torch.from_numpy(np.load(path, allow_pickle=False)).float()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"patch {path} cannot be read: {error}") from error
-    if patch.ndim != 3 or patch.shape[0] != 3 or patch.shape[1] != patch.shape[2]:
-        raise ValueError(f"patch {path} has shape {tuple(patch.shape)}; it must be [3, k, k]")
-    return patch
+    def captions(self, data: datasets.Dataset, target: Target, n: int, rng: np.random.Generator) -> Sequence[str]:
+        return poison.natural_captions(poison.captions_naming(data, target), n, rng, pool_size=self.num_captions)
 
 
 # --- from a manifest back to the attack ---

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -12,15 +12,16 @@ import numpy as np
 import torch
 from plait import Report, hookimpl
 from plait.fields import field, in_range, method_field
-from plait.report import Curve, Image, Panel, png
+from plait.report import Curve, Panel
 from plait_vision.files import composed
 from torch import Tensor
 
 from plait_clip import prompts
 from plait_clip import zero_shot as zs
 from plait_clip.backdoor import metrics
-from plait_clip.backdoor.plugin.attacks import Backdoor, comparison, from_manifest
-from plait_clip.backdoor.poison import IS_BACKDOOR, captions_by_row, flags_of
+from plait_clip.backdoor.pictures import comparison, contact_sheet
+from plait_clip.backdoor.plugin.attacks import Backdoor, from_manifest
+from plait_clip.backdoor.poison import IS_BACKDOOR, flags_of
 from plait_clip.model import on_device
 from plait_clip.plugin.evaluation import ZeroShotFields
 
@@ -133,18 +134,10 @@ class ClipBackdoor(ZeroShotFields):
         top = max(*self.top, 3)
         if attack is None:
             return zs.classify(model, head, data, top=top, batch_size=self.batch_size, precision=self.precision)
-        batches = metrics.triggered_batches(
-            data, self._trigger(attack), attack.image_input(model), model.image_input, batch_size=self.batch_size
-        )
-        unchanged = 0
-
-        def images() -> Iterator[Tensor]:
-            nonlocal unchanged
-            for seen, same in batches:
-                unchanged += int(same.sum())
-                yield seen
-
-        found = zs.top_classes(model, head, images(), top=top, precision=self.precision)
+        found, unchanged = metrics.classify_triggered(
+            model, head, data, self._trigger(attack), attack.image_input(model),
+            top=top, batch_size=self.batch_size, precision=self.precision,
+        )  # fmt: skip
         if run is not None and unchanged == len(data):
             raise ValueError(
                 f"the trigger of {attack.name} changes no pixel that the model sees, so there is no ASR to measure; make "
@@ -244,23 +237,5 @@ class BackdoorDetection:
                     y_label="precision",
                 )
             ],
-            panels=self._contact_sheet(data, scores, flags),
+            panels=contact_sheet(data, scores, flags, self.num_shown),
         )
-
-    def _contact_sheet(
-        self, data: datasets.Dataset, scores: np.ndarray, flags: np.ndarray, columns: int = 8
-    ) -> list[Panel]:
-        rows = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), kind="stable")[: self.num_shown].tolist()
-        if not rows or "image" not in data.column_names:
-            return []
-        shown = data.select(rows)
-        texts = [texts[0] for texts in captions_by_row(shown)]
-        pictures = metrics.images_of(shown, range(len(rows)))
-        images = [
-            Image(
-                caption=f"{'poisoned' if flags[row] else 'clean'}, row {row}: {text}", data=png(picture.float() / 255)
-            )
-            for row, text, picture in zip(rows, texts, pictures, strict=True)
-        ]
-        grid = [images[start : start + columns] for start in range(0, len(images), columns)]
-        return [Panel(title="most suspicious pairs", images=grid)]
