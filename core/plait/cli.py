@@ -96,15 +96,17 @@ def run(
 
     OVERRIDES change it: steps.dirty.with.rate=0.1 matrix.seed=[0]
     """
+    if not quiet:  # the imports take their time
+        click.echo(f"reading {pipeline}", err=True)
     from rich.console import Console
 
-    from plait.listeners import Display, Lines
+    from plait.displays import Display, Lines
     from plait.pipeline import load_pipeline
     from plait.runner import run_pipeline
     from plait.terminal import print_tables
 
     checked = load_pipeline(pipeline, overrides)
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # as it is now: steps write elsewhere
     display = None if quiet else Display(console) if console.is_terminal else Lines(console)
     try:
         result = run_pipeline(checked, _store(store), out, jobs, device, [display] if display else [])

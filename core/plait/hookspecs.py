@@ -166,6 +166,10 @@ class RunEvents:
         """``run.warn`` was called in a step."""
 
     @hookspec
+    def step_said(self, run_id: str, step: str, text: str) -> None:
+        """What libraries wrote to the standard error while a step ran: their own bars and warnings."""
+
+    @hookspec
     def step_cached(self, run_id: str, step: str, key: str) -> None:
         """The step's result was in the store already."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 
 from plait.configuration import configure
-from plait.document import MERGE, Document, KeyPath, parse, read
+from plait.document import MERGE, TEXT, Document, KeyPath, parse, read
 from plait.each import KEY as EACH
 from plait.each import EachError, Family, expanded, member_of
 from plait.errors import ConfigurationError, PipelineError, PlaitError, nearest
@@ -25,6 +25,7 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 TOP_KEYS = ("plait", "name", "description", "seed", "matrix", "steps")
 STEP_KEYS = ("each", "from", "with", "seed", "resources")
 MAX_CELLS = 10_000
+MAPPING = "<mapping>"
 
 
 @attrs.frozen
@@ -115,6 +116,22 @@ def parse_pipeline(text: str, overrides: Sequence[str] = (), folder: Path | None
     return check(parse(text), overrides, folder or Path.cwd())
 
 
+def pipeline_of(data: Mapping[str, Any], overrides: Sequence[str] = (), folder: Path | None = None) -> Pipeline:
+    """As :func:`load_pipeline`, for what a file would say as a mapping."""
+    try:
+        # As from a file: lists are lists, keys are texts, and there is nothing but plain values.
+        plain = json.loads(json.dumps(data, default=_path_text))
+    except (TypeError, ValueError) as error:
+        raise PipelineError([f"the pipeline holds what a file could not say: {error}; write plain values"]) from error
+    return check(Document(plain, {}, MAPPING), overrides, folder or Path.cwd())
+
+
+def _path_text(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{value!r} is a {type(value).__name__}")
+
+
 def check(document: Document, overrides: Sequence[str], folder: Path) -> Pipeline:
     """Check a document; see :func:`load_pipeline`."""
     problems = _Problems(document)
@@ -144,7 +161,7 @@ def check(document: Document, overrides: Sequence[str], folder: Path) -> Pipelin
         _check_axes_used(matrix, axes, problems)
     if problems.found:
         raise PipelineError(problems.found)
-    source = "" if document.name == "<text>" else document.name
+    source = "" if document.name in (TEXT, MAPPING) else document.name
     return Pipeline(str(data.get("name") or Path(source).stem or "pipeline"), cells, axes, data, folder, source)
 
 

@@ -25,6 +25,7 @@ from plait.importing import FILE_ATTRIBUTE, local_sources
 from plait.methods import find
 from plait.plan import Input, Task
 from plait.report.model import Curve, Report
+from plait.said import errors_kept
 from plait.store import Store
 from plait.surroundings import same_surroundings
 from plait.versions import library_versions, plait_modules
@@ -159,7 +160,8 @@ def _run(job: Job, store: Store, emit: Emit) -> None:
         on_warning=journal.warn,
     )
     started = time.monotonic()
-    with same_surroundings(run.derived_seed("global")), _no_caches_of_libraries():
+    said = errors_kept(lambda text: emit("step_said", step=job.label, text=text))
+    with said, same_surroundings(run.derived_seed("global")), _no_caches_of_libraries():
         result = hook_caller(job.hook, instance)(run=run, **arguments)
     if result is None:
         raise PlaitError(f"method {job.method!r} returned nothing; a hook has to return its result")

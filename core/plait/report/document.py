@@ -14,7 +14,7 @@ import attrs
 from plait.configuration import plain_fields
 from plait.plan import Plan, Task
 from plait.report.model import Curve, Panel, Report, Spread
-from plait.report.tables import NO_SEED, Table, marked, number_of, shown, with_counts
+from plait.report.tables import NO_SEED, Number, Table, marked, number_of, shown, with_counts
 
 
 @attrs.frozen
@@ -134,6 +134,22 @@ def _table(title: str, group: Sequence[tuple[Task, Report]], main: bool) -> Tabl
             numbers.append(number_of(found, seeds, formats.get(metric, ".4g"), spread) if found else None)
         rows.append((texts, numbers))
     return marked(with_counts(Table(title, index, metrics, rows, better, main, spread, formats)))
+
+
+def table_of(report: Report) -> Table:
+    """The table of one report, as it came from its evaluation."""
+    columns = list(dict.fromkeys(column for row in report.rows for column in row))
+    metrics = [column for column in columns if any(_is_number(row.get(column)) for row in report.rows)]
+    index = [column for column in columns if column not in metrics]
+    rows = []
+    for row in report.rows:
+        numbers = [_single(row.get(metric), report.formats.get(metric, ".4g")) for metric in metrics]
+        rows.append(([shown(row.get(column)) for column in index], numbers))
+    return Table(report.title, index, metrics, rows, report.better, formats=report.formats)
+
+
+def _single(value: Any, form: str) -> Number | None:
+    return number_of([float(value)], [NO_SEED], form, "std") if _is_number(value) else None
 
 
 def _is_number(value: Any) -> bool:

@@ -13,10 +13,10 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from plait.report.charts import chart
-from plait.report.document import RunReport
+from plait.report.document import RunReport, table_of
 from plait.report.model import Report
 from plait.report.pictures import Gallery, gallery
-from plait.report.tables import Number, Table, caption, column_title, difference, leaders, marked, number_of, shown
+from plait.report.tables import Number, Table, caption, column_title, difference, leaders
 from plait.report.text import FORMATS
 
 LIMIT = 5_000_000  # bytes of a page, unless everything is asked for
@@ -141,23 +141,7 @@ def fragment_of_report(report: Report) -> str:
     """A single report for a notebook: its table, curves, pictures and notes."""
     parts: list[Any] = []
     if report.rows:
-        columns = list(dict.fromkeys(column for row in report.rows for column in row))
-        metrics = [c for c in columns if any(isinstance(row.get(c), float | int) for row in report.rows)]
-        metrics = [c for c in metrics if not any(isinstance(row.get(c), bool) for row in report.rows)]
-        index = [column for column in columns if column not in metrics]
-        rows = [
-            (
-                [shown(row.get(column)) for column in index],
-                [
-                    None
-                    if row.get(m) is None
-                    else number_of([float(row[m])], [""], report.formats.get(m, ".4g"), "std")  # type: ignore[arg-type]
-                    for m in metrics
-                ],
-            )
-            for row in report.rows
-        ]
-        parts.append(Markup(fragment(marked(Table(report.title, index, metrics, rows, report.better)))))
+        parts.append(Markup(fragment(table_of(report))))
     for curve in report.curves:
         parts.append(Markup("<div>{}{}</div>").format(curve.name, Markup(chart([curve]).svg)))
     for _, title, grid in gallery([("", panel) for panel in report.panels], LIMIT).panels:
