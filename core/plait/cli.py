@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from plait import completing
 from plait.errors import PipelineError, PlaitError
 
 
@@ -57,6 +58,16 @@ def main(debug: bool) -> None:
         os.environ["PLAIT_DEBUG"] = "1"
 
 
+def _pipeline_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.argument("overrides", nargs=-1, shell_complete=completing.overrides)(command)
+    return click.argument("pipeline", type=click.Path(path_type=Path))(command)
+
+
+def _to_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    text = "Only this step and what it needs; may be repeated."
+    return click.option("--to", multiple=True, metavar="STEP", help=text, shell_complete=completing.steps)(command)
+
+
 def _store_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--store", type=click.Path(path_type=Path), help="Folder of the store (default: $PLAIT_STORE, else .plait)."
@@ -76,8 +87,11 @@ def _store(path: Path | None) -> Any:
 
 
 @main.command()
-@click.argument("pipeline", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1)
+@_pipeline_arguments
+@_to_option
+@click.option(
+    "--only-failed", is_flag=True, help="Only what failed in the last run of this pipeline, and what waits for it."
+)
 @_store_option
 @_out_option
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes over independent steps.")
@@ -86,6 +100,8 @@ def _store(path: Path | None) -> Any:
 def run(
     pipeline: Path,
     overrides: tuple[str, ...],
+    to: tuple[str, ...],
+    only_failed: bool,
     store: Path | None,
     out: Path,
     jobs: int,
@@ -106,10 +122,11 @@ def run(
     from plait.terminal import print_tables
 
     checked = load_pipeline(pipeline, overrides)
+    select = _selection(to, only_failed, checked.name, out)
     console = Console(file=sys.stderr)  # as it is now: steps write elsewhere
     display = None if quiet else Display(console) if console.is_terminal else Lines(console)
     try:
-        result = run_pipeline(checked, _store(store), out, jobs, device, [display] if display else [])
+        result = run_pipeline(checked, _store(store), out, jobs, device, [display] if display else [], select)
     finally:
         if isinstance(display, Display):
             display.close()
@@ -124,16 +141,38 @@ def run(
         raise SystemExit(1)
 
 
+def _selection(to: tuple[str, ...], failed_only: bool, name: str, out: Path) -> Callable[[Any], Any] | None:
+    """What ``--to`` and ``--only-failed`` leave of a plan."""
+    from plait.selection import only_failed, up_to
+
+    failed: list[str] = []
+    if failed_only:
+        from plait.runs import find_run, open_run
+
+        last = open_run(find_run(name, out))
+        failed = [*last.results.get("failed", {}), *last.results.get("not run", {})]
+        if not failed:
+            raise PlaitError(f"nothing failed in the last run of {name} ({last.folder})")
+
+    def select(plan: Any) -> Any:
+        plan = up_to(plan, to) if to else plan
+        return only_failed(plan, failed) if failed_only else plan
+
+    return select
+
+
 @main.command()
-@click.argument("pipeline", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1)
+@_pipeline_arguments
+@_to_option
 @_store_option
-def plan(pipeline: Path, overrides: tuple[str, ...], store: Path | None) -> None:
+def plan(pipeline: Path, overrides: tuple[str, ...], to: tuple[str, ...], store: Path | None) -> None:
     """Show what a PIPELINE would do: its steps, what is in the store, and why the rest is not."""
     from plait.pipeline import load_pipeline
     from plait.plan import explain, flatten, is_done, make_plan
+    from plait.selection import up_to
 
     made = make_plan(load_pipeline(pipeline, overrides))
+    made = up_to(made, to) if to else made
     place = _store(store)
     cells = len(made.pipeline.cells)
     matrix = made.pipeline.data.get("matrix") or {}
@@ -158,52 +197,66 @@ def plan(pipeline: Path, overrides: tuple[str, ...], store: Path | None) -> None
 
 
 @main.command("list")
+@click.argument("word", required=False)
 @click.option("--hook", help="Only methods of this hook.")
+@click.option("--package", help="Only methods of this package.")
 @click.option("--all", "every", is_flag=True, help="Also what is known but not installed.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def list_methods(hook: str | None, every: bool, as_json: bool) -> None:
-    """List installed methods by hook."""
+def list_methods(word: str | None, hook: str | None, package: str | None, every: bool, as_json: bool) -> None:
+    """List installed methods by hook, each with a line on what it does; with WORD, those that speak of it."""
+    from plait.catalogue import catalogue
+
+    rows = _listed(hook, package, every)
+    if word:
+        rows = [row for row in rows if any(word.lower() in text.lower() for text in row.values())]
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    if not rows:
+        which = " ".join(
+            filter(None, (word and f"with {word!r}", hook and f"of hook {hook}", package and f"of {package}"))
+        )
+        click.echo(f"no installed method {which}".rstrip() + "; plait list --all shows what there is")
+    name_width = max((len(row["method"]) for row in rows), default=0)
+    package_width = max((len(row["package"]) for row in rows), default=0)
+    last = None
+    for row in rows:
+        if row["hook"] != last:
+            click.secho(row["hook"], bold=True)
+            last = row["hook"]
+        about = row["summary"] if row["state"] == "installed" else f"({row['state']})"
+        click.echo(f"  {row['method']:<{name_width}}  {row['package']:<{package_width}}  {about}".rstrip())
+    if every and not (word or hook or package):
+        for name, entry in catalogue().items():
+            if not entry.get("methods"):
+                click.echo(f"{name}  ({entry.get('status')}): {entry['summary']}")
+
+
+def _listed(hook: str | None, package: str | None, every: bool) -> list[dict[str, str]]:
     from plait.catalogue import catalogue, offers
     from plait.errors import nearest
     from plait.hookspecs import HOOKS
+    from plait.summaries import summary
 
-    if hook is not None and hook.replace("-", "_") not in HOOKS:
-        shown = [h.replace("_", "-") for h in HOOKS]
+    shown = [name.replace("_", "-") for name in HOOKS]
+    if hook is not None and hook.replace("_", "-") not in shown:
         raise PipelineError(
             [f"there is no hook {hook!r}{nearest(hook, shown) or '; the hooks are ' + ', '.join(shown)}"]
         )
     rows = []
     for name in HOOKS:
-        if hook is None or hook.replace("-", "_") == name:
-            known = {(o.name, o.package): "installed" for o in offers(name)}
-            if every:
-                for package, entry in catalogue().items():
-                    for method in entry.get("methods", {}).get(name, ()):
-                        known.setdefault(
-                            (method, package),
-                            "planned" if entry.get("status") == "planned" else f"pip install {package}",
-                        )
-            rows += [
-                (name.replace("_", "-"), method, package, state) for (method, package), state in sorted(known.items())
-            ]
-    if as_json:
-        click.echo(
-            json.dumps([dict(zip(("hook", "method", "package", "state"), row, strict=True)) for row in rows], indent=1)
-        )
-        return
-    if not rows:
-        click.echo("no methods are installed; plait list --all shows what there is")
-    width = max((len(row[1]) for row in rows), default=0)
-    last = None
-    for hook_name, method, package, state in rows:
-        if hook_name != last:
-            click.secho(hook_name, bold=True)
-            last = hook_name
-        click.echo(f"  {method:<{width}}  {package}{'' if state == 'installed' else f'  ({state})'}")
-    if every:
-        for package, entry in catalogue().items():
-            if not entry.get("methods"):
-                click.echo(f"{package}  ({entry.get('status')}): {entry['summary']}")
+        if hook is not None and hook.replace("-", "_") != name:
+            continue
+        known = {(offer.name, offer.package): ("installed", summary(offer.target)) for offer in offers(name)}
+        for owner, entry in catalogue().items() if every else ():
+            state = "planned" if entry.get("status") == "planned" else f"pip install {owner}"
+            for method in entry.get("methods", {}).get(name, ()):
+                known.setdefault((method, owner), (state, ""))
+        for (method, owner), (state, about) in sorted(known.items()):
+            if package is None or owner.removeprefix("plait-") == package.removeprefix("plait-"):
+                row = {"hook": name.replace("_", "-"), "method": method, "package": owner, "state": state}
+                rows.append({**row, "summary": about})
+    return rows
 
 
 @main.command()
@@ -235,7 +288,7 @@ def runs(out: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("name", metavar="METHOD|RUN")
+@click.argument("name", metavar="METHOD|RUN", shell_complete=completing.methods_and_runs)
 @click.option("--hook", help="Which hook, where methods of two hooks share the name.")
 @click.option("--all", "every", is_flag=True, help="Of a run: also the tables that steps added.")
 @click.option(
@@ -285,8 +338,10 @@ def _show_run(name: str, out: Path, every: bool, text_format: Any) -> None:
 def _show_method(method: str, hook: str | None) -> None:
     import inspect
 
+    import attrs
+
     from plait.catalogue import catalogue, offers, package_of
-    from plait.configuration import describe, fields_of
+    from plait.configuration import describe, example_step, fields_of
     from plait.errors import nearest
     from plait.hookspecs import HOOKS, implemented_hooks
     from plait.methods import arguments_of, find
@@ -325,6 +380,9 @@ def _show_method(method: str, hook: str | None) -> None:
                 a + ("" if required else " (optional)") for a, required in arguments_of(found.cls, one).items()
             )
             click.echo(f"  hook     {one.replace('_', '-')}  from: {arguments or 'nothing'}")
+        for word, attribute in (("needs", "columns_needed"), ("makes", "columns_made"), ("splits", "splits")):
+            if names := getattr(found.cls, attribute, None):
+                click.echo(f"  {word:<8} {'columns ' if word != 'splits' else ''}{', '.join(names)}")
         if found.package:
             entry = catalogue().get(found.package, {})
             click.echo(f"  package  {found.package} {found.version}")
@@ -336,13 +394,15 @@ def _show_method(method: str, hook: str | None) -> None:
         for field in fields.values():
             facts = describe(field)
             allowed = f", {facts['allowed']}" if facts["allowed"] and not facts["type"].startswith("one of") else ""
+            required = facts["default"] == "required"
             click.echo(
-                f"    {facts['name']}: {facts['type']}{allowed}; default {facts['default']}"
-                if facts["default"] != "required"
-                else f"    {facts['name']}: {facts['type']}{allowed}; required"
+                f"    {facts['name']}: {facts['type']}{allowed}; {'required' if required else 'default ' + facts['default']}"
             )
             if facts["doc"]:
                 click.echo(f"        {facts['doc']}")
+        click.echo("  in a pipeline")
+        for one in implemented:
+            click.echo(f"    {example_step(attrs.evolve(found, hook=one))}")
     if not seen:
         raise PipelineError([f"{method!r} implements none of the hooks"])
 
@@ -356,7 +416,7 @@ def schema() -> None:
 
 
 @main.command()
-@click.argument("names", metavar="RUN...", nargs=-1, required=True)
+@click.argument("names", metavar="RUN...", nargs=-1, required=True, shell_complete=completing.runs)
 @click.option("--full", is_flag=True, help="With all pictures as they are, however large the page becomes.")
 @click.option("--to", type=click.Path(path_type=Path), help="Of several runs: the HTML file to write.")
 @_out_option
@@ -395,7 +455,44 @@ def report(names: tuple[str, ...], full: bool, to: Path | None, out: Path, store
 
 
 @main.command()
-@click.argument("method")
+@click.argument("run", metavar="RUN", shell_complete=completing.runs)
+@click.argument("step", shell_complete=completing.steps_of_run)
+@click.argument("folder", type=click.Path(path_type=Path))
+@_out_option
+@_store_option
+def export(run: str, step: str, folder: Path, out: Path, store: Path | None) -> None:
+    """Write the result of a STEP of a RUN into a new FOLDER: a model folder, a data set, pictures."""
+    from plait.exporting import export as export_result
+    from plait.exporting import key_of, store_of
+    from plait.runs import find_run
+
+    found = find_run(run, out)
+    place = _store(store) if store else store_of(found)
+    click.echo(f"{folder}: {export_result(place, key_of(found, step), folder)}")
+
+
+@main.command()
+@_pipeline_arguments
+@click.option("--svg", type=click.Path(path_type=Path), help="Write the picture into this file.")
+def graph(pipeline: Path, overrides: tuple[str, ...], svg: Path | None) -> None:
+    """Draw the steps of a PIPELINE: as lines here, or as a picture."""
+    from plait.drawing import as_lines, as_svg
+    from plait.pipeline import load_pipeline
+
+    checked = load_pipeline(pipeline, overrides)
+    if svg is None:
+        for line in as_lines(checked):
+            click.echo(line)
+        return
+    try:
+        svg.write_text(as_svg(checked), encoding="utf-8")
+    except OSError as error:
+        raise PlaitError(f"{svg} cannot be written: {error.strerror}") from error
+    click.echo(str(svg))
+
+
+@main.command()
+@click.argument("method", shell_complete=completing.methods)
 @click.option("--hook", help="Only this hook of the method.")
 def check(method: str, hook: str | None) -> None:
     """Check that a METHOD keeps every promise of its hooks, on small real data."""

@@ -33,6 +33,7 @@ from plait.report.html import fragment, fragment_of_steps
 from plait.report.model import Report
 from plait.run_folder import make_folder, read_provenance, repeat_of, write_provenance
 from plait.scheduling import Progress
+from plait.selection import up_to
 from plait.store import Store
 from plait.work import Emit, Outcome, load_extras, load_result, make_job
 
@@ -155,6 +156,7 @@ def run(
     device: str | None = None,
     listeners: Sequence[Any] = (),
     progress: bool | None = None,
+    to: Sequence[str] = (),
 ) -> Result:
     """Run a pipeline; steps whose results are in the store are not run again.
 
@@ -167,6 +169,7 @@ def run(
         device: a torch device; default CUDA where there is one.
         listeners: objects with run events (:class:`plait.hookspecs.RunEvents`).
         progress: whether to show how far it is; default on a terminal (bars) and in a notebook (one line).
+        to: run only these steps, and what they need.
 
     Raises:
         PipelineError: the pipeline is wrong; nothing has been run.
@@ -178,7 +181,8 @@ def run(
     shown = [*listeners, *([display] if display is not None else [])]
     place = Store(Path(store).absolute() if store else None)
     try:
-        return run_pipeline(checked, place, Path(out), jobs, device, shown)
+        select = functools.partial(up_to, steps=to) if to else None
+        return run_pipeline(checked, place, Path(out), jobs, device, shown, select)
     finally:
         if hasattr(display, "close"):
             display.close()
@@ -198,10 +202,17 @@ def load_any(pipeline: Path | str | Mapping[str, Any], overrides: Sequence[str] 
 
 
 def run_pipeline(
-    pipeline: Pipeline, store: Store, out: Path, jobs: int = 1, device: str | None = None, listeners: Sequence[Any] = ()
+    pipeline: Pipeline,
+    store: Store,
+    out: Path,
+    jobs: int = 1,
+    device: str | None = None,
+    listeners: Sequence[Any] = (),
+    select: Callable[[Plan], Plan] | None = None,
 ) -> Result:
-    """As :func:`run`, for a checked pipeline."""
+    """As :func:`run`, for a checked pipeline; ``select`` leaves a part of its plan."""
     plan = make_plan(pipeline)
+    plan = plan if select is None else select(plan)
     folder = make_folder(out, pipeline)
     events = pluggy.PluginManager("plait")
     events.add_hookspecs(RunEvents)
@@ -258,7 +269,8 @@ def write_report_again(folder: Path, store: Store, full: bool = False) -> None:
     plan = make_plan(check(Document(data, {}, str(folder / "resolved.json")), (), origin))
     # Methods may have changed since: the results are those of the keys of then.
     keys = {step["label"]: step["key"] for step in provenance["steps"]}
-    plan = attrs.evolve(plan, tasks=[attrs.evolve(task, key=keys.get(task.label, task.key)) for task in plan.tasks])
+    tasks = [attrs.evolve(task, key=keys[task.label]) for task in plan.tasks if task.label in keys]
+    plan = attrs.evolve(plan, tasks=tasks)
     missing = {task.label: "it is not in the store" for task in plan.tasks if not store.has(task.key)}
     _write_report(plan, store, {}, missing, folder, full)
 

@@ -1,0 +1,47 @@
+"""Parts of a plan: what leads to a step, or what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import attrs
+
+from plait.errors import PipelineError, nearest
+from plait.plan import Plan, Task
+
+
+def up_to(plan: Plan, steps: Collection[str]) -> Plan:
+    """The steps of these names (or labels), and all that they need.
+
+    Raises:
+        PipelineError: there is no such step.
+    """
+    for step in steps:
+        names = dict.fromkeys(name for task in plan.tasks for name in _names(task))
+        if step not in names:
+            known = dict.fromkeys(task.step.family for task in plan.tasks)
+            raise PipelineError(
+                [f"there is no step {step!r}{nearest(step, names) or '; the steps are ' + ', '.join(known)}"]
+            )
+    return _with_what_they_need(plan, {task.key for task in plan.tasks if set(_names(task)) & set(steps)})
+
+
+def _names(task: Task) -> tuple[str, str, str]:
+    return task.step.family, task.step.name, task.label
+
+
+def only_failed(plan: Plan, failed: Collection[str]) -> Plan:
+    """The steps of these labels, all that they need, and all that waits for them."""
+    wanted = {task.key for task in plan.tasks if task.label in failed}
+    for task in plan.tasks:  # each stands after those that it needs
+        if wanted & set(task.needs):
+            wanted.add(task.key)
+    return _with_what_they_need(plan, wanted)
+
+
+def _with_what_they_need(plan: Plan, keys: set[str]) -> Plan:
+    wanted = set(keys)
+    for task in reversed(plan.tasks):
+        if task.key in wanted:
+            wanted |= set(task.needs)
+    return attrs.evolve(plan, tasks=[task for task in plan.tasks if task.key in wanted])
