@@ -412,7 +412,7 @@ def schema() -> None:
     """Print the JSON Schema of pipeline files, with the installed methods and their fields."""
     from plait.schema import pipeline_schema
 
-    click.echo(json.dumps(pipeline_schema(), indent=1))
+    click.echo(json.dumps(pipeline_schema(), separators=(",", ":")))
 
 
 @main.command()

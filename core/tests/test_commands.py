@@ -1,5 +1,6 @@
 """The command line beyond `run`: finding methods, parts of a pipeline, taking results out, drawing, completing."""
 
+import functools
 import json
 import os
 import re
@@ -9,16 +10,21 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import datasets
+import jsonschema
 import plait
 import pytest
 import torch
 from click.testing import CliRunner
 from plait.catalogue import offers
 from plait.cli import main
+from plait.configuration import fields_of
 from plait.demo.methods import Noise
 from plait.demo.models import Classifier
+from plait.document import read
 from plait.hookspecs import HOOKS
+from plait.methods import find
 from plait.pipeline import parse_pipeline
+from plait.schema import pipeline_schema
 from plait.summaries import summary
 from plait.testing.remedies import AFTER_RELOAD, BETWEEN_RUNS, remedy
 
@@ -181,6 +187,44 @@ def test_the_shell_completes(demo):
     assert "steps.numbers.with.scale=" in completed("plait run demo.yaml steps.numbers.with.s")
     assert completed("plait export demo more") == ["more[seed=0]", "more[seed=1]"]
     assert completed("plait run none.yaml st") == []
+
+
+@functools.cache
+def schema():
+    return pipeline_schema()
+
+
+def errors(step):
+    validator = jsonschema.Draft202012Validator(schema())
+    return [
+        (".".join(map(str, error.absolute_path)), error.message)
+        for error in validator.iter_errors({"plait": 1, "steps": {"a": step}})
+    ]
+
+
+def test_the_schema_is_small_and_its_errors_name_the_field():
+    assert len(cli("schema")) < 300_000
+    hook, method, fields = next(
+        (hook, offer.name, found)
+        for hook in HOOKS
+        for offer in offers(hook)
+        if "batch_size" in (found := fields_of(find(hook, offer.name).cls))
+    )
+    key = hook.replace("_", "-")
+    assert [path for path, _ in errors({key: method, "with": {"batch_size": -1}})][:1] == ["steps.a.with.batch_size"]
+    assert any(
+        "'batch_sze' was unexpected" in message for _, message in errors({key: method, "with": {"batch_sze": 1}})
+    )
+    assert errors({key: "${matrix.method}", "with": {"anything": 1}}) == []
+    assert errors({key: "./own.py:Method", "with": "${steps.other.with}"}) == []
+    assert [path for path, _ in errors({key: method, "fom": {}})] == ["steps.a"]
+    assert errors({"frm": 1})
+    assert fields
+
+
+@pytest.mark.parametrize("file", sorted(Path(__file__).parents[2].glob("pipelines/*.yaml")), ids=lambda file: file.stem)
+def test_ready_made_pipelines_fit_the_schema(file):
+    jsonschema.validate(read(file).data, schema())
 
 
 def test_remedies():
