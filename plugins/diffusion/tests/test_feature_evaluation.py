@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from plait import Run
 from plait.testing import conformance
-from plait_diffusion import FeatureSet, Origin
+from plait_diffusion import FeatureSet, Origin, mask_tensors
 from plait_diffusion.correspondence import (
     Aggregation,
     Pair,
@@ -30,7 +30,6 @@ from plait_diffusion.features_plugin import (
     FeatureProbe,
     FeatureSegmentation,
     SPair,
-    mask_tensors,
 )
 from plait_diffusion.probe import draws, probe
 from plait_diffusion.segmentation import (
@@ -48,6 +47,7 @@ test_conformance_of_probe = conformance("feature-probe")
 test_conformance_of_segmentation = conformance("feature-segmentation")
 test_conformance_of_correspondence = conformance("feature-correspondence")
 test_conformance_of_spair = conformance("spair")
+test_conformance_of_draw_rows = conformance("draw-rows")
 
 ORIGIN = Origin(model="toy")
 
@@ -70,8 +70,13 @@ def test_a_probe_tells_good_features_from_noise(tmp_path):
     report = FeatureProbe(num_labels=60, repeats=3, baseline="noise").evaluate(data, reference, Run(folder=tmp_path))
     assert report.value("accuracy, %", features="good") > 95
     assert 20 < report.value("accuracy, %", features="noise") < 50
-    assert report.value("draws with a gain", features="good") == 3
+    assert report.value("gains, % of draws", features="good") == 100
     assert report.value("gain, points", features="noise") == 0
+    pairs = FeatureProbe(num_labels=60, repeats=3, baseline={"good": "noise"}).evaluate(
+        data, reference, Run(folder=tmp_path)
+    )
+    assert "gain, points" not in pairs.rows[0]
+    assert pairs.rows[1]["compared with"] == "noise"
 
 
 def test_a_probe_is_logistic_regression_on_standardised_features():
@@ -116,9 +121,13 @@ def test_features_of_two_kinds_are_no_training_and_test(tmp_path):
     other = FeatureSet.of_tensors(features.rows, features.read(), Origin(model="toy", timestep=50))
     with pytest.raises(ValueError, match=r"'features' of data and of reference .* timestep is None in one and 50"):
         FeatureProbe().evaluate(features, other, Run(folder=tmp_path))
+    again = FeatureSet.of_tensors(features.rows, features.read(), Origin(model="toy", seed=1))
+    assert FeatureProbe(num_labels=20, repeats=1).evaluate(features, again, Run(folder=tmp_path)), (
+        "another draw of noise"
+    )
     with pytest.raises(ValueError, match="data has a and reference b; give the same names"):
         FeatureProbe().evaluate({"a": features}, {"b": features}, Run(folder=tmp_path))
-    with pytest.raises(ValueError, match="baseline is 'b'; the sets are a"):
+    with pytest.raises(ValueError, match="baseline names 'b'; the sets are a"):
         FeatureProbe(baseline="b").evaluate({"a": features}, None, Run(folder=tmp_path))
 
 

@@ -13,9 +13,11 @@ from huggingface_hub import PyTorchModelHubMixin
 from PIL import Image
 from plait import codecs
 from plait_wemoe import plugin
-from plait_wemoe.columns import Reading, column_of
+from plait_wemoe.baselines import static
+from plait_wemoe.columns import Reading, column_of, reading_of
 from plait_wemoe.heads import feature_tensor, head_places
 from plait_wemoe.inputs import call, take
+from plait_wemoe.supervised import labelled_tasks
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
@@ -313,6 +315,47 @@ def test_a_merged_transformers_model_is_one_of_transformers_on_disk(tmp_path):
     assert torch.equal(again.classifier.weight, base.classifier.weight)
 
 
+HEADLESS = {
+    "BERT": (bert, transformers.BertModel),
+    "RoBERTa, with a pooler that its classifier lacks": (roberta, transformers.RobertaModel),
+    "ViT": (vit, transformers.ViTModel),
+}
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+def test_a_base_without_a_head_is_merged_as_the_same_one_with_a_head(name, tmp_path):
+    build, cls = HEADLESS[name]
+    torch.manual_seed(0)
+    base = build(2).eval()
+    inner = getattr(base, base.base_model_prefix)
+    headless = cls(base.config).eval()
+    headless.load_state_dict(inner.state_dict(), strict=False)
+    experts = experts_of(base, build)
+    inputs = inputs_of((pictures if build is vit else tokens)(6))
+    for method in (plugin.TaskArithmetic(), plugin.Ties()):
+        one, two = (method.merge(base=b, experts=experts, data=None, run=plait.Run()) for b in (base, headless))
+        with torch.no_grad():
+            for task in TASKS:
+                assert torch.equal(one.logits(inputs, task), two.logits(inputs, task))
+    with torch.no_grad():
+        assert same(stored(two, tmp_path).logits(inputs, "b"), two.logits(inputs, "b"))
+    assert all(parameter.requires_grad for parameter in two.parameters())
+    first = next(iter(dict(headless.named_parameters())))
+    headless.get_parameter(first).requires_grad_(False)
+    again = plugin.SimpleAverage().merge(base=headless, experts=experts, data=None, run=plait.Run())
+    fixed = [name for name, p in again.named_parameters() if not p.requires_grad]
+    assert fixed == [f"encoder.{base.base_model_prefix}.{first}"]
+
+
+def test_a_base_that_lacks_more_than_a_head_is_refused():
+    base, experts, _ = pool_of_kind("transformers BERT")
+    headless = transformers.BertModel(base.config, add_pooling_layer=False)
+    with pytest.raises(
+        KeyError, match=r"a BertModel without bert\.pooler\.dense\.weight, which a BertForSequenceClass"
+    ):
+        plugin.SimpleAverage().merge(base=headless, experts=experts, data=None, run=plait.Run())
+
+
 def test_experts_with_other_places_of_their_heads_or_another_base():
     base, experts, _ = pool_of_kind("timm ViT")
     run = plait.Run()
@@ -322,6 +365,55 @@ def test_experts_with_other_places_of_their_heads_or_another_base():
         )
     with pytest.raises(KeyError, match="another architecture"):
         plugin.SimpleAverage().merge(base=Bottleneck(2), experts=experts, data=None, run=run)
+
+
+def test_images_reach_a_model_of_timm_as_timm_prepares_them(tmp_path):
+    import timm
+
+    def build(classes):
+        return timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, embed_dim=12, num_heads=2, depth=1, num_classes=classes
+        )
+
+    torch.manual_seed(0)
+    base, data = build(2).eval(), {task: pictures(3, seed, 40) for seed, task in enumerate(TASKS)}
+    config = {**timm.data.resolve_model_data_config(base), "input_size": (3, 32, 32)}
+    transform = timm.data.create_transform(**config, is_training=False)
+    expected = {task: torch.stack([transform(image) for image in part["image"]]) for task, part in data.items()}
+    read = {task: column_of(part, reading_of(base, None)).read(range(3)) for task, part in data.items()}
+    assert all(torch.equal(read[task], expected[task]) for task in TASKS)
+    assert min(images.min() for images in read.values()) < -0.5  # normalised, not in [0, 1]
+    # What a merge computes its inner products of, and what a merged model from the store is measured on.
+    experts = experts_of(base, build)
+    merged = plugin.RegMean(num_examples=3).merge(base=base, experts=experts, data=data, run=plait.Run())
+    grams = {task: static.gram_matrices(e, [expected[task]]) for task, e in experts.items()}
+    assert grams["a"]["blocks.0.mlp.fc1"].shape == (12, 12)
+    states = [{n: v for n, v in m.state_dict().items() if "head" not in n} for m in (base, *experts.values())]
+    by_hand = static.regmean(states[0], dict(zip(TASKS, states[1:], strict=True)), grams)
+    assert torch.allclose(merged.encoder.blocks[0].mlp.fc1.weight, by_hand["blocks.0.mlp.fc1.weight"], atol=1e-5)
+    named = datasets.ClassLabel(names=["one", "two"])
+    labelled = {t: d.add_column("label", [0, 1, 1]).cast_column("label", named) for t, d in data.items()}
+    tasks = labelled_tasks(labelled, stored(merged, tmp_path))
+    assert all(torch.equal(tasks[task].inputs.read(range(3)), expected[task]) for task in TASKS)
+
+
+def test_images_reach_a_model_of_transformers_through_the_image_processor_that_is_named(tmp_path):
+    processor = transformers.ViTImageProcessor(size={"height": SIDE, "width": SIDE}, image_mean=[0.4] * 3)
+    processor.save_pretrained(tmp_path)
+    base, experts, _ = pool_of_kind("transformers ViT")
+    data = {task: pictures(3, seed, 24) for seed, task in enumerate(TASKS)}
+    method = plugin.RegMean(num_examples=3, image_processor=tmp_path)
+    columns = method.columns(method.pool(base, experts, None, plait.Run()), data, plait.Run())
+    for task, part in data.items():
+        expected = processor(images=part["image"][:], return_tensors="pt")["pixel_values"]
+        assert torch.equal(columns[task].read(range(3)), expected)
+    assert columns["a"].fingerprint != column_of(data["a"], Reading()).fingerprint
+    with pytest.raises(ValueError, match=r"size \(24\*24\)"):  # 24 pixels as they are
+        plugin.RegMean(num_examples=3).merge(base=base, experts=experts, data=data, run=plait.Run())
+    with pytest.raises(ValueError, match="holds no image processor that transformers can read"):
+        plugin.RegMean(image_processor=tmp_path / "none").columns(
+            method.pool(base, experts, None, plait.Run()), data, plait.Run()
+        )
 
 
 def clip_config():

@@ -38,16 +38,16 @@ def test_nothing_as_large_as_the_model_is_made_but_the_result(merge, monkeypatch
 @pytest.mark.parametrize("function", ["sum", "mean", "max"])
 def test_ties_holds_a_piece_of_the_task_vectors_at_a_time(function, monkeypatch):
     draw = torch.Generator().manual_seed(0)
-    base = {f"w{i}": torch.randn(50, 41, generator=draw).to(torch.bfloat16 if i == 2 else None) for i in range(5)}
+    base = {f"w{i}": torch.randn(50, 41, generator=draw).to(torch.bfloat16 if i == 2 else None) for i in range(3)}
     experts = {
         f"t{i}": {
             name: (value + 0.1 * torch.randn(50, 41, generator=draw)).to(value.dtype) for name, value in base.items()
         }
-        for i in range(6)
+        for i in range(3)
     }
     whole = static.ties(base, experts, 0.3, 20, function)
-    monkeypatch.setattr(states, "PIECE", 64)
-    monkeypatch.setattr(static, "DIGIT_BITS", 4)
+    monkeypatch.setattr(states, "PIECE", 300)
+    monkeypatch.setattr(static, "DIGIT_BITS", 8)
     with Allocated() as allocated:
         merged = static.ties(base, experts, 0.3, 20, function)
     assert all(torch.equal(merged[name], whole[name]) and merged[name].dtype == base[name].dtype for name in base)

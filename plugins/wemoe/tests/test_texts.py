@@ -160,7 +160,7 @@ def test_texts_without_text_are_named(text, tokenizer):
 
 def test_texts_that_are_too_long_are_reported(pool, tokenizer):
     said = []
-    reading = reading_of(pool[0], None, tokenizer_of(tokenizer), said.append)
+    reading = reading_of(pool[0], None, tokenizer_of(tokenizer), warn=said.append)
     assert reading.max_length == 10
     column = column_of(datasets.Dataset.from_dict({"text": ["so " * 11, "so"]}), reading)
     assert column.read([0])["input_ids"].shape == (1, 10)

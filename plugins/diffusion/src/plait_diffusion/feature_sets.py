@@ -172,8 +172,18 @@ class FeatureSet:
         described = [attrs.asdict(activation) for activation in self.activations]
         return fingerprint(described, self.rows, self._source.fingerprint())
 
-    def difference(self, other: FeatureSet) -> str:
-        """Why rows of another set cannot stand beside these, in a few words: names, shapes, dtypes, origins; else nothing."""
+    def difference(self, other: FeatureSet, *, seeds: bool = True) -> str:
+        """Why rows of another set cannot stand beside these, in a few words: names, shapes, dtypes, origins; else nothing.
+
+        Args:
+            seeds: whether noise of another seed is a difference.
+        """
+        if not seeds:
+            plain = [
+                tuple(attrs.evolve(a, origin=attrs.evolve(a.origin, seed=None)) for a in one.activations)
+                for one in (self, other)
+            ]
+            return _of_activations(*plain)
         return _of_activations(self.activations, other.activations)
 
     def read(self, names: Sequence[str] | None = None, rows: slice | Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -482,6 +492,29 @@ def image_tensors(
         )
     pixels = np.stack([np.asarray(picture) for picture in pictures])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255)
+
+
+def mask_tensors(rows: datasets.Dataset, column: str, side: int) -> Tensor:
+    """Masks of some rows, int64 [N, side, side], resized to the nearest pixel.
+
+    Raises:
+        ValueError: there is no such column; a mask is in colour.
+    """
+    if column not in rows.column_names:
+        raise ValueError(f"the features' rows have no column {column!r} with masks but {', '.join(rows.column_names)}")
+    from PIL import Image
+
+    masks = []
+    for number, mask in enumerate(rows.with_format(None).select_columns(column)[:][column]):
+        levels = np.asarray(mask)
+        if levels.ndim != 2 or levels.dtype.kind not in "iub":
+            raise ValueError(
+                f"mask of row {number} has shape {list(levels.shape)} and type {levels.dtype}; a picture of one channel whose"
+                " levels are class numbers is needed"
+            )
+        picture = Image.fromarray(levels.astype(np.int32))
+        masks.append(np.asarray(picture.resize((side, side), Image.Resampling.NEAREST)))
+    return torch.from_numpy(np.stack(masks).astype(np.int64))
 
 
 # --- where values come from ---------------------------------------------------------------------------------------------

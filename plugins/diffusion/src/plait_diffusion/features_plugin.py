@@ -12,7 +12,6 @@ import attrs
 import datasets
 import numpy as np
 import torch
-from PIL import Image as Picture
 from plait import Report, Run, hookimpl
 from plait.fields import field, in_range
 from plait.report import Curve, Image, Panel, png
@@ -20,7 +19,7 @@ from plait_vision import write_rows
 from torch import Tensor
 
 from plait_diffusion import correspondence, probe, segmentation, spair
-from plait_diffusion.feature_sets import FeatureSet
+from plait_diffusion.feature_sets import FeatureSet, mask_tensors
 
 _WHOLE = 256  # rows read at a time
 
@@ -63,6 +62,21 @@ class SPair:
 
 
 @attrs.frozen(kw_only=True)
+class DrawRows:
+    """Some of the rows, drawn at random: as many as are labelled, or as are worth extracting features of."""
+
+    count: int = field(attrs.NOTHING, "rows", in_range(1))
+
+    @hookimpl
+    def transform(self, data: Any, run: Run) -> datasets.Dataset:
+        if not isinstance(data, datasets.Dataset):
+            raise ValueError(f"draw-rows takes one dataset, such as a split; the data is a {type(data).__name__}")
+        if self.count > len(data):
+            raise ValueError(f"count is {self.count}; the data has {len(data)} rows")
+        return data.select(sorted(run.numpy_generator().choice(len(data), self.count, replace=False).tolist()))
+
+
+@attrs.frozen(kw_only=True)
 class FeatureProbe:
     """Accuracy of logistic regression on pooled features, from few labels (gdf.md: linear probe).
 
@@ -74,7 +88,10 @@ class FeatureProbe:
     label_column: str = field("label", "column with the classes")
     inverse_strength: float = field(1.0, "scikit-learn's C", in_range(0, low_open=True))
     each_activation: bool = field(False, "a row for every activation alone too")
-    baseline: str | None = field(None, "name of a set; adds the gain over it, and in how many repeats there is one")
+    baseline: str | dict[str, str] | None = field(
+        None,
+        "set that all are compared with, or set: the one that it is compared with; adds gains, and how often there is one",
+    )
 
     @hookimpl
     def evaluate(self, data: Any, reference: Any | None, run: Run) -> Report:
@@ -84,8 +101,11 @@ class FeatureProbe:
             reference: the training rows, under the same names; without it, rows of ``data`` that are not drawn are the test.
         """
         sets, training = _sets_and_training(data, reference)
-        if self.baseline is not None and self.baseline not in sets:
-            raise ValueError(f"baseline is {self.baseline!r}; the sets are {', '.join(sets)}")
+        compared = {} if self.baseline is None else self.baseline
+        if isinstance(compared, str):
+            compared = dict.fromkeys(sets, compared)
+        if unknown := [name for pair in compared.items() for name in pair if name not in sets]:
+            raise ValueError(f"baseline names {unknown[0]!r}; the sets are {', '.join(sets)}")
         first = next(iter(sets))
         test_labels = _labels(sets[first], self.label_column)
         train_labels = _labels(training[first], self.label_column) if training else test_labels
@@ -105,11 +125,11 @@ class FeatureProbe:
                 probe.probe(train_rows[a], train_labels[a], test_rows[b], test_labels[b], self.inverse_strength)
                 for a, b in chosen
             ]
-        rows = [self._row(key, values, scores, sets) for key, values in scores.items()]
+        rows = [self._row(key, scores, sets[key[0]], compared.get(key[0])) for key in scores]
         return Report(
             rows=rows,
             better={"accuracy, %": "higher", "gain, points": "higher"},
-            formats={"accuracy, %": ".1f", "± over draws": ".1f", "gain, points": "+.1f", "draws with a gain": ".1f"},
+            formats={"accuracy, %": ".1f", "± over draws": ".1f", "gain, points": "+.1f", "gains, % of draws": ".0f"},
             curves=list(_over_timesteps(sets, {name: scores[name, ""] for name in sets})),
             notes=[
                 f"{len(chosen[0][0])} labelled rows, drawn {len(chosen)} times; {len(chosen[0][1])} test rows;"
@@ -129,22 +149,23 @@ class FeatureProbe:
     def _row(
         self,
         key: tuple[str, str],
-        values: Sequence[float],
         scores: Mapping[tuple[str, str], Sequence[float]],
-        sets: Mapping[str, FeatureSet],
+        features: FeatureSet,
+        baseline: str | None,
     ) -> dict[str, Any]:
         name, activation = key
-        features = sets[name]
+        values = scores[key]
         row: dict[str, Any] = {"features": name}
         if self.each_activation:
             row["activation"] = activation or "all"
         channels = sum(a.channels for a in features.activations if activation in ("", a.name))
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         row |= {"channels": channels, "accuracy, %": 100 * statistics.fmean(values), "± over draws": 100 * spread}
-        if self.baseline is not None:
-            other = scores[self.baseline, ""]
+        if baseline is not None:
+            other = scores[baseline, ""]
+            row["compared with"] = baseline
             row["gain, points"] = 100 * (statistics.fmean(values) - statistics.fmean(other))
-            row["draws with a gain"] = probe.wins(values, other)
+            row["gains, % of draws"] = 100 * probe.wins(values, other) / len(values)
         return row
 
 
@@ -402,27 +423,6 @@ class _ImageFeatures:
         return rows[self._places[name]]["image"] if "image" in rows.column_names else None
 
 
-def mask_tensors(rows: datasets.Dataset, column: str, side: int) -> Tensor:
-    """Masks of some rows, int64 [N, side, side], resized to the nearest pixel.
-
-    Raises:
-        ValueError: there is no such column; a mask is in colour.
-    """
-    if column not in rows.column_names:
-        raise ValueError(f"the features' rows have no column {column!r} with masks but {', '.join(rows.column_names)}")
-    masks = []
-    for number, mask in enumerate(rows.with_format(None).select_columns(column)[:][column]):
-        levels = np.asarray(mask)
-        if levels.ndim != 2 or levels.dtype.kind not in "iub":
-            raise ValueError(
-                f"mask of row {number} has shape {list(levels.shape)} and type {levels.dtype}; a picture of one channel whose"
-                " levels are class numbers is needed"
-            )
-        picture = Picture.fromarray(levels.astype(np.int32))
-        masks.append(np.asarray(picture.resize((side, side), Picture.Resampling.NEAREST)))
-    return torch.from_numpy(np.stack(masks).astype(np.int64))
-
-
 def _sets_and_training(data: Any, reference: Any) -> tuple[dict[str, FeatureSet], dict[str, FeatureSet]]:
     """The sets by name, and those to train on under the same names (none without a reference)."""
     sets = _named(data, "data")
@@ -436,7 +436,7 @@ def _sets_and_training(data: Any, reference: Any) -> tuple[dict[str, FeatureSet]
                 f"the sets of {what} have different numbers of rows ({lengths}); extract them from one dataset"
             )
     for name, train in training.items():
-        if difference := sets[name].difference(train):
+        if difference := sets[name].difference(train, seeds=False):
             raise ValueError(
                 f"features {name!r} of data and of reference were extracted in different ways: {difference}"
             )

@@ -58,6 +58,19 @@ def compose() -> Example:
     )
 
 
+def random_crops() -> Example:
+    """Four tiles, two windows of each."""
+    data = _noisy()
+    return Example(
+        arguments={"data": data},
+        fields={"size": 8, "crops_per_image": 2},
+        random=True,
+        device=False,
+        empty={"data": data.select([])},
+        wrong={"data": data.remove_columns("image")},
+    )
+
+
 def torch_model() -> Example:
     """Four noisy tiles and a convolution, run in tiles of 16 pixels."""
     data = _noisy()

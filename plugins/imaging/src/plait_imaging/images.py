@@ -12,7 +12,8 @@ Every other module of the kit, and any plugin that handles images, goes through 
 
 A dataset of images has a column ``image`` (RGB, 8 bit) and a string column ``name`` (file stem);
 pairs have ``target`` beside it. ``image_float`` (float32 ``[3, H, W]`` as nested lists, [0, 1]) is an
-optional lossless copy of ``image`` before rounding.
+optional lossless copy of ``image`` before rounding. A restorer that draws several samples of an image puts them into
+``image_sample_0``, ``image_sample_1``, …; whatever writes ``image`` anew drops both.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from plait import Run
 
 FLOAT_COLUMN = "image_float"
+SAMPLE_PREFIX = "image_sample_"
 FLOAT_FEATURE = List(List(List(Value("float32"))))
 
 
@@ -89,6 +91,7 @@ def write_images(
     column: str = "image",
     keep_float: bool = False,
     keep_source_as: str | None = None,
+    num_samples: int = 1,
 ) -> Dataset:
     """Write ``images``, one per row of ``source`` and in its order, as a new dataset in ``run.folder``.
 
@@ -101,14 +104,19 @@ def write_images(
         column: the column to write, new or replaced.
         keep_float: also store float images unrounded and unclipped in ``image_float``.
         keep_source_as: put the image of ``source`` into this column, unless it is there already.
+        num_samples: above 1, every item is ``[1 + num_samples, 3, H, W]``: the image for ``column``, and the samples
+            for the columns ``image_sample_0``, …, which :class:`plait_imaging.Scenes` reads as so many models.
 
     Raises:
         ValueError: an image holds NaN or infinity, or is on the 0–255 scale (its name is given).
         ValueError: more or fewer images than rows.
     """
-    stale = FLOAT_COLUMN if column == "image" else None
-    features = Features({name: kind for name, kind in source.features.items() if name != stale})
+    features = Features(
+        {name: kind for name, kind in source.features.items() if not (column == "image" and _is_of_image(name))}
+    )
     features[column] = Image()
+    samples = [f"{SAMPLE_PREFIX}{number}" for number in range(num_samples)] if num_samples > 1 else []
+    features |= {name: Image() for name in samples}
     if keep_float:
         features[FLOAT_COLUMN] = FLOAT_FEATURE
     if keep_source_as and keep_source_as not in features:
@@ -117,7 +125,8 @@ def write_images(
 
     def tables() -> Iterator[pa.Table]:
         start = 0
-        for batch in _in_buffers(images, source):
+        for group in _in_buffers(images, source, 1 + len(samples)):
+            batch = [one[0] for one in group]
             table = kept[start : start + len(batch)]
             if len(table) < len(batch):
                 raise ValueError(f"{start + len(batch)} or more images for {len(source)} rows")
@@ -125,6 +134,7 @@ def write_images(
             if keep_source_as and keep_source_as not in columns:
                 columns[keep_source_as] = table["image"]
             columns[column] = _encoded(batch)
+            columns |= {name: _encoded([one[1 + number] for one in group]) for number, name in enumerate(samples)}
             if keep_float:
                 columns[FLOAT_COLUMN] = _nested(batch)
             yield pa.table({name: columns[name] for name in features})
@@ -265,14 +275,22 @@ def _decode(cell: Any, column: str, row: int) -> torch.Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
-def _in_buffers(images: Iterable[torch.Tensor], source: Dataset) -> Iterator[list[torch.Tensor]]:
-    """Lists of images that hold at most about 16 MB; checks each one."""
+def _is_of_image(column: str) -> bool:
+    """Whether a column says more about column ``image``, and is wrong once that is another."""
+    return column == FLOAT_COLUMN or column.startswith(SAMPLE_PREFIX)
+
+
+def _in_buffers(images: Iterable[torch.Tensor], source: Dataset, count: int) -> Iterator[list[torch.Tensor]]:
+    """Lists of ``[count, 3, H, W]``, one a row, that hold at most about 16 MB; checks each image."""
     buffer: list[torch.Tensor] = []
     held = 0
     for row, image in enumerate(images):
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(f"row {row} is of shape {tuple(image.shape)}; expected [3, H, W]")
-        if image.dtype != torch.uint8 and (problem := _problem(image)):
+        image = image[None] if count == 1 else image
+        if image.ndim != 4 or image.shape[:2] != (count, 3):
+            expected, found = (3, "H", "W"), tuple(image.shape[1:] if count == 1 else image.shape)
+            shape = ", ".join(map(str, expected if count == 1 else (count, *expected)))
+            raise ValueError(f"row {row} is of shape {found}; expected [{shape}]")
+        if image.dtype != torch.uint8 and (problem := next(filter(None, map(_problem, image)), None)):
             raise ValueError(f"image {names(source)[row]} came out with {problem}; nothing was written")
         buffer.append(image.detach().cpu())
         held += image.numel() * image.element_size()

@@ -3,6 +3,7 @@
 ``candidates`` maps model → dataset with a column ``image``, all of the same scenes. ``reference`` maps the same models,
 in the same order, to other scenes whose truth is known, and ``target`` to that truth; without ``target``, the first
 model's column ``target`` is taken. Either may also be one dataset with columns ``image_<model>`` and ``target``.
+A model that drew several samples of each image (columns ``image_sample_0``, …) counts as so many models, ``model 0``, …
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import attrs
 from datasets import Dataset
 from torch import Tensor
 
-from plait_imaging.images import FLOAT_COLUMN, check_same_scenes, names, read_batches, sizes
+from plait_imaging.images import FLOAT_COLUMN, SAMPLE_PREFIX, check_same_scenes, names, read_batches, sizes
 
 _PREFIX = "image_"
 
@@ -109,7 +110,13 @@ def _columns(data: Any, argument: str) -> dict[str, tuple[Dataset, str]]:
         if "target" in data.column_names:
             found["target"] = (data, "target")
     elif isinstance(data, Mapping) and all(isinstance(dataset, Dataset) for dataset in data.values()):
-        found = {model: (dataset, "image") for model, dataset in data.items()}
+        found = {}
+        for model, dataset in data.items():
+            samples = [name for name in dataset.column_names if name.startswith(SAMPLE_PREFIX)]
+            if model == "target" or not samples:
+                found[model] = (dataset, "image")
+                continue
+            found |= {f"{model} {name.removeprefix(SAMPLE_PREFIX)}": (dataset, name) for name in samples}
     else:
         raise ValueError(
             f"{argument} is not a mapping of models to datasets; write {argument}: {{model: step, other_model: other_step}}"

@@ -104,6 +104,25 @@ class _Scoring:
     """What all metrics of images have."""
 
     listed: int = field(50, "images in the per-image tables; averages are over all", in_range(0))
+    by: str | None = field(
+        None, "column of the first dataset, e.g. weather: also the mean over the images of each of its values"
+    )
+
+    def groups(self, compared: _Comparison) -> dict[str, list[str]]:
+        """Value of column ``by`` → names of its images; empty without ``by``.
+
+        Raises:
+            ValueError: there is no such column.
+        """
+        if self.by is None:
+            return {}
+        dataset = compared.first
+        if self.by not in dataset.column_names:
+            raise ValueError(f"by is {self.by!r}; the data has {', '.join(dataset.column_names)}")
+        found: dict[str, list[str]] = {}
+        for name, value in zip(names(dataset), dataset.with_format(None)[self.by], strict=True):
+            found.setdefault(str(value), []).append(name)
+        return found
 
 
 @attrs.frozen(kw_only=True)
@@ -136,7 +155,7 @@ class PSNRSSIM(_Scoring):
                     f"image {name} is {size[0]}×{size[1]} pixels, crop {self.crop} leaves less than the "
                     f"{metrics.SSIM_WINDOW} that SSIM needs; lower crop or leave the image out"
                 )
-        scores = _Scores()
+        scores = _Scores(self.by, self.groups(compared))
         panels = list(self._score(compared, scores, run))
         what = (
             f"{'RGB' if self.channels == 'rgb' else 'Y'}, border of {self.crop} px cut"
@@ -213,7 +232,7 @@ class Perceptual(_Scoring):
             raise ValueError(f"the weights of {', '.join(self.metrics)} could not be loaded: {reason}") from error
         with_truth = {name for name, model in models.items() if model.metric_mode == "FR"}
         compared = _compare(data, reference, needs_truth=bool(with_truth))
-        scores = _Scores()
+        scores = _Scores(self.by, self.groups(compared))
         for name, images, truth in run.track(compared.rows(rounding=True), "scoring", total=len(compared.first)):
             for method, image in images.items():
                 scores.add(name, method, {key: self._value(models[key], image, truth) for key in models})
@@ -241,8 +260,9 @@ class Perceptual(_Scoring):
 class _Scores:
     """The score of every image under every method."""
 
-    def __init__(self) -> None:
+    def __init__(self, by: str | None, groups: Mapping[str, list[str]]) -> None:
         self.images: dict[str, dict[str, dict[str, float]]] = {}
+        self.by, self.groups = by, groups
 
     def add(self, image: str, method: str, values: dict[str, float]) -> None:
         self.images.setdefault(image, {})[method] = values
@@ -251,14 +271,19 @@ class _Scores:
         return self.images[image][method][metric]
 
     def means(self) -> list[dict[str, Any]]:
-        """One row a method: metric, and its standard deviation over images in ``metric std``."""
+        """One row a method: metric, and its standard deviation over images in ``metric std``; then those of the groups."""
         first = next(iter(self.images.values()))
-        return [{"method": method, **self._of(method, metrics_)} for method, metrics_ in first.items()]
+        parts = {"": list(self.images)} if self.by is None else {"all": list(self.images), **self.groups}
+        return [
+            {**({self.by: part} if self.by else {}), "method": method, **self._of(method, columns, members)}
+            for part, members in parts.items()
+            for method, columns in first.items()
+        ]
 
-    def _of(self, method: str, columns: Mapping[str, float]) -> dict[str, float | None]:
+    def _of(self, method: str, columns: Mapping[str, float], members: list[str]) -> dict[str, float | None]:
         row: dict[str, float | None] = {}
         for metric in columns:
-            values = [by_method[method][metric] for by_method in self.images.values()]
+            values = [self.images[name][method][metric] for name in members]
             row[metric] = statistics.fmean(values)
             spread = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
             row[f"{metric} std"] = spread

@@ -38,6 +38,7 @@ PHOTOS = {
     "chelsea": ((40, 20), (20, 190)),
     "coffee": ((40, 100), (130, 330)),
     "flower": ((40, 100), (150, 330)),
+    "motorcycle": ((60, 150), (200, 420)),
 }
 
 
@@ -47,6 +48,12 @@ def photograph(name: str) -> np.ndarray:
         from sklearn.datasets import load_sample_image
 
         pixels: np.ndarray = load_sample_image(f"{name}.jpg")
+    elif name == "motorcycle":
+        import skimage.data
+        from skimage.io import imread
+
+        # The left half of a stereo pair, which the package ships under a name of its own.
+        pixels = imread(Path(skimage.data.__file__).parent / "motorcycle_left.png")[..., :3]
     else:
         import skimage.data
 
@@ -67,12 +74,14 @@ class Photos:
 
     splits: dict[str, tuple[str, ...]] = field(
         attrs.Factory(_default_splits),
-        "split → photographs: astronaut, china, rocket, chelsea, coffee, flower; each in one split only",
+        "split → photographs: astronaut, china, rocket, chelsea, coffee, flower, motorcycle; each in one split only",
     )
     tile_size: int = field(256, "side of a tile, in pixels", in_range(1))
     tiles_per_photo: int = field(2, "tiles cut from a photograph", in_range(1))
-    layout: Literal["chosen", "grid"] = field(
-        "chosen", "chosen: two hand-picked places (they may overlap); grid: spread evenly, never overlapping"
+    layout: Literal["chosen", "grid", "whole"] = field(
+        "chosen",
+        "chosen: two hand-picked places (they may overlap); grid: spread evenly, never overlapping; whole: the "
+        "photographs as they are, whatever tile_size and tiles_per_photo say",
     )
 
     def __attrs_post_init__(self) -> None:
@@ -102,6 +111,9 @@ class Photos:
         for photo in photos:
             pixels = torch.from_numpy(photograph(photo).copy()).permute(2, 0, 1)
             height, width = pixels.shape[1:]
+            if self.layout == "whole":
+                yield {"image": {"bytes": encode_png(pixels), "path": None}, "name": photo, "photo": photo}
+                continue
             corners = PHOTOS[photo] if self.layout == "chosen" else self._grid(photo, height, width)
             for number, (top, left) in enumerate(corners[: self.tiles_per_photo]):
                 tile = pixels[:, top : top + self.tile_size, left : left + self.tile_size]

@@ -7,6 +7,7 @@ The result is rounded to 8 bit. A ``target`` that is there already stays: after 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import attrs
@@ -16,8 +17,8 @@ from datasets import Dataset
 from plait import Run, hookimpl
 from plait.fields import field, in_range, method_list_field
 
-from plait_imaging import degradations
-from plait_imaging.images import map_images, names, over_splits, sizes
+from plait_imaging import degradations, weather
+from plait_imaging.images import map_images, names, over_splits, read_batches, sizes, write_images
 
 
 def _pixels(image: torch.Tensor) -> np.ndarray:
@@ -68,6 +69,10 @@ class _RandomDegradation:
         """One float image ``[H, W, 3]`` in [0, 1], degraded."""
         raise NotImplementedError
 
+    def degrade_row(self, image: np.ndarray, generator: np.random.Generator, source: Dataset, row: int) -> np.ndarray:
+        """The same where other columns of the row matter."""
+        return self.degrade(image, generator)
+
     @hookimpl
     def transform(self, data: Any, run: Run) -> Any:
         """The degraded data; ``target`` holds the image as it was."""
@@ -83,7 +88,7 @@ class _RandomDegradation:
                     generator = run.numpy_generator(f"{split}/{labels[row]}")
                 else:
                     generator = np.random.default_rng(self.first_seed + offset + row)
-                return _tensor(self.degrade(_pixels(image), generator))
+                return _tensor(self.degrade_row(_pixels(image), generator, dataset, row))
 
             return map_images(run, dataset, one, f"{type(self).__name__} {split}".strip(), keep_source_as="target")
 
@@ -105,6 +110,144 @@ class Rain(_RandomDegradation):
         return degradations.add_rain(
             image, generator, self.density, self.length, self.angle, self.strength, self.brightness
         )
+
+
+def _low_to_high(instance: Any, attribute: Any, value: tuple[float, float]) -> None:
+    if len(value) != 2 or value[0] > value[1]:
+        raise ValueError(f"{attribute.name} is {list(value)}; allowed is [low, high]")
+
+
+def _range(default: tuple[float, float], text: str, low: float, high: float | None) -> Any:
+    return field(default, f"{text}; drawn from [low, high]", attrs.validators.and_(in_range(low, high), _low_to_high))
+
+
+@attrs.frozen(kw_only=True)
+class _Weather(_RandomDegradation):
+    """Weather in front of a photograph."""
+
+    severity: tuple[float, float] = _range((0.8, 1.2), "1: a usual scene, 0: none", 0, None)
+
+    def options(self, source: Dataset, row: int) -> dict[str, Any]:
+        """More arguments of the degradation of a row."""
+        return {}
+
+    def kind(self, row: int) -> str:
+        """Which weather a row gets."""
+        raise NotImplementedError
+
+    def degrade_row(self, image: np.ndarray, generator: np.random.Generator, source: Dataset, row: int) -> np.ndarray:
+        """One float image ``[H, W, 3]`` in [0, 1] with weather."""
+        severity = generator.uniform(*self.severity)
+        known = _OPTIONS[self.kind(row)]
+        options = {name: value for name, value in self.options(source, row).items() if name in known}
+        return weather.WEATHERS[self.kind(row)](image, generator, severity, **options)
+
+
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "haze": ("depth", "air_light"),
+    "rain": ("depth", "air_light", "angle"),
+    "snow": ("depth", "air_light", "angle"),
+    "raindrops": (),
+}
+
+
+@attrs.frozen(kw_only=True)
+class _Veil(_Weather):
+    """Weather with a veil that grows with the distance."""
+
+    air_light: tuple[float, float] = _range((0.75, 0.95), "brightness of the veil, in [0, 1]", 0, 1)
+    depth: str | None = field(
+        None, "column with depth maps as images, black near and white far; without it, far is up and some noise"
+    )
+
+    def options(self, source: Dataset, row: int) -> dict[str, Any]:
+        """Air light, and the depth of a row."""
+        return {"air_light": self.air_light, "depth": None if self.depth is None else _depth(source, self.depth, row)}
+
+
+def _depth(source: Dataset, column: str, row: int) -> np.ndarray:
+    (_, (depth,)), *_ = read_batches(source.select([row]), column, 1)
+    (height, width), *_ = sizes(source.select([row]))
+    if tuple(depth.shape[1:]) != (height, width):
+        raise ValueError(
+            f"column {column!r}, row {row} is {depth.shape[1]}×{depth.shape[2]} pixels and its image {height}×{width}; "
+            "give depth maps of the images' sizes"
+        )
+    return depth.double().mean(dim=0).div(255).numpy()
+
+
+@attrs.frozen(kw_only=True)
+class Haze(_Veil):
+    """Haze that thickens with the distance."""
+
+    def kind(self, row: int) -> str:
+        """Haze."""
+        return "haze"
+
+
+@attrs.frozen(kw_only=True)
+class _Falling(_Veil):
+    """Weather that falls."""
+
+    angle: tuple[float, float] = _range((-0.35, 0.35), "of the fall, in radians from the vertical", -1.5, 1.5)
+
+    def options(self, source: Dataset, row: int) -> dict[str, Any]:
+        """Air light, depth and angle."""
+        return {**super().options(source, row), "angle": self.angle}
+
+
+@attrs.frozen(kw_only=True)
+class HeavyRain(_Falling):
+    """Heavy rain: streaks of three sizes inside the veil that they make."""
+
+    def kind(self, row: int) -> str:
+        """Rain."""
+        return "rain"
+
+
+@attrs.frozen(kw_only=True)
+class Snow(_Falling):
+    """Snow: flakes of three sizes, and a thin veil."""
+
+    def kind(self, row: int) -> str:
+        """Snow."""
+        return "snow"
+
+
+@attrs.frozen(kw_only=True)
+class Raindrops(_Weather):
+    """Raindrops on the lens, at least one."""
+
+    def kind(self, row: int) -> str:
+        """Raindrops."""
+        return "raindrops"
+
+
+@attrs.frozen(kw_only=True)
+class Weathers(_Falling):
+    """Several weathers, image by image in turn; column ``weather`` says which."""
+
+    weathers: tuple[Literal["rain", "snow", "raindrops", "haze"], ...] = field(
+        ("rain", "snow", "raindrops", "haze"), "which ones, in their turn"
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if not self.weathers:
+            raise ValueError("weathers is empty; list at least one of rain, snow, raindrops, haze")
+
+    def kind(self, row: int) -> str:
+        """The weather of a row."""
+        return self.weathers[row % len(self.weathers)]
+
+    @hookimpl
+    def transform(self, data: Any, run: Run) -> Any:
+        """The degraded data; ``target`` holds the image as it was, ``weather`` what came over it."""
+
+        def told(dataset: Dataset, split: str) -> Dataset:
+            kept = dataset.remove_columns("weather") if "weather" in dataset.column_names else dataset
+            return kept.add_column("weather", [self.kind(row) for row in range(len(dataset))])
+
+        return over_splits(super().transform(data, run), told)
 
 
 @attrs.frozen(kw_only=True)
@@ -210,6 +353,62 @@ class Downsample(_Degradation):
     def _multiple(self, image: torch.Tensor, row: int) -> torch.Tensor:
         height, width = (side - side % self.factor for side in image.shape[1:])
         return image[:, :height, :width]
+
+
+@attrs.frozen(kw_only=True)
+class RandomCrops:
+    """Square windows of the images at random places, as rows of their own; ``NAME_0``, ``NAME_1`` …"""
+
+    size: int = field(64, "side of a window, in pixels", in_range(1))
+    crops_per_image: int = field(8, "windows of an image; they may overlap", in_range(1))
+    least_contrast: float = field(
+        0.06, "a window whose values have a smaller standard deviation (in [0, 1] units) is drawn again", in_range(0, 1)
+    )
+
+    @hookimpl
+    def transform(self, data: Any, run: Run) -> Any:
+        """The windows of ``image``, and the same of ``target`` where there is one."""
+        return over_splits(data, lambda dataset, split: self._cropped(dataset, split, run))
+
+    def _cropped(self, dataset: Dataset, split: str, run: Run) -> Dataset:
+        labels = names(dataset)
+        boxes: list[tuple[int, int]] = []
+        for row, image in enumerate(run.track(_one_by_one(dataset, "image"), f"crops {split}".strip(), len(dataset))):
+            generator = run.numpy_generator(f"{split}/{labels[row]}")
+            boxes += [self._box(image, generator, labels[row]) for _ in range(self.crops_per_image)]
+        rows = dataset.select([row for row in range(len(dataset)) for _ in range(self.crops_per_image)])
+        if "name" in rows.column_names:
+            rows = rows.remove_columns("name")
+        numbered = [f"{label}_{number}" for label in labels for number in range(self.crops_per_image)]
+        rows = rows.add_column("name", numbered)
+        cut = write_images(run, rows, self._windows(dataset, "image", boxes))
+        if "target" not in dataset.column_names:
+            return cut
+        if list(sizes(dataset, "target")) != list(sizes(dataset)):
+            raise ValueError("targets differ in size from their images; crop before they are downsampled")
+        return write_images(run, cut, self._windows(dataset, "target", boxes), column="target")
+
+    def _box(self, image: torch.Tensor, generator: np.random.Generator, name: str) -> tuple[int, int]:
+        height, width = image.shape[1:]
+        if min(height, width) < self.size:
+            raise ValueError(f"image {name} is {height}×{width} pixels; lower size, which is {self.size}")
+        for _ in range(100):  # of a plain photograph, the last place is taken as it is
+            top = int(generator.integers(height - self.size + 1))
+            left = int(generator.integers(width - self.size + 1))
+            window = image[:, top : top + self.size, left : left + self.size]
+            if float(window.float().std(correction=0)) / 255 >= self.least_contrast:
+                break
+        return top, left
+
+    def _windows(self, dataset: Dataset, column: str, boxes: list[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        for row, image in enumerate(_one_by_one(dataset, column)):
+            for top, left in boxes[row * self.crops_per_image : (row + 1) * self.crops_per_image]:
+                yield image[:, top : top + self.size, left : left + self.size]
+
+
+def _one_by_one(dataset: Dataset, column: str) -> Iterator[torch.Tensor]:
+    for _, images in read_batches(dataset, column, 1):
+        yield from images
 
 
 @attrs.frozen(kw_only=True)

@@ -80,8 +80,8 @@ class MergedImageText(ImageTextModel, WithHeads):
     def trim(self, tokens: Tensor) -> Tensor:
         return self.inner.trim(tokens)
 
-    def _too_long(self, texts: Sequence[str]) -> list[bool]:
-        return self.inner._too_long(texts)
+    def too_long(self, texts: Sequence[str]) -> list[bool]:
+        return self.inner.too_long(texts)
 
     def save_pretrained(self, folder: str | Path) -> None:
         save_module(self.encoder, Path(folder) / "encoder")

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from plait_wemoe.images import ImageColumn, ShuffledBatches
+from plait_wemoe.preprocessing import Preprocessing, preprocessing_of
 from plait_wemoe.texts import TOKEN_COLUMNS, TokenColumn
 
 __all__ = ["Column", "Reading", "ShuffledBatches", "column_of", "reading_of", "tokenizer_of"]
@@ -26,6 +27,7 @@ class Reading:
 
     Attributes:
         image_size: side that images are brought to; ``None`` takes them as they are.
+        preprocessing: of a library, in place of that.
         tokenizer: of transformers, for columns of texts.
         max_length: tokens that the model takes at most; pad_id, vocabulary: see :class:`TokenColumn`.
         accepts: names of token columns that the model has arguments for.
@@ -33,6 +35,7 @@ class Reading:
     """
 
     image_size: int | None = None
+    preprocessing: Preprocessing | None = None
     tokenizer: Any = None
     max_length: int | None = None
     pad_id: int = 0
@@ -42,9 +45,13 @@ class Reading:
 
 
 def reading_of(
-    model: nn.Module, image_size: int | None, tokenizer: Any, warn: Callable[[str], None] = lambda sentence: None
+    model: nn.Module,
+    image_size: int | None,
+    tokenizer: Any = None,
+    preprocessing: Preprocessing | None = None,
+    warn: Callable[[str], None] = lambda sentence: None,
 ) -> Reading:
-    """What a model says of itself, by its ``config`` and the arguments of its ``forward``."""
+    """What a model says of itself, by its configuration and the arguments of its ``forward``."""
     config = getattr(model, "config", None)
     limits = [
         limit
@@ -55,6 +62,7 @@ def reading_of(
     anything = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
     return Reading(
         image_size=image_size,
+        preprocessing=preprocessing if preprocessing or image_size else preprocessing_of(model),
         tokenizer=tokenizer,
         max_length=min(limits, default=None),
         pad_id=getattr(config, "pad_token_id", None) or 0,
@@ -98,7 +106,7 @@ def column_of(dataset: Any, reading: Reading) -> Column:
     """
     names = dataset.column_names
     if "image" in names:
-        return ImageColumn(dataset, reading.image_size)
+        return ImageColumn(dataset, reading.image_size, reading.preprocessing)
     if "input_ids" in names:
         kept = [name for name in TOKEN_COLUMNS if name in names and name in reading.accepts]
         columns = dataset.with_format(None).select_columns(kept)[:]

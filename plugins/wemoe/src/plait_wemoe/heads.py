@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plait_wemoe.inputs import Inputs, call
-from plait_wemoe.states import same_tensors
+from plait_wemoe.states import same_tensors, with_state
 
 # Attributes that hold a classifier's head, in the order in which they are looked for; distilled transformers
 # have two, whose answers the model averages.
@@ -147,6 +147,32 @@ def split_head(model: nn.Module, places: tuple[str, ...]) -> tuple[nn.Module, In
         encoder.set_submodule(place, Socket(own, index))
         heads.append(copy.deepcopy(own))
     return encoder, InnerHead(heads)
+
+
+def with_place_of_head(base: nn.Module, expert: nn.Module, places: tuple[str, ...]) -> nn.Module:
+    """A base of transformers that has no head, inside a classifier of an expert's class; any other base as it is.
+
+    The classifier holds the base's own tensors. At the places of the head it has the expert's, which no merge reads.
+
+    Raises:
+        KeyError: the base lacks weights of the classifier besides its head.
+    """
+    prefix = getattr(expert, "base_model_prefix", "")
+    body = getattr(expert, prefix, None) if prefix else None
+    if body is None or not isinstance(base, type(body)):
+        return base
+    trainable = {f"{prefix}.{name}": parameter.requires_grad for name, parameter in base.named_parameters()}
+    inner = {f"{prefix}.{name}": value for name, value in base.state_dict().items()}
+    wanted = [name for name in expert.state_dict() if not name.startswith(tuple(f"{place}." for place in places))]
+    if missing := [name for name in wanted if name not in inner]:
+        raise KeyError(
+            f"the base is a {type(base).__name__} without {missing[0]}, which a {type(expert).__name__} has besides its "
+            "head; give a base of the experts' class"
+        )
+    model = with_state(expert, {name: inner[name] for name in wanted})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable.get(name, True))
+    return model
 
 
 def has_places(model: nn.Module, places: tuple[str, ...]) -> bool:

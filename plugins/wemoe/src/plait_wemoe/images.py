@@ -13,6 +13,7 @@ from plait_vision import decode
 from torch import Tensor
 
 from plait_wemoe.inputs import Inputs, placed
+from plait_wemoe.preprocessing import Preprocessing
 
 HELD_BYTES = 256 << 20
 
@@ -24,13 +25,14 @@ class ImageColumn:
 
     Args:
         size: side to which images are resized and cropped; ``None`` takes them as they are.
+        preprocessing: what is done to them in place of that.
 
     Raises:
         ValueError: no image column, or no row; when reading, an image that is not plain 8-bit (see
             :func:`plait_vision.decode`), or images of several sizes.
     """
 
-    def __init__(self, dataset: Any, size: int | None = None) -> None:
+    def __init__(self, dataset: Any, size: int | None = None, preprocessing: Preprocessing | None = None) -> None:
         if "image" not in dataset.column_names:
             raise ValueError(f"the data has no column 'image'; its columns are {', '.join(dataset.column_names)}")
         if len(dataset) == 0:
@@ -39,7 +41,7 @@ class ImageColumn:
         if isinstance(images.features["image"], datasets.Image):
             images = images.cast_column("image", datasets.Image(decode=False))
         self._images = images
-        self.size = size
+        self.size, self.preprocessing = size, preprocessing
         self._held: dict[int, np.ndarray] = {}
         self._room = HELD_BYTES
 
@@ -49,16 +51,15 @@ class ImageColumn:
     @property
     def fingerprint(self) -> str:
         """Which images these are, and in which size."""
-        return f"{self._images._fingerprint} {self.size}"
+        return f"{self._images._fingerprint} {self.size if self.preprocessing is None else self.preprocessing.name}"
 
     def read(self, rows: Sequence[int]) -> Tensor:
-        """(N, 3, H, W) in [0, 1]."""
+        """(N, 3, H, W), in [0, 1] where there is no preprocessing."""
         rows = list(rows)
         missing = [row for row in rows if row not in self._held]
         cells = self._images[missing]["image"] if missing else []
         found = {
-            row: _pixels(decode(cell, f"the image in row {row}"), self.size)
-            for row, cell in zip(missing, cells, strict=True)
+            row: self._pixels(decode(cell, f"the image in row {row}")) for row, cell in zip(missing, cells, strict=True)
         }
         images = [found[row] if row in found else self._held[row] for row in rows]
         for row, image in found.items():
@@ -69,7 +70,11 @@ class ImageColumn:
             raise ValueError(
                 f"images of a batch differ in size: {sorted({image.shape for image in images})}; resize them"
             )
-        return torch.from_numpy(np.stack(images)).movedim(-1, 1).float() / 255
+        batch = torch.from_numpy(np.stack(images))
+        return batch if self.preprocessing is not None else batch.movedim(-1, 1).float() / 255
+
+    def _pixels(self, image: Image.Image) -> np.ndarray:
+        return _pixels(image, self.size) if self.preprocessing is None else self.preprocessing.apply(image).numpy()
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Batches one after the other as one."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from plait_wemoe.columns import Column, Reading, column_of
-from plait_wemoe.heads import has_places, head_places, split_head
+from plait_wemoe.heads import has_places, head_places, split_head, with_place_of_head
 from plait_wemoe.mixture import WeightEnsemblingMoE
 from plait_wemoe.states import State, buffer_names, check_states, state_like, state_of
 from plait_wemoe.storing import Portable, check_storable, saves_itself
@@ -146,7 +146,8 @@ def _without_heads(
     """Classifiers apart from their heads, which are ``None`` where any expert has none: those are merged whole.
 
     Raises:
-        ValueError: experts whose heads are in different places. KeyError: a base without the place.
+        ValueError: experts whose heads are in different places. KeyError: a base without the place, or one without a head
+            that lacks more than it.
     """
     places = {task: head_places(model) for task, model in experts.items()}
     if not all(places.values()):
@@ -156,6 +157,7 @@ def _without_heads(
         raise ValueError(
             f"the head of expert {other!r} is {', '.join(places[other])}, that of another one {', '.join(first)}"
         )
+    base = with_place_of_head(base, next(iter(experts.values())), first)
     if not has_places(base, first):
         raise KeyError(
             f"the base is of another architecture than its experts: it has no module {first[0]!r}, where their heads are"

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from plait_wemoe.columns import Column, Reading, ShuffledBatches, column_of, reading_of, tokenizer_of
 from plait_wemoe.inputs import input_dtype, placed
+from plait_wemoe.preprocessing import image_processor_of
 from plait_wemoe.tasks import IndividualModels, MultiTaskModel, WithHeads
 
 
@@ -92,17 +93,21 @@ def labelled_tasks(
     data: Any,
     model: WithHeads,
     tokenizer: Path | None = None,
+    image_processor: Path | None = None,
     warn: Callable[[str], None] = lambda sentence: None,
     per_class: int | None = None,
 ) -> dict[str, LabelledTask]:
     """task → inputs as the model takes them, and labels; ``per_class`` keeps the first ones of every class.
+
+    Args:
+        tokenizer, image_processor: folders with those of transformers, where a text or image model needs them.
 
     Raises:
         ValueError: not a mapping of datasets with a column ``label``, or inputs that the model does not take.
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"data is a {type(data).__name__}; give a mapping from task to labelled data")
-    reading, found = _reading(model, tokenizer, warn), {}
+    reading, found = _reading(model, tokenizer, image_processor, warn), {}
     for task, part in data.items():
         if "label" not in getattr(part, "column_names", ()):
             raise ValueError(f"the data of task {task!r} is not a dataset with a column 'label'")
@@ -114,9 +119,10 @@ def labelled_tasks(
     return found
 
 
-def _reading(model: Any, tokenizer: Path | None, warn: Callable[[str], None]) -> Reading:
+def _reading(model: Any, tokenizer: Path | None, image_processor: Path | None, warn: Callable[[str], None]) -> Reading:
     if hasattr(model, "encode_image"):
-        return reading_of(model, model.image_size, None)
+        return reading_of(model, model.image_size)
     encoder = model.encoders[0] if isinstance(model, IndividualModels) else model.encoder
     encoder = getattr(encoder, "backbone", encoder)
-    return reading_of(encoder, getattr(encoder, "image_size", None), tokenizer_of(tokenizer), warn)
+    size = getattr(encoder, "image_size", None)
+    return reading_of(encoder, size, tokenizer_of(tokenizer), image_processor_of(image_processor), warn)

@@ -16,6 +16,7 @@ from plait_wemoe.columns import Column, reading_of, tokenizer_of
 from plait_wemoe.heads import Features
 from plait_wemoe.inputs import Inputs, input_dtype, placed
 from plait_wemoe.pool import Pool, columns_of, label_names, pool_of
+from plait_wemoe.preprocessing import image_processor_of
 from plait_wemoe.states import NO_STATISTICS, State, recompute_statistics, with_state
 from plait_wemoe.tasks import IndividualModels
 
@@ -23,14 +24,19 @@ STATISTICS_BATCH = 128
 
 
 @attrs.frozen(kw_only=True)
-class ReadsTexts:
-    """What all methods have in common that take texts."""
+class ReadsData:
+    """How data become what a model of transformers is called with."""
 
     tokenizer: Path | None = field(None, "folder with the tokenizer of text models, for data with a column of texts")
+    image_processor: Path | None = field(
+        None,
+        "folder with the image processor of image models of transformers; default: as timm's models say of themselves, "
+        "else as the images are, in [0, 1]",
+    )
 
 
 @attrs.frozen(kw_only=True)
-class Merging(ReadsTexts):
+class Merging(ReadsData):
     """What all merge methods have in common."""
 
     templates: tuple[str, ...] | str = field(
@@ -55,7 +61,8 @@ class Merging(ReadsTexts):
 
     def columns(self, pool: Pool, data: Mapping[str, Any] | None, run: Any) -> dict[str, Column]:
         """Every expert's unlabelled data."""
-        reading = reading_of(pool.base, pool.image_size, tokenizer_of(self.tokenizer), run.warn)
+        own = tokenizer_of(self.tokenizer), image_processor_of(self.image_processor)
+        reading = reading_of(pool.base, pool.image_size, *own, run.warn)
         return columns_of(data, list(pool.encoders), reading)
 
 

@@ -15,7 +15,7 @@ from plait_wemoe.evaluation import bytes_on_disk, routing_figure, scores, stored
 from plait_wemoe.four_tasks import task_dataset
 from plait_wemoe.heads import CosineHead
 from plait_wemoe.mixture import WeightEnsemblingMoE
-from plait_wemoe.plugin.merging import ReadsTexts
+from plait_wemoe.plugin.merging import ReadsData
 from plait_wemoe.pool import label_names
 from plait_wemoe.supervised import LabelledTask, labelled_tasks, train_tasks
 from plait_wemoe.tasks import MultiTaskModel, WithHeads
@@ -68,7 +68,7 @@ class MultiTaskViT:
 
 
 @attrs.frozen(kw_only=True)
-class MultiTaskTraining(ReadsTexts):
+class MultiTaskTraining(ReadsData):
     """Supervised training on the tasks of ``data``: pre-training, one expert, or joint training."""
 
     renamed_fields: ClassVar[Mapping[str, str]] = {"lr": "learning_rate"}
@@ -85,7 +85,7 @@ class MultiTaskTraining(ReadsTexts):
     def optimize(self, model: Any, data: Any, run: Any) -> MultiTaskModel:
         if not isinstance(model, MultiTaskModel):
             raise ValueError(f"multi-task training needs a MultiTaskModel, not a {type(model).__name__}")
-        tasks = labelled_tasks(data, model, self.tokenizer, run.warn, self.examples_per_class)
+        tasks = labelled_tasks(data, model, self.tokenizer, self.image_processor, run.warn, self.examples_per_class)
         return train_tasks(
             model.to(run.device),
             tasks,
@@ -102,7 +102,7 @@ class MultiTaskTraining(ReadsTexts):
 
 
 @attrs.frozen(kw_only=True)
-class MultiTaskAccuracy(ReadsTexts):
+class MultiTaskAccuracy(ReadsData):
     """Accuracy of every task and their mean, size, and what the routers do."""
 
     batch_size: int = field(128, "inputs at a time", in_range(1))
@@ -121,7 +121,7 @@ class MultiTaskAccuracy(ReadsTexts):
         for name, one in models.items():
             if not isinstance(one, WithHeads):
                 raise ValueError(f"evaluate: multi-task needs models with heads, not a {type(one).__name__}")
-            tasks = labelled_tasks(data, one, self.tokenizer, run.warn)
+            tasks = labelled_tasks(data, one, self.tokenizer, self.image_processor, run.warn)
             one = one.to(run.device).eval()
             size = {"parameters": stored_numbers(one), "bytes on disk": bytes_on_disk(one)}
             label = {"method": name} if name else {}

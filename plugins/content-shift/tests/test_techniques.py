@@ -1,0 +1,479 @@
+"""Techniques on tiny models in diffusers' own format: what changes, what must not, and what is refused."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+import torch
+from diffusers import DDIMScheduler, PNDMScheduler
+from plait import Run
+from plait.configuration import configure
+from plait.methods import find
+from plait_content_shift.content_shift import content_shift, extract, img2img, stacked
+from plait_content_shift.control_images import canny, outlines
+from plait_content_shift.examples import digits
+from plait_content_shift.lora import LowRank, applied, read_lora, save_lora
+from plait_content_shift.plugin import ClassCaptions, ContentShift
+from plait_content_shift.techniques import Bucket, Control, Lora
+from safetensors.torch import load_file, save_file
+
+SD15 = "sd15"
+
+
+def extractor(*layers: str, **fields):
+    return configure(find("extract_feature", "gdf"), {"layers": list(layers) or ["up-level*"], **fields})
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny):
+    return tiny(SD15)
+
+
+@pytest.fixture(scope="module")
+def images(backbone):
+    return torch.rand(2, 3, backbone.default_size, backbone.default_size, generator=torch.Generator().manual_seed(0))
+
+
+def features(backbone, images, bucket=None, layers=("unet-in", "*-out"), seed=0, **options):
+    options = {"rows": range(len(images)), "seeds": [seed], "timestep": 50, **options}
+    (found,) = extract(extractor(*layers), backbone, images, bucket or Bucket(), **options)
+    return found
+
+
+def same(one, other):
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- ControlNet
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_a_fresh_controlnet_and_scale_0_change_no_bit(tiny, controlnet, kind):
+    backbone = tiny(kind)
+    images = torch.rand(2, 3, backbone.default_size, backbone.default_size)
+    plain = features(backbone, images)
+    assert same(features(backbone, images, Bucket(controls=(Control(controlnet(kind, 0.0)),))), plain)
+    assert same(features(backbone, images, Bucket(controls=(Control(controlnet(kind, 0.5), 0.0),))), plain)
+    steered = features(backbone, images, Bucket(controls=(Control(controlnet(kind, 0.5)),)))
+    changed = [name for name in plain if name.startswith("up-") and not torch.equal(steered[name], plain[name])]
+    assert changed
+    assert all(torch.equal(steered[name], plain[name]) for name in plain if name.startswith("down-"))
+
+
+def test_residuals_of_several_controlnets_add_up(backbone, images, controlnet):
+    one = Control(controlnet(SD15, 0.5))
+    twice = features(backbone, images, Bucket(controls=(one, one)))
+    double = features(backbone, images, Bucket(controls=(attrs.evolve(one, scale=2.0),)))
+    assert all(torch.allclose(twice[name], double[name], atol=1e-4) for name in twice)
+
+
+def test_the_controlnet_sees_noise_time_and_prompt_of_the_pass(backbone, images, controlnet):
+    seen = []
+    model = controlnet(SD15, 0.5)
+    handle = model.register_forward_pre_hook(lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    try:
+        features(backbone, images, Bucket(prompt="a horse", controls=(Control(model),)))
+    finally:
+        handle.remove()
+    ((sample, time), arguments) = seen[0]
+    call = extractor().prepare(backbone, images, rows=range(2), seed=0, prompts=["a horse"] * 2)
+    assert torch.equal(sample, call.sample)
+    assert time.tolist() == [51, 51]
+    assert torch.equal(arguments["encoder_hidden_states"], call.condition["encoder_hidden_states"].expand(2, -1, -1))
+    shown = arguments["controlnet_cond"]
+    assert shown.shape == images.shape
+    assert {0.0, 1.0} >= set(shown.unique().tolist())
+    assert torch.equal(shown[:, :1].expand(-1, 3, -1, -1), shown)
+
+
+def test_control_images(images):
+    square = torch.zeros(1, 3, 32, 32)
+    square[..., 8:24, 8:24] = 1
+    edges = canny(square)
+    assert edges.shape == (1, 3, 32, 32)
+    assert edges.sum() > 0
+    assert not edges[..., 12:20, 12:20].any()
+    assert not canny(torch.full((1, 3, 16, 16), 0.5)).any()
+    gradient = outlines(images)
+    assert gradient.shape == (2, 1, *images.shape[-2:])
+    assert 0 <= float(gradient.min()) <= float(gradient.max()) <= 1
+
+
+def test_control_that_does_not_fit_is_refused(tiny, backbone, images, controlnet):
+    with pytest.raises(
+        ValueError, match=r"ControlNet's (cross_attention_dim|block_out_channels) is .* give a ControlNet of this U-Net"
+    ):
+        Bucket(controls=(Control(controlnet("sdxl", 0.0)),)).check(backbone, 50)
+    with pytest.raises(ValueError, match="ControlNets are taken for U-Nets"):
+        Bucket(controls=(Control(controlnet(SD15, 0.0)),)).check(tiny("flux"), 50)
+    small = Control(controlnet(SD15, 0.0), image=lambda pixels: pixels[..., ::2, ::2])
+    with pytest.raises(ValueError, match="the control image has shape"):
+        features(backbone, images, Bucket(controls=(small,)))
+    signed = Control(controlnet(SD15, 0.0), image=lambda pixels: 2 * pixels - 1)
+    with pytest.raises(ValueError, match=r"ranges from -.* \[0, 1\] is needed"):
+        features(backbone, images, Bucket(controls=(signed,)))
+
+
+# --- LoRA
+
+
+def lora_for(backbone, rank=2, text=True):
+    generator = torch.Generator().manual_seed(0)
+
+    def pair(module):
+        weight = module.weight
+        down = torch.randn(rank, *weight.shape[1:], generator=generator)
+        up = torch.randn(weight.shape[0], rank, *(1,) * (weight.ndim - 2), generator=generator)
+        return LowRank(down, up, 1.0)
+
+    weights = {
+        "unet": {
+            name: pair(module)
+            for name, module in backbone.denoiser.named_modules()
+            if name.endswith(("attn2.to_q", "ff.net.2", "resnets.0.conv1", "downsamplers.0.conv"))
+        }
+    }
+    if text:
+        weights["text_encoder"] = {
+            name: pair(module)
+            for name, module in backbone.text_encoders["text_encoder"].named_modules()
+            if name.endswith("q_proj")
+        }
+    return weights
+
+
+def hooks_of(backbone):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in backbone.modules())
+
+
+def test_lora_of_scale_0_changes_no_bit_and_nothing_is_left(backbone, images):
+    before, plain = backbone.fingerprint(), features(backbone, images)
+    weights = lora_for(backbone)
+    assert same(features(backbone, images, Bucket(loras=(Lora(weights, 0.0),))), plain)
+    changed = features(backbone, images, Bucket(loras=(Lora(weights),)))
+    assert not torch.equal(changed["unet-out"], plain["unet-out"])
+    assert backbone.fingerprint() == before
+    assert hooks_of(backbone) == 0
+    assert same(features(backbone, images), plain), "prompts encoded under the LoRA are not remembered"
+
+
+def test_after_an_exception_the_base_is_as_it_was(backbone, images, controlnet):
+    before, names = backbone.fingerprint(), dict(backbone.named_modules()).keys()
+
+    def fail(pixels):
+        raise RuntimeError("no edges today")
+
+    bucket = Bucket(loras=(Lora(lora_for(backbone)),), controls=(Control(controlnet(SD15, 0.5), image=fail),))
+    with pytest.raises(RuntimeError, match="no edges"):
+        features(backbone, images, bucket)
+    assert backbone.fingerprint() == before
+    assert hooks_of(backbone) == 0
+    assert dict(backbone.named_modules()).keys() == names
+
+
+def test_the_low_rank_part_equals_merged_weights(backbone, images):
+    """Linear layers and convolutions with strides, against W + scale · alpha / rank · up · down."""
+    import copy
+
+    weights, scale = lora_for(backbone), 0.7
+    merged = copy.deepcopy(backbone)
+    for root, parts in weights.items():
+        for name, part in parts.items():
+            weight = merged.components[root].get_submodule(name).weight
+            delta = (part.up.flatten(1) @ part.down.flatten(1)).view_as(weight)
+            weight.data += scale * part.alpha / part.rank * delta
+    found = features(backbone, images, Bucket(prompt="a cat", loras=(Lora(weights, scale),)))
+    expected = features(merged, images, Bucket(prompt="a cat"))
+    for name in expected:
+        assert torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-3), name
+
+
+def test_lora_files_of_all_kinds(backbone, tmp_path):
+    weights = lora_for(backbone)
+    save_lora(weights, tmp_path / "peft.safetensors")
+    tensors = load_file(tmp_path / "peft.safetensors")
+    kohya, diffusers = {}, {}
+    for key, tensor in tensors.items():
+        root, _, rest = key.partition(".")
+        stem = rest.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight").removesuffix(".alpha")
+        part = rest[len(stem) :]
+        prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[root]
+        name = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight", ".alpha": ".alpha"}[part]
+        kohya[prefix + stem.replace(".", "_") + name] = tensor
+        diffusers[f"{root}.{stem}" + part.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")] = tensor
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    save_file(diffusers, tmp_path / "diffusers.safetensors")
+    for file in ("peft", "kohya", "diffusers"):
+        read = read_lora(tmp_path / f"{file}.safetensors", backbone.components)
+        assert {root: set(parts) for root, parts in read.items()} == {
+            root: set(parts) for root, parts in weights.items()
+        }
+        assert all(torch.equal(read[r][n].down, weights[r][n].down) for r in weights for n in weights[r])
+        assert {part.alpha for parts in read.values() for part in parts.values()} == {1.0}
+    without = {key: tensor for key, tensor in tensors.items() if not key.endswith("alpha")}
+    save_file(without, tmp_path / "plain.safetensors")
+    assert next(iter(read_lora(tmp_path / "plain.safetensors", backbone.components)["unet"].values())).alpha == 2
+
+
+def test_lora_that_does_not_fit_lists_what_is_wrong(tiny, backbone, tmp_path):
+    save_lora(lora_for(backbone), tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    save_file({**tensors, "unet.no.such.lora_A.weight": torch.zeros(1)}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"does not fit the model: unet.no.such.lora_A.weight"):
+        read_lora(tmp_path / "b.safetensors", backbone.components)
+    save_file(
+        {key: value for key, value in tensors.items() if not key.endswith("q_proj.lora_B.weight")},
+        tmp_path / "c.safetensors",
+    )
+    with pytest.raises(ValueError, match=r"without up"):
+        read_lora(tmp_path / "c.safetensors", backbone.components)
+    first = next(key for key in tensors if key.endswith("lora_A.weight"))
+    save_file({**tensors, first: torch.zeros(2, 3)}, tmp_path / "d.safetensors")
+    with pytest.raises(ValueError, match="give a LoRA of this very model"):
+        read_lora(tmp_path / "d.safetensors", backbone.components)
+    save_file({"x.weight": torch.zeros(1)}, tmp_path / "e.safetensors")
+    with pytest.raises(ValueError, match=r"does not fit the model: x.weight"):
+        read_lora(tmp_path / "e.safetensors", backbone.components)
+
+
+def test_loras_stand_on_each_other_and_leave(backbone):
+    weights = lora_for(backbone, text=False)
+    with applied(backbone.components, weights, 1.0), applied(backbone.components, weights, 1.0):
+        assert hooks_of(backbone) == 2 * len(weights["unet"])
+    assert hooks_of(backbone) == 0
+
+
+# --- denoising in several steps
+
+
+def calls_of(backbone, images, bucket, nominal=50):
+    times = []
+    handle = backbone.denoiser.register_forward_pre_hook(lambda m, args: times.append(float(args[1].flatten()[0])))
+    try:
+        found = features(backbone, images, bucket, timestep=nominal)
+    finally:
+        handle.remove()
+    return times, found
+
+
+def test_60_to_50_with_pndm_calls_the_network_12_times(backbone, images, controlnet):
+    pndm = backbone.with_components(
+        scheduler=PNDMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, skip_prk_steps=True
+        )
+    )
+    bucket = Bucket(controls=(Control(controlnet(SD15, 0.5)),), denoise_from=60)
+    times, found = calls_of(pndm, images, bucket)
+    assert times == [float(t) for t in range(61, 49, -1)]
+    assert calls_of(pndm, images, Bucket())[0] == [51.0]
+    assert found["unet-in"].shape[0] == 2, "the features of the last pass alone"
+
+
+def test_steps_are_the_schedulers_own(backbone, images):
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    ddim = backbone.with_components(scheduler=DDIMScheduler(**betas, steps_offset=1, clip_sample=False))
+    times, found = calls_of(ddim, images, Bucket(denoise_from=53))
+    begin = extractor().prepare(ddim, images, rows=range(2), seed=0, timestep=53)
+    scheduler = DDIMScheduler.from_config(ddim.scheduler.config)
+    scheduler.set_timesteps(1000)
+    x = begin.sample
+    for time in times[:-1]:
+        x = scheduler.step(ddim.denoise(x, time, begin.condition), int(time), x).prev_sample
+    assert times[-1] <= 50 < times[-2]
+    assert torch.allclose(found["unet-in"], x, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+def test_other_schedulers_too(tiny, kind):
+    backbone = tiny(kind)
+    images = torch.rand(1, 3, backbone.default_size, backbone.default_size)
+    layer = ("unet-in",) if kind == "sdxl" else ("vit-block0-out",)
+    (found,) = extract(extractor(*layer), backbone, images, Bucket(denoise_from=53), rows=[0], seeds=[0], timestep=50)
+    assert all(bool(torch.isfinite(value).all()) for value in found.values())
+
+
+def test_denoise_from_outside_its_range_is_refused(backbone):
+    for wrong in (50, 101):
+        with pytest.raises(ValueError, match=f"denoise_from is {wrong}; with timestep 50 allowed is 51 to 100"):
+            Bucket(denoise_from=wrong).check(backbone, 50)
+
+
+def test_denoising_without_a_technique_warns(backbone, tmp_path):
+    warnings = []
+    run = Run(folder=tmp_path, on_warning=warnings.append)
+    ContentShift(extractor=extractor(), denoise_from=60).bucket(backbone, run)
+    assert "lets the image drift" in warnings[0]
+
+
+def test_guidance_changes_the_way_not_the_last_pass(backbone, images):
+    plain = features(backbone, images, Bucket(prompt="a horse"))
+    assert same(features(backbone, images, Bucket(prompt="a horse", guidance=5.0)), plain)
+    walked = features(backbone, images, Bucket(prompt="a horse", denoise_from=52))
+    guided = features(backbone, images, Bucket(prompt="a horse", denoise_from=52, guidance=5.0))
+    assert not torch.equal(walked["unet-in"], guided["unet-in"])
+
+
+# --- noise, draws and buckets
+
+
+def test_buckets_share_noise_and_latents_or_draw_their_own(backbone, images):
+    names = ("unet-in",)
+    one = features(backbone, images, Bucket(), names)
+    other = features(backbone, images, Bucket(prompt="a horse"), names)
+    assert torch.equal(one["unet-in"], other["unet-in"])
+    assert not torch.equal(one["unet-in"], features(backbone, images, Bucket(), names, seed=1)["unet-in"])
+
+
+def test_the_fields_say_which_noise(tmp_path):
+    run = Run(folder=tmp_path, seed=3)
+    plain, same_noise, other = (ContentShift(extractor=extractor(), noise=number) for number in (0, 0, 1))
+    assert plain.seeds(run) == same_noise.seeds(run) != other.seeds(run)
+    assert len(set(attrs.evolve(plain, num_draws=4).seeds(run))) == 4
+    assert attrs.evolve(plain, num_draws=4).seeds(run)[0] == plain.seeds(run)[0]
+
+
+def test_draws_in_one_pass_equal_draws_one_by_one(backbone, images, controlnet):
+    bucket = Bucket(controls=(Control(controlnet(SD15, 0.5)),), prompt="a horse")
+    layers = extractor("up-level0*", "unet-in")
+    options = {"rows": range(2), "timestep": 50}
+    together = extract(layers, backbone, images, bucket, seeds=[0, 1, 2], **options)
+    for seed, found in enumerate(together):
+        (alone,) = extract(layers, backbone, images, bucket, seeds=[seed], **options)
+        for name in alone:
+            assert torch.allclose(found[name], alone[name], atol=1e-4), name
+
+
+def test_passes_at_two_timesteps_are_not_stacked(backbone, images):
+    prepare = extractor().prepare
+    calls = [prepare(backbone, images, rows=range(2), seed=0, timestep=t) for t in (50, 60)]
+    with pytest.raises(ValueError, match="different timesteps"):
+        stacked(calls)
+
+
+def test_the_whole_method_in_one_call(backbone, images, controlnet):
+    buckets = {"plain": Bucket(), "again": Bucket()}
+    layers = extractor("up-level0-upsampler-out", "up-level1-upsampler-out")
+    options = {"rows": range(2), "seed": 0, "timestep": 50}
+    shared = content_shift(layers, backbone, images, buckets, share_noise=True, **options)
+    alone = content_shift(layers, backbone, images, {"plain": Bucket()}, **options)
+    assert torch.allclose(shared, alone, atol=1e-6)
+    own = content_shift(layers, backbone, images, buckets, **options)
+    assert not torch.allclose(own, alone, atol=1e-3)
+
+
+# --- Img2Img
+
+
+def test_img2img_from_no_noise_is_the_image(tiny):
+    backbone = tiny("ddpm")
+    images = torch.rand(2, 3, backbone.default_size, backbone.default_size)
+    noise = torch.randn(2, 3, backbone.default_size, backbone.default_size)
+    drawn = img2img(backbone, images, Bucket(), noise, start=1, num_steps=1)
+    far = img2img(backbone, images, Bucket(), noise, start=900, num_steps=2)
+    assert (drawn - images).abs().mean() < (far - images).abs().mean()
+    assert drawn.shape == images.shape
+    assert 0 <= float(far.min()) <= float(far.max()) <= 1
+
+
+def test_img2img_is_ddim(backbone, images):
+    images = images[:1]
+    latents = backbone.latents(backbone.moments(images))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    drawn = img2img(backbone, images, Bucket(prompt="a cat"), noise, start=100, num_steps=5, latents=latents)
+    scheduler = DDIMScheduler.from_config(
+        backbone.scheduler.config, steps_offset=0, set_alpha_to_one=True, clip_sample=False
+    )
+    scheduler.set_timesteps(50)
+    condition = backbone.condition(["a cat"], images.shape[-1])
+    x = scheduler.add_noise(latents, noise, torch.tensor(100))
+    for time in range(100, 0, -20):
+        prediction = backbone.denoise(x, time, condition)
+        if time == 20:  # straight to the clean image
+            abar = scheduler.alphas_cumprod[time]
+            x = (x - (1 - abar).sqrt() * prediction) / abar.sqrt()
+        else:
+            x = scheduler.step(prediction, time, x).prev_sample
+    assert torch.allclose(drawn, backbone.decode(x), atol=1e-4)
+
+
+# --- the method
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(folder=tmp_path, step="x", on_warning=lambda message: None)
+
+
+def test_texts_that_name_the_class_are_refused(run, backbone):
+    data = ClassCaptions().transform(digits(4), run)
+    method = ContentShift(extractor=extractor(), caption_column="caption")
+    with pytest.raises(ValueError, match="the text of row 0 names the image's class"):
+        method.texts(data)
+    assert attrs.evolve(method, allow_label_prompts=True).texts(data) == data["caption"]
+    wrong = ClassCaptions(shift=5).transform(digits(4), run)
+    assert method.texts(wrong) == wrong["caption"]
+    assert (
+        ContentShift(extractor=extractor(), caption_column="label", allow_label_prompts=True).texts(data)
+        == data["caption"]
+    )
+
+
+def test_captions_of_a_table(run, tmp_path):
+    data = digits(2).add_column("name", ["a", "b"])
+    (tmp_path / "captions.csv").write_text('name,caption\na,"a big house, red"\nb,a tree\n')
+    method = ContentShift(extractor=extractor(), captions=tmp_path / "captions.csv")
+    assert method.texts(data) == ["a big house, red", "a tree"]
+    with pytest.raises(ValueError, match="has no caption for 'c'"):
+        method.texts(digits(1).add_column("name", ["c"]))
+    (tmp_path / "captions.csv").write_text("name,caption\na,x\na,y\n")
+    with pytest.raises(ValueError, match="line 3: a second caption for 'a'"):
+        method.texts(data)
+
+
+def test_attention_features_take_one_prompt(run, backbone):
+    data = digits(1).remove_columns("label").add_column("text", ["some words"])
+    method = ContentShift(
+        extractor=extractor("up-level0*", attention_maps=["up_cross"], attn_min_side=1, attn_max_side=64),
+        caption_column="text",
+    )
+    with pytest.raises(ValueError, match="the attention feature needs one prompt for all"):
+        method.extract_feature(backbone, data, run)
+
+
+def test_features_are_the_mean_of_draws_and_know_their_techniques(run, backbone):
+    data = digits(2)
+    gdf = extractor("up-level0-upsampler-out")
+    one = ContentShift(extractor=gdf, num_draws=2, dtype="float32", prompt="a horse")
+    found = one.extract_feature(backbone, data, run)
+    from plait_diffusion import image_tensors
+
+    images = image_tensors(data, backbone.default_size)
+    draws = extract(gdf, backbone, images, Bucket(prompt="a horse"), rows=range(2), seeds=one.seeds(run), timestep=50)
+    expected = sum(draw["up-level0-upsampler-out"] for draw in draws) / 2
+    assert torch.allclose(found.read()["up-level0-upsampler-out"], expected, atol=1e-5)
+    assert found.origins[0].prompt == "a horse"
+    assert found.origins[0].more["techniques"]["num_draws"] == 2
+
+
+def test_wrong_fields_end_in_a_sentence(backbone, run):
+    with pytest.raises(ValueError, match="canny_low is 200 and canny_high 100"):
+        ContentShift(extractor=extractor(), canny_low=200, canny_high=100)
+    with pytest.raises(ValueError, match="prompt and caption_column are both given"):
+        ContentShift(extractor=extractor(), prompt="a", caption_column="b")
+    vision = configure(find("extract_feature", "vision"), {})
+    with pytest.raises(ValueError, match="extractor is VisionFeatures, which has no prepare"):
+        ContentShift(extractor=vision)
+    with pytest.raises(ValueError, match="control is own, but the model has no ControlNet"):
+        ContentShift(extractor=extractor(), control="own", control_image="outlines").bucket(backbone, run)
+
+
+def test_a_controlnet_of_a_folder(backbone, run, controlnet, tmp_path):
+    controlnet(SD15, 0.5).save_pretrained(tmp_path / "control")
+    method = ContentShift(extractor=extractor(), control=str(tmp_path / "control"))
+    (control,) = method.bucket(backbone, run).controls
+    assert all(
+        torch.equal(a, b) for a, b in zip(control.model.parameters(), controlnet(SD15, 0.5).parameters(), strict=True)
+    )
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match="cannot be read as a ControlNet"):
+        attrs.evolve(method, control=str(tmp_path / "nothing")).bucket(backbone, run)
