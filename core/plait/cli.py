@@ -431,9 +431,10 @@ def report(names: tuple[str, ...], full: bool, to: Path | None, out: Path, store
 
     folders = [find_run(name, out) for name in names]
     if len(folders) == 1:
+        from plait.run_folder import store_of
         from plait.runner import write_report_again
 
-        write_report_again(folders[0], _store(store), full)
+        write_report_again(folders[0], _store(store) if store else store_of(folders[0]), full)
         click.echo(f"report: {folders[0] / 'report.html'}")
         return
     from plait.comparing import compare
@@ -463,7 +464,8 @@ def report(names: tuple[str, ...], full: bool, to: Path | None, out: Path, store
 def export(run: str, step: str, folder: Path, out: Path, store: Path | None) -> None:
     """Write the result of a STEP of a RUN into a new FOLDER: a model folder, a data set, pictures."""
     from plait.exporting import export as export_result
-    from plait.exporting import key_of, store_of
+    from plait.exporting import key_of
+    from plait.run_folder import store_of
     from plait.runs import find_run
 
     found = find_run(run, out)

@@ -31,11 +31,6 @@ def key_of(run: Path, step: str) -> str:
     return str(keys[found[0]])
 
 
-def store_of(run: Path) -> Store:
-    """The store that a run used."""
-    return Store(Path(read_provenance(run)["store"]))
-
-
 def export(store: Store, key: str, folder: Path) -> str:
     """Write a stored result into a new folder.
 

@@ -83,6 +83,11 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def store_of(folder: Path) -> Store:
+    """The store that the run in ``folder`` used."""
+    return Store(Path(read_provenance(folder)["store"]))
+
+
 def command_of(provenance: Mapping[str, Any]) -> str:
     """The command line of a run, or the program that called ``plait.run``."""
     program, *arguments = provenance.get("command") or [""]

@@ -258,7 +258,7 @@ def write_report_again(folder: Path, store: Store, full: bool = False) -> None:
         full: the page holds all pictures as they are.
 
     Raises:
-        PlaitError: ``folder`` is not a run folder.
+        PlaitError: ``folder`` is not a run folder, or none of its results are left.
     """
     provenance = read_provenance(folder)
     try:
@@ -272,6 +272,10 @@ def write_report_again(folder: Path, store: Store, full: bool = False) -> None:
     tasks = [attrs.evolve(task, key=keys[task.label]) for task in plan.tasks if task.label in keys]
     plan = attrs.evolve(plan, tasks=tasks)
     missing = {task.label: "it is not in the store" for task in plan.tasks if not store.has(task.key)}
+    if tasks and len(missing) == len(tasks):
+        raise PlaitError(
+            f"none of the results of {folder} are in the store {store.root} any more; its report stays as it is"
+        )
     _write_report(plan, store, {}, missing, folder, full)
 
 

@@ -1,4 +1,6 @@
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -182,3 +184,20 @@ def test_in_a_notebook(workplace):
 
 def test_a_plan_needs_no_run(workplace):
     assert len(make_plan(load_any(TEXT)).tasks) == 21
+
+
+def test_on_a_terminal(workplace):
+    Path("p.yaml").write_text(
+        TEXT.replace("amount: [1, 2.5]", "amount: [1]").replace('"./toy.py:Add", from: {data: numbers.train}, with', '"./toy.py:Add", from: {data: slow.data}, with')
+        .replace("  more:", '  slow: {transform: "./toy.py:Slow", from: {data: numbers.train}, with: {steps: 4, pause: 0.3}}\n  more:')
+    )  # fmt: skip
+    spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn([sys.executable, '-m', 'plait', 'run', 'p.yaml'])))"
+    done = subprocess.run(
+        [sys.executable, "-c", spawn], capture_output=True, text=True, env={**os.environ, "COLUMNS": "150"}
+    )
+    assert done.returncode == 0, done.stdout
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", done.stdout)
+    assert shown.startswith("reading p.yaml")
+    assert re.search(r"whole run .* so far, about .* left", shown)
+    assert re.search(r"slow\[seed=0\]  counting .* so far", shown)
+    assert re.search(r"\+ score\[seed=0.*\]  [0-9.]+ s  mean \d", shown)  # the main figure beside a finished evaluation

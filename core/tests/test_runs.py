@@ -104,3 +104,12 @@ def test_runs_that_hardly_compare(demo):
         compare([one, one])
     third = plait.run("demo.yaml", ["matrix.seed=[0]", "steps.more.with.amount=3"]).folder
     assert dict(compare([one, third]).tables[1].rows)[("after",)][2].text == "+2.000"  # single values: no spread
+
+
+def test_a_report_is_written_again_from_the_store_of_its_run(demo, monkeypatch):
+    folder = plait.run("demo.yaml", store="elsewhere").folder
+    before = (folder / "report.html").read_text()
+    cli("report", str(folder))
+    assert (folder / "report.html").read_text() == before
+    assert "none of the results of" in cli("report", str(folder), "--store", "empty", code=1)
+    assert (folder / "report.html").read_text() == before
