@@ -68,6 +68,11 @@ def _to_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--to", multiple=True, metavar="STEP", help=text, shell_complete=completing.steps)(command)
 
 
+def _limit_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    text = "Only the first so many rows of every split of every source, for a trial; results are kept apart."
+    return click.option("--limit", type=click.IntRange(1), metavar="N", help=text)(command)
+
+
 def _store_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--store", type=click.Path(path_type=Path), help="Folder of the store (default: $PLAIT_STORE, else .plait)."
@@ -89,6 +94,7 @@ def _store(path: Path | None) -> Any:
 @main.command()
 @_pipeline_arguments
 @_to_option
+@_limit_option
 @click.option(
     "--only-failed", is_flag=True, help="Only what failed in the last run of this pipeline, and what waits for it."
 )
@@ -101,6 +107,7 @@ def run(
     pipeline: Path,
     overrides: tuple[str, ...],
     to: tuple[str, ...],
+    limit: int | None,
     only_failed: bool,
     store: Path | None,
     out: Path,
@@ -119,9 +126,11 @@ def run(
     from plait.displays import Display, Lines
     from plait.pipeline import load_pipeline
     from plait.runner import run_pipeline
+    from plait.selection import limited
     from plait.terminal import print_tables
 
     checked = load_pipeline(pipeline, overrides)
+    checked = limited(checked, limit) if limit else checked
     select = _selection(to, only_failed, checked.name, out)
     console = Console(file=sys.stderr)  # as it is now: steps write elsewhere
     display = None if quiet else Display(console) if console.is_terminal else Lines(console)
@@ -164,14 +173,18 @@ def _selection(to: tuple[str, ...], failed_only: bool, name: str, out: Path) -> 
 @main.command()
 @_pipeline_arguments
 @_to_option
+@_limit_option
 @_store_option
-def plan(pipeline: Path, overrides: tuple[str, ...], to: tuple[str, ...], store: Path | None) -> None:
+def plan(
+    pipeline: Path, overrides: tuple[str, ...], to: tuple[str, ...], limit: int | None, store: Path | None
+) -> None:
     """Show what a PIPELINE would do: its steps, what is in the store, and why the rest is not."""
     from plait.pipeline import load_pipeline
     from plait.plan import explain, flatten, is_done, make_plan
-    from plait.selection import up_to
+    from plait.selection import limited, up_to
 
-    made = make_plan(load_pipeline(pipeline, overrides))
+    checked = load_pipeline(pipeline, overrides)
+    made = make_plan(limited(checked, limit) if limit else checked)
     made = up_to(made, to) if to else made
     place = _store(store)
     cells = len(made.pipeline.cells)
@@ -471,6 +484,70 @@ def export(run: str, step: str, folder: Path, out: Path, store: Path | None) -> 
     found = find_run(run, out)
     place = _store(store) if store else store_of(found)
     click.echo(f"{folder}: {export_result(place, key_of(found, step), folder)}")
+
+
+@main.command()
+@click.argument("run", metavar="RUN", shell_complete=completing.runs)
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@_out_option
+def record(run: str, file: Path, out: Path) -> None:
+    """Put the figures of a RUN on record: a CSV with command, date, versions, hardware and every seed's value."""
+    from plait.recording import record_of, to_text
+    from plait.runs import find_run, open_run
+
+    made = record_of(open_run(find_run(run, out)))
+    try:
+        file.write_text(to_text(made), encoding="utf-8")
+    except OSError as error:
+        raise PlaitError(f"{file} cannot be written: {error.strerror}") from error
+    click.echo(f"{file}: {len(made.figures)} figures")
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--quick", is_flag=True, help="The first seed only.")
+@click.option("--write", is_flag=True, help="Put the new figures on record.")
+@_store_option
+@_out_option
+def reproduce(files: tuple[Path, ...], quick: bool, write: bool, store: Path | None, out: Path) -> None:
+    """Run the pipelines behind recorded figures again; exit code 1 where one lies outside the recorded spread.
+
+    FILES are records, or folders of them. Their commands are run from the current folder.
+    """
+    import attrs
+
+    from plait.pipeline import load_pipeline
+    from plait.recording import again, read_record, record_of, to_text
+    from plait.runner import run_pipeline
+    from plait.runs import open_run
+
+    if quick and write:
+        raise click.UsageError("figures of one seed are not put on record; leave out --quick or --write")
+    outside = 0
+    for file in [inner for path in files for inner in (sorted(path.glob("*.csv")) if path.is_dir() else [path])]:
+        old = read_record(file)
+        context = run.make_context("run", list(old.command), resilient_parsing=False)
+        overrides = [*context.params["overrides"]]
+        if quick and (seeds := old.figures[0].seeds[:1] if old.figures else ()) and seeds[0]:
+            overrides.append(f"matrix.seed=[{seeds[0]}]")
+        click.echo(f"{file}: plait run {context.params['pipeline']} {' '.join(overrides)}".rstrip())
+        checked = load_pipeline(context.params["pipeline"], overrides)
+        result = run_pipeline(checked, _store(store), out)
+        compared = again(old, list(result.tables.values()))
+        for one in compared:
+            if not one.within:
+                where = " / ".join(filter(None, one.figure.place))
+                now = "missing" if one.value is None else f"{one.value:.6g}"
+                click.echo(f"  {where}: {now}, on record {one.expected:.6g} ({one.figure.text})")
+        inside = sum(one.within for one in compared)
+        outside += len(compared) - inside
+        click.echo(f"  {inside} of {len(compared)} figures lie within the recorded spread")
+        if write:
+            new = record_of(open_run(result.folder))
+            kept = attrs.evolve(new, facts={**new.facts, "command": old.facts["command"]})
+            file.write_text(to_text(kept), encoding="utf-8")
+    if outside and not write:
+        raise SystemExit(1)
 
 
 @main.command()

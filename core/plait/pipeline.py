@@ -44,6 +44,7 @@ class Step:
     """One checked step of one matrix cell; ``instance`` is its method, made from the fields ``config``.
 
     A member of a step with ``each`` is named ``NAME.LABEL``, its ``family`` is NAME, and ``each`` holds the labels.
+    Of a source with a ``limit`` only the first rows are kept.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Step:
     inputs: Mapping[str, Any]
     seed: int
     resources: Mapping[str, Any]
+    limit: int | None = None
 
     def references(self) -> Iterator[Reference]:
         """All steps that this one takes something from."""

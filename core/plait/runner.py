@@ -33,7 +33,7 @@ from plait.report.html import fragment, fragment_of_steps
 from plait.report.model import Report
 from plait.run_folder import make_folder, read_provenance, repeat_of, write_provenance
 from plait.scheduling import Progress
-from plait.selection import up_to
+from plait.selection import limited, up_to
 from plait.store import Store
 from plait.work import Emit, Outcome, load_extras, load_result, make_job
 
@@ -157,6 +157,7 @@ def run(
     listeners: Sequence[Any] = (),
     progress: bool | None = None,
     to: Sequence[str] = (),
+    limit: int | None = None,
 ) -> Result:
     """Run a pipeline; steps whose results are in the store are not run again.
 
@@ -170,6 +171,7 @@ def run(
         listeners: objects with run events (:class:`plait.hookspecs.RunEvents`).
         progress: whether to show how far it is; default on a terminal (bars) and in a notebook (one line).
         to: run only these steps, and what they need.
+        limit: take only the first so many rows of every split of every source; results are kept apart.
 
     Raises:
         PipelineError: the pipeline is wrong; nothing has been run.
@@ -177,6 +179,7 @@ def run(
         KeyboardInterrupt: Ctrl-C or SIGTERM; what is finished is kept, and in the report.
     """
     checked = load_any(pipeline, overrides)
+    checked = checked if limit is None else limited(checked, limit)
     display: Any = display_for_python(progress)
     shown = [*listeners, *([display] if display is not None else [])]
     place = Store(Path(store).absolute() if store else None)
@@ -296,8 +299,14 @@ def _write_report(
     done = [task for task in plan.tasks if task.label not in failed and task.label not in not_run]
     reports = [(task, _reports_of(task, store)) for task in done]
     warnings = {task.label: _warnings_of(task, store) for task in done}
-    document = collect(plan, reports, failed, not_run, warnings, repeat_of(folder, done, store))
-    write(document, folder, {"cells": len(plan.pipeline.cells), "steps": len(plan.tasks)}, full)
+    repeat = repeat_of(folder, done, store)
+    document = collect(plan, reports, failed, not_run, warnings, repeat)
+    facts = {
+        "cells": len(plan.pipeline.cells),
+        "steps": len(plan.tasks),
+        "hardware": dict(repeat.facts).get("hardware", ""),
+    }
+    write(document, folder, facts, full)
     return document
 
 

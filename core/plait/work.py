@@ -26,6 +26,7 @@ from plait.methods import find
 from plait.plan import Input, Task
 from plait.report.model import Curve, Report
 from plait.said import errors_kept
+from plait.selection import first_rows
 from plait.store import Store
 from plait.surroundings import same_surroundings
 from plait.versions import library_versions, plait_modules
@@ -49,6 +50,7 @@ class Job:
     folder: Path
     store: Path
     device: str | None
+    limit: int | None = None
 
 
 @attrs.frozen
@@ -79,6 +81,7 @@ def make_job(task: Task, folder: Path, store: Store, device: str | None) -> Job:
         folder,
         store.root,
         device,
+        step.limit,
     )
 
 
@@ -170,6 +173,8 @@ def _run(job: Job, store: Store, emit: Emit) -> None:
             f"method {job.method!r} returned a {type(result).__name__}; evaluate has to return a plait.Report"
         )
     made = {"seconds": round(time.monotonic() - started, 3), "hardware": hardware()}
+    if job.limit is not None:
+        result = first_rows(result, job.limit, run.warn)
     extras = [*run.reports, *journal.report()]
 
     def write(folder: Path) -> None:

@@ -117,6 +117,19 @@ def test_only_what_leads_to_a_step(demo):
     assert cli("report", str(folder)).startswith("report:")  # the same steps again
 
 
+def test_the_first_rows_of_every_source(demo):
+    whole = plait.run("demo.yaml", to=["more"])
+    limited = plait.run("demo.yaml", to=["more"], limit=2)
+    assert limited.output("numbers", seed=0)["test"] == whole.output("numbers", seed=0)["test"][:2]
+    assert limited.output("more", seed=1) == whole.output("more", seed=1)[:2]
+    assert "4 in the store" in cli("plan", "demo.yaml", "--to", "more", "--limit", 2)
+    assert "4 in the store" in cli("plan", "demo.yaml", "--to", "more")
+    assert "0 in the store" in cli("plan", "demo.yaml", "--to", "more", "--limit", 3)
+    cli("run", "demo.yaml", "--limit", 2, "--to", "more")
+    text = 'plait: 1\nsteps: {d: {load-data: "plait.demo.methods:Digits"}}'
+    assert {name: len(part) for name, part in plait.run(text, limit=3).output("d").items()} == {"train": 3, "test": 3}
+
+
 def test_only_what_failed(demo):
     cli("run", "demo.yaml", code=1)
     Path("demo.yaml").write_text(PIPELINE.replace("toy.py:Fail", "toy.py:Add"))
