@@ -11,6 +11,7 @@ from typing import Any
 
 from plait import codecs
 from plait.errors import PlaitError, nearest
+from plait.optional import require
 from plait.run_folder import read_provenance
 from plait.store import Store
 
@@ -71,8 +72,7 @@ def _export(artifact: Path, folder: Path) -> str:
 
 
 def _export_dataset(source: Path, folder: Path) -> str:
-    import datasets
-
+    datasets = require("datasets")
     data: Any = datasets.load_from_disk(source)
     column = next((name for name, kind in data.features.items() if isinstance(kind, datasets.Image)), None)
     if column is None:
