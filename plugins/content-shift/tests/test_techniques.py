@@ -5,14 +5,15 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, PNDMScheduler, SD3ControlNetModel
 from plait import Run
 from plait.configuration import configure
 from plait.methods import find
 from plait_content_shift.content_shift import content_shift, extract, img2img, stacked
 from plait_content_shift.control_images import canny, outlines
 from plait_content_shift.examples import digits
-from plait_content_shift.lora import LowRank, applied, read_lora, save_lora
+from plait_content_shift.lora import LowRank, applied
+from plait_content_shift.lora_files import read_lora
 from plait_content_shift.plugin import ClassCaptions, ContentShift
 from plait_content_shift.techniques import Bucket, Control, Lora
 from safetensors.torch import load_file, save_file
@@ -60,6 +61,27 @@ def test_a_fresh_controlnet_and_scale_0_change_no_bit(tiny, controlnet, kind):
     assert all(torch.equal(steered[name], plain[name]) for name in plain if name.startswith("down-"))
 
 
+def test_a_controlnet_of_sd3_adds_to_blocks(tiny):
+    backbone = tiny("sd3")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SD3ControlNetModel.from_transformer(
+            backbone.denoiser, num_layers=2, num_extra_conditioning_channels=0
+        ).eval()
+    images = torch.rand(2, 3, backbone.default_size, backbone.default_size)
+    layers = ("vit-block*-out",)
+    control = Control(model.requires_grad_(False))
+    control.check(backbone.denoiser)
+    plain = features(backbone, images, layers=layers)
+    assert same(features(backbone, images, Bucket(controls=(control,)), layers), plain), "its last layers are zero"
+    for block in model.controlnet_blocks:
+        block.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
+    steered = features(backbone, images, Bucket(controls=(control, control)), layers)
+    assert not torch.equal(list(steered.values())[-1], list(plain.values())[-1])
+    with pytest.raises(ValueError, match="SD3ControlNetModel for a UNet2DConditionModel"):
+        control.check(tiny(SD15).denoiser)
+
+
 def test_residuals_of_several_controlnets_add_up(backbone, images, controlnet):
     one = Control(controlnet(SD15, 0.5))
     twice = features(backbone, images, Bucket(controls=(one, one)))
@@ -101,10 +123,11 @@ def test_control_images(images):
 
 def test_control_that_does_not_fit_is_refused(tiny, backbone, images, controlnet):
     with pytest.raises(
-        ValueError, match=r"ControlNet's (cross_attention_dim|block_out_channels) is .* give a ControlNet of this U-Net"
+        ValueError,
+        match=r"ControlNet's (cross_attention_dim|block_out_channels) is .* give a ControlNet of this very denoiser",
     ):
         Bucket(controls=(Control(controlnet("sdxl", 0.0)),)).check(backbone, 50)
-    with pytest.raises(ValueError, match="ControlNets are taken for U-Nets"):
+    with pytest.raises(ValueError, match="ControlNetModel is taken for U-Nets"):
         Bucket(controls=(Control(controlnet(SD15, 0.0)),)).check(tiny("flux"), 50)
     small = Control(controlnet(SD15, 0.0), image=lambda pixels: pixels[..., ::2, ::2])
     with pytest.raises(ValueError, match="the control image has shape"):
@@ -140,6 +163,17 @@ def lora_for(backbone, rank=2, text=True):
             if name.endswith("q_proj")
         }
     return weights
+
+
+def save_lora(weights, path):
+    """In peft's names, with alpha."""
+    tensors = {}
+    for root, parts in weights.items():
+        for name, part in parts.items():
+            tensors[f"{root}.{name}.lora_A.weight"] = part.down.contiguous()
+            tensors[f"{root}.{name}.lora_B.weight"] = part.up.contiguous()
+            tensors[f"{root}.{name}.alpha"] = torch.tensor(part.alpha)
+    save_file(tensors, path)
 
 
 def hooks_of(backbone):
@@ -334,7 +368,7 @@ def test_the_fields_say_which_noise(tmp_path):
 
 def test_draws_in_one_pass_equal_draws_one_by_one(backbone, images, controlnet):
     bucket = Bucket(controls=(Control(controlnet(SD15, 0.5)),), prompt="a horse")
-    layers = extractor("up-level0*", "unet-in")
+    layers = extractor("up-level0*", "unet-in", sample_posterior=False)
     options = {"rows": range(2), "timestep": 50}
     together = extract(layers, backbone, images, bucket, seeds=[0, 1, 2], **options)
     for seed, found in enumerate(together):
@@ -465,6 +499,17 @@ def test_wrong_fields_end_in_a_sentence(backbone, run):
         ContentShift(extractor=vision)
     with pytest.raises(ValueError, match="control is own, but the model has no ControlNet"):
         ContentShift(extractor=extractor(), control="own", control_image="outlines").bucket(backbone, run)
+
+
+def test_the_users_own_technique(backbone, run, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import attrs\n\n\ndef halve(call):\n    return attrs.evolve(call, sample=call.sample / 2)\n")
+    method = ContentShift(extractor=extractor("unet-in"), function=f"{file}:halve", dtype="float32")
+    plain = attrs.evolve(method, function=None)
+    found, expected = (one.extract_feature(backbone, digits(2), run).read()["unet-in"] for one in (method, plain))
+    assert torch.equal(found, expected / 2)
+    with pytest.raises(ValueError, match="names no function"):
+        attrs.evolve(method, function=f"{file}:nothing").bucket(backbone, run)
 
 
 def test_a_controlnet_of_a_folder(backbone, run, controlnet, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from plait_diffusion import capture, official_ids, resolve, shapes
 from plait_diffusion.taps import Tap
 
-KINDS = ("sd15", "sdxl", "sd3", "pixart", "flux", "ddpm")
+KINDS = ("sd15", "sdxl", "sd3", "pixart", "flux", "ddpm", "dit")
 
 
 @pytest.fixture(scope="module", params=KINDS)

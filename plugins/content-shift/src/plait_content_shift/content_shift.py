@@ -43,7 +43,7 @@ def extract(
 ) -> list[dict[str, Tensor]]:
     """Features of a batch of images under a bucket's techniques, once for every seed of the noise.
 
-    Draws that share weights stand beside each other in one batch: one pass for all of them.
+    Draws that share weights stand beside each other in one batch: one pass for all of them, and the image is encoded once.
 
     Args:
         images: [B, 3, H, W] in [0, 1].
@@ -56,10 +56,11 @@ def extract(
     texts = prompts if prompts is not None else None if bucket.prompt is None else [bucket.prompt] * len(images)
     begin = bucket.denoise_from if noise and bucket.denoise_from is not None else timestep
     with bucket.weights(backbone) as model:
-        calls = []
+        calls: list[DenoiserCall] = []
         for seed in seeds:
+            known = calls[0].latents if calls else latents
             call = extractor.prepare(
-                model, images, rows=rows, seed=seed, prompts=texts, timestep=begin, noise=noise, latents=latents
+                model, images, rows=rows, seed=seed, prompts=texts, timestep=begin, noise=noise, latents=known
             )
             calls.append(call)
         call = stacked(calls)
@@ -141,7 +142,7 @@ def img2img(
             prompts=tuple(texts),
             rows=tuple(rows) or tuple(range(len(images))),
         )
-        shown = [control.shown(call) for control in bucket.controls]
+        shown = [control.shown(model, call) for control in bucket.controls]
         return model.decode(_redrawn(model, bucket, call, shown, start, num_steps))
 
 

@@ -222,6 +222,7 @@ class LaplacianScore:
                 part, one.extractor.origin(backbone, 0).more.get("image_size") or backbone.default_size
             )
             images = images.to(backbone.device)
+            latents = backbone.latents(backbone.moments(images))
 
             def features(
                 used: Bucket,
@@ -230,6 +231,7 @@ class LaplacianScore:
                 number: int,
                 images: Tensor = images,
                 numbers: range = numbers,
+                latents: Tensor = latents,
             ) -> dict[str, Tensor]:
                 (values,) = extract(
                     one.extractor,
@@ -241,6 +243,7 @@ class LaplacianScore:
                     timestep=timestep,
                     prompts=own,
                     noise=noise,
+                    latents=latents,
                 )
                 return values
 

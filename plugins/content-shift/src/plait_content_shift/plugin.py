@@ -12,8 +12,9 @@ import datasets
 import torch
 from plait import Run, hookimpl
 from plait.errors import ConfigurationError
-from plait.fields import field, in_range, method_field, path_or_name_field
+from plait.fields import code_field, field, in_range, method_field, path_or_name_field
 from plait.fingerprints import fingerprint
+from plait.importing import import_code
 from plait_diffusion import Backbone, FeatureSet, Origin, backbone_in, image_tensors, write_features
 from plait_vision import read_table
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from plait_content_shift.baselines import mean
 from plait_content_shift.content_shift import extract, seed_of_bucket
 from plait_content_shift.control_images import canny, has_exact_canny, outlines
-from plait_content_shift.lora import read_lora
+from plait_content_shift.lora_files import read_lora
 from plait_content_shift.techniques import Bucket, Control, Lora, leaked_labels
 
 OWN = "own"
@@ -56,6 +57,9 @@ class ContentShift:
     control_scale: float = field(1.0, "of the ControlNet's residuals", in_range(0))
     lora: Path | None = field(None, "LoRA file (.safetensors of peft, diffusers or kohya, LoCon too)")
     lora_scale: float = field(1.0, "of the LoRA", in_range(0))
+    function: str | None = code_field(
+        None, "your own technique, DenoiserCall → DenoiserCall: ./file.py:name or package.module:name"
+    )
     denoise_from: int | None = field(
         None, "denoise from this nominal timestep down to the extractor's before features are read", in_range(1, 999)
     )
@@ -88,6 +92,7 @@ class ContentShift:
             "prompt": self.prompt is not None or self.caption_column is not None or self.captions is not None,
             "control": self.control is not None,
             "lora": self.lora is not None,
+            "function": self.function is not None,
             f"from {self.denoise_from}": self.denoise_from is not None,
         }
         return self.name or " + ".join(part for part, used in parts.items() if used) or "plain"
@@ -113,7 +118,12 @@ class ContentShift:
         controls = (self._control(backbone, run),) if self.control is not None else ()
         loras = (Lora(read_lora(self.lora, backbone.components), self.lora_scale),) if self.lora is not None else ()
         bucket = Bucket(
-            prompt=self.prompt, controls=controls, loras=loras, denoise_from=self.denoise_from, guidance=self.guidance
+            prompt=self.prompt,
+            controls=controls,
+            loras=loras,
+            denoise_from=self.denoise_from,
+            guidance=self.guidance,
+            functions=(_function(self.function),) if self.function is not None else (),
         )
         bucket.check(backbone, self.nominal(backbone))
         if self.denoise_from is not None and not bucket.steers:
@@ -235,6 +245,14 @@ class ClassCaptions:
         return data.add_column(self.column, captions)
 
 
+def _function(place: str) -> Any:
+    module, _, name = place.rpartition(":")
+    found = getattr(import_code(module), name, None) if module else None
+    if not callable(found):
+        raise ValueError(f"function is {place!r}, which names no function; write ./file.py:name or package.module:name")
+    return found
+
+
 def _controlnet(source: str | None, backbone: Backbone) -> nn.Module:
     if source == OWN:
         model = backbone.components.get("controlnet")
@@ -243,10 +261,11 @@ def _controlnet(source: str | None, backbone: Backbone) -> nn.Module:
                 "control is own, but the model has no ControlNet; train one with optimize: diffusion, part: control"
             )
         return model
-    from diffusers import ControlNetModel
+    from diffusers import ControlNetModel, SD3ControlNetModel
 
+    kind = SD3ControlNetModel if type(backbone.denoiser).__name__ == "SD3Transformer2DModel" else ControlNetModel
     try:
-        loaded = ControlNetModel.from_pretrained(source, torch_dtype=backbone.dtype)
+        loaded = kind.from_pretrained(source, torch_dtype=backbone.dtype)
     except OSError as error:
         raise ValueError(
             f"control is {source!r}, which cannot be read as a ControlNet: {str(error).splitlines()[0]}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from plait_content_shift.control_images import ControlImages, canny
 from plait_content_shift.lora import LoraWeights, applied
 
+_UNET_FIELDS = ("cross_attention_dim", "block_out_channels", "layers_per_block", "in_channels")
+_BLOCK_FIELDS = ("attention_head_dim", "num_attention_heads", "joint_attention_dim", "in_channels", "patch_size")
 MOST_DENOISING = 50  # nominal timesteps; from further away the image would be redrawn
 
 
@@ -27,7 +29,7 @@ class Control:
     """A ControlNet that is shown the image's own edges (§4.2): adds residuals to every skip connection and to the middle.
 
     Args:
-        model: a diffusers ``ControlNetModel`` of the same family as the U-Net.
+        model: a diffusers ``ControlNetModel`` of the U-Net's family, or ``SD3ControlNetModel`` for SD3.
         scale: of the residuals.
         image: images [B, 3, S, S] in [0, 1] → what the ControlNet is shown, in [0, 1].
     """
@@ -36,42 +38,54 @@ class Control:
     scale: float = 1.0
     image: ControlImages = canny
 
+    @property
+    def is_of_blocks(self) -> bool:
+        """Whether it is for a transformer: adds to its blocks, and is shown the encoded control image."""
+        return hasattr(self.model, "controlnet_blocks")
+
     def check(self, denoiser: Any) -> None:
         """Whether it fits a denoiser.
 
         Raises:
             ValueError: it is for another one.
         """
-        if not hasattr(denoiser, "down_blocks") or not hasattr(self.model, "controlnet_down_blocks"):
+        kinds = {True: type(denoiser).__name__ == "SD3Transformer2DModel", False: hasattr(denoiser, "down_blocks")}
+        known = self.is_of_blocks or hasattr(self.model, "controlnet_down_blocks")
+        if not known or not kinds[self.is_of_blocks] or "Flux" in type(self.model).__name__:
             raise ValueError(
-                f"a {type(self.model).__name__} for a {type(denoiser).__name__}: ControlNets are taken for U-Nets (SD 1.x, SDXL)"
+                f"a {type(self.model).__name__} for a {type(denoiser).__name__}: ControlNetModel is taken for U-Nets (SD 1.x, SDXL)"
+                " and SD3ControlNetModel for SD3"
             )
-        for name in ("cross_attention_dim", "block_out_channels", "layers_per_block", "in_channels"):
-            own, needed = getattr(self.model.config, name), getattr(denoiser.config, name)
+        for name in _BLOCK_FIELDS if self.is_of_blocks else _UNET_FIELDS:
+            own, needed = getattr(self.model.config, name, None), getattr(denoiser.config, name, None)
             if _listed(own) != _listed(needed):
                 raise ValueError(
-                    f"the ControlNet's {name} is {own} and the U-Net's {needed}; give a ControlNet of this U-Net"
+                    f"the ControlNet's {name} is {own} and the denoiser's {needed}; give a ControlNet of this very denoiser"
                 )
 
     def residuals(self, call: DenoiserCall, shown: Tensor) -> dict[str, Any]:
-        """Keyword arguments of the U-Net."""
-        known = ("encoder_hidden_states", "added_cond_kwargs", "class_labels")
+        """Keyword arguments of the denoiser."""
         batch = len(call.sample)
-        condition = {name: expanded(value, batch) for name, value in call.condition.items() if name in known}
-        time = torch.full((batch,), float(call.timestep), device=call.sample.device).long()
+        condition = {
+            name: expanded(value, batch)
+            for name, value in call.condition.items()
+            if name in ("encoder_hidden_states", "added_cond_kwargs", "class_labels", "pooled_projections")
+        }
+        time = torch.full((batch,), float(call.timestep), device=call.sample.device)
         first = next(self.model.parameters())
-        down, middle = self.model(
-            call.sample.to(first.dtype),
-            time,
-            controlnet_cond=shown.to(first),
-            conditioning_scale=self.scale,
-            guess_mode=False,
-            return_dict=False,
+        shared = {
+            "controlnet_cond": shown.to(first),
+            "conditioning_scale": self.scale,
+            "return_dict": False,
             **condition,
-        )
+        }
+        if self.is_of_blocks:
+            (blocks,) = self.model(call.sample.to(first.dtype), timestep=time, **shared)
+            return {"block_controlnet_hidden_states": tuple(blocks)}
+        down, middle = self.model(call.sample.to(first.dtype), time.long(), guess_mode=False, **shared)
         return {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": middle}
 
-    def shown(self, call: DenoiserCall) -> Tensor:
+    def shown(self, backbone: Backbone, call: DenoiserCall) -> Tensor:
         """The control image; depends on the image alone, so that it is made once for all steps.
 
         Raises:
@@ -86,7 +100,7 @@ class Control:
             raise ValueError(
                 f"the control image ranges from {float(shown.min()):.3g} to {float(shown.max()):.3g}; [0, 1] is needed"
             )
-        return shown
+        return backbone.latents(backbone.moments(shown)) if self.is_of_blocks else shown
 
 
 @attrs.frozen(eq=False)
@@ -107,6 +121,7 @@ class Bucket:
         loras: applied together.
         denoise_from: nominal timestep to denoise from before features are read; None: one pass.
         guidance: classifier-free guidance while denoising; 1: none. Features are of the conditional branch.
+        functions: the user's own techniques, call → call, before each other.
     """
 
     prompt: str | None = None
@@ -114,11 +129,12 @@ class Bucket:
     loras: tuple[Lora, ...] = ()
     denoise_from: int | None = None
     guidance: float = 1.0
+    functions: tuple[Callable[[DenoiserCall], DenoiserCall], ...] = ()
 
     @property
     def steers(self) -> bool:
         """Whether something but noise and prompt changes a pass."""
-        return bool(self.controls or self.loras)
+        return bool(self.controls or self.loras or self.functions)
 
     def check(self, backbone: Backbone, timestep: float) -> None:
         """Refuse what does not fit, before the first pass.
@@ -151,12 +167,14 @@ class Bucket:
         Args:
             call: at ``denoise_from`` where it is given, else at ``nominal``.
         """
-        shown = [control.shown(call) for control in self.controls]
+        shown = [control.shown(backbone, call) for control in self.controls]
         if self.denoise_from is not None:
             call = self._denoised(backbone, call, nominal, shown)
         return self._steered(call, shown)
 
     def _steered(self, call: DenoiserCall, shown: Sequence[Tensor]) -> DenoiserCall:
+        for function in self.functions:
+            call = function(call)
         if not self.controls:
             return call
         residuals: dict[str, Any] = {}

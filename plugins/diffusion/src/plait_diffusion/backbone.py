@@ -135,7 +135,9 @@ class Backbone(nn.Module):
     def fingerprint(self) -> str:
         """Digest of weights and configurations."""
         parts = self.components
-        configs = {part: json.dumps(_plain_config(one), sort_keys=True, default=str) for part, one in sorted(parts.items())}
+        configs = {
+            part: json.dumps(_plain_config(one), sort_keys=True, default=str) for part, one in sorted(parts.items())
+        }
         weights = dict(sorted(self.state_dict().items()))
         return fingerprint("Backbone", weights, configs, self.pipeline_name)
 
@@ -260,7 +262,7 @@ class Backbone(nn.Module):
         return families.empty_condition(self.denoiser, size, self.device, self.dtype)
 
     def pipeline(self) -> Any:
-        """The diffusers pipeline of these very components.
+        """The diffusers pipeline of these components, with a copy of the scheduler, which some pipelines change.
 
         Raises:
             ValueError: a bare denoiser makes up none.
@@ -271,6 +273,7 @@ class Backbone(nn.Module):
             raise ValueError("a bare denoiser makes up no pipeline of diffusers")
         cls = getattr(diffusers, self.pipeline_name)
         own = {part: component for part, component in self.components.items() if part not in OWN_PARTS}
+        own["scheduler"] = copy.deepcopy(self.scheduler)
         with quiet_diffusers():
             return cls(**own, **self.pipeline_options)
 

@@ -1,4 +1,4 @@
-"""Semantic correspondence: which point of one image is which point of another, by features (gdf.md; PCK of SPair-71k).
+"""Semantic correspondence: which point of one image is which point of another, by features, in PCK (Min et al., SPair-71k, 2019).
 
 Points are (x, y) in pixels of the original images. Cells of a feature map are matched after bilinear upsampling to a finer
 grid, which is never built: similarities are linear in the map, and the length of an interpolated vector follows from the

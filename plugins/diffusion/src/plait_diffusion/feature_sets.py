@@ -422,8 +422,9 @@ class FeatureWriter:
     def _flush(self) -> None:
         if not self._held:
             return
-        tensors = {name: torch.cat(parts).contiguous() for name, parts in self._held.items()}
-        self._held, self._held_bytes = {}, 0
+        # One at a time, so that no more than one activation is in memory twice.
+        tensors = {name: torch.cat(self._held.pop(name)).contiguous() for name in list(self._held)}
+        self._held_bytes = 0
         stop = self.done
         start = stop - len(next(iter(tensors.values())))
         file = self._folder / f"{start:08d}-{stop:08d}.safetensors"

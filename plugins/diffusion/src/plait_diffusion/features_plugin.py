@@ -78,7 +78,7 @@ class DrawRows:
 
 @attrs.frozen(kw_only=True)
 class FeatureProbe:
-    """Accuracy of logistic regression on pooled features, from few labels (gdf.md: linear probe).
+    """Accuracy of logistic regression on pooled features, from few labels.
 
     Of every set, features are averaged over positions and standardised; every set sees the same rows.
     """
@@ -302,7 +302,7 @@ class FeatureSegmentation:
 
 @attrs.frozen(kw_only=True)
 class FeatureCorrespondence:
-    """PCK of matching by features, by image and by box (SPair-71k): nearest neighbour, or a trained 3×3 convolution (gdf.md)."""
+    """PCK of matching by features, by image and by box (SPair-71k): nearest neighbour, or a trained 3×3 convolution."""
 
     aggregation: Literal["nearest", "trained"] = field(
         "nearest", "match the features, or a trained 3×3 convolution of them"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from plait_diffusion import families, storing
 from plait_diffusion.backbone import DENOISERS, Backbone, quiet_diffusers
@@ -51,7 +51,7 @@ def load_backbone(
         if (folder / "model_index.json").is_file():
             return _pipeline(folder, dtype, variant, facts)
         return _bare(folder, dtype, variant, scheduler, facts)
-    except (OSError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+    except (OSError, KeyError, TypeError, RuntimeError, AttributeError, ImportError, SafetensorError) as error:
         raise ValueError(f"diffusers cannot load {source}: {_first_line(error)}") from error
 
 

@@ -36,6 +36,7 @@ from plait_diffusion.backbone import Backbone, quiet_diffusers
 
 ABOUT = "plait.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
+_ALIGNED = 64  # bytes
 _STEMS = ("diffusion_pytorch_model", "model")
 
 
@@ -194,10 +195,16 @@ def read(folder: Path, *, stored: bool, dtype: torch.dtype | None = None) -> Bac
 
 def load_module(cls: Any, source: WeightFiles, dtype: torch.dtype) -> Any:
     """A component of diffusers or transformers from its folder, in eval mode."""
+    # Older diffusers know only the old name, which newer ones still take.
     name = "dtype" if cls.__module__.startswith("transformers") else "torch_dtype"
     variant = {"variant": source.variant} if source.variant else {}
     with quiet_diffusers(), torch.random.fork_rng(devices=[]):
-        return cls.from_pretrained(source.folder, **{name: dtype}, **variant).eval()
+        component = cls.from_pretrained(source.folder, **{name: dtype}, **variant).eval()
+    for tensor in [*component.parameters(), *component.buffers()]:
+        # As they lie in the file; kernels give other last bits where tensors begin at odd places.
+        if tensor.data_ptr() % _ALIGNED:
+            tensor.data = tensor.data.clone()
+    return component
 
 
 def _name(path: Path) -> str:

@@ -45,7 +45,8 @@ def official_ids(denoiser: nn.Module) -> dict[str, Tap]:
     """Every activation of gdf.md §2.2 that a denoiser has, in the order of the table: id → tap."""
     kind = families.kind_of(denoiser)
     found = _of_unet(denoiser) if kind in families.UNETS else _of_transformer(denoiser, kind)
-    return {tap.name: tap for tap in found}
+    paths = {path for path, _ in denoiser.named_modules()}  # blocks without text have no second attention
+    return {tap.name: tap for tap in found if tap.path in paths}
 
 
 def _of_unet(denoiser: nn.Module) -> Iterable[Tap]:
@@ -228,7 +229,7 @@ def shapes(
     with torch.device("meta"):
         empty = type(getattr(denoiser, "_orig_mod", denoiser)).from_config(denoiser.config)
     with torch.no_grad():
-        found = capture(empty.eval(), taps, _on_meta(sample), 1.0, _on_meta(condition), early_exit=False)
+        found = capture(empty.eval(), taps, _on_meta(sample), 1.0, _on_meta(condition))
     return {name: tuple(value.shape) for name, value in found.items()}
 
 

@@ -9,7 +9,7 @@ import torch
 
 from plait_diffusion.backbone import Backbone
 
-Kind = Literal["sd15", "sdxl", "sd3", "pixart", "flux", "ddpm"]
+Kind = Literal["sd15", "sdxl", "sd3", "pixart", "flux", "ddpm", "dit"]
 _WORDS = [
     "<pad>",
     "<start>",
@@ -32,6 +32,7 @@ def tiny_backbone(kind: Kind, seed: int = 0) -> Backbone:
         "pixart": _pixart,
         "flux": _flux,
         "ddpm": _ddpm,
+        "dit": _dit,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -201,6 +202,22 @@ def _ddpm() -> Backbone:
         norm_num_groups=4,
     )
     return Backbone({"unet": unet, "scheduler": diffusers.DDPMScheduler()}, pipeline="DDPMPipeline")
+
+
+def _dit() -> Backbone:
+    import diffusers
+
+    transformer = diffusers.DiTTransformer2DModel(
+        sample_size=8,
+        num_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_embeds_ada_norm=10,
+        norm_num_groups=4,
+    )
+    return Backbone({"transformer": transformer, "scheduler": diffusers.DDIMScheduler(), "vae": _vae(0.18215)})
 
 
 def _vae(factor: float, channels: int = 4, **options: Any) -> Any:

@@ -11,9 +11,9 @@ from datasets import Dataset
 from plait import Run
 from plait.testing import Example
 from plait_imaging.sources import Photos
-from plait_imaging.transforms import Weathers
+from plait_imaging.transforms import GaussianBlur, Weathers
 
-from plait_semiddm_weather.model import WeatherRestorer
+from plait_semiddm_weather.model import WeatherRestorer, new_scorer
 from plait_semiddm_weather.settings import Architecture
 
 TINY: dict[str, Any] = {
@@ -68,6 +68,31 @@ def saved() -> Example:
     folder = Path(tempfile.mkdtemp(prefix="plait-example-"))
     WeatherRestorer(Architecture(**TINY)).save_pretrained(folder)
     return Example(arguments={}, fields={"path": str(folder)}, progress=False, device=False, outputs=_restored)
+
+
+def scoring() -> Example:
+    """Four tiles, dimmed, and a model with a scorer."""
+    data = _weather("chelsea")
+    model = WeatherRestorer(Architecture(**TINY))
+    model.scorer = new_scorer("nss")
+    return Example(
+        arguments={"model": model, "data": {"dim": GaussianBlur().transform(data, Run())}, "reference": data},
+        empty={"data": data.select([])},
+        wrong={"data": data.remove_columns("image"), "model": WeatherRestorer(Architecture(**TINY))},
+    )
+
+
+def restoring_first() -> Example:
+    """A small image-text model and a small restorer."""
+    from plait_clip import tiny_model
+
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return Example(
+        arguments={"model": tiny_model(), "reference": WeatherRestorer(Architecture(**TINY)).eval()},
+        progress=False,
+        outputs=lambda model: model.encode_image(images).detach(),
+        wrong={"model": torch.nn.Linear(2, 2), "reference": torch.nn.Linear(2, 2)},
+    )
 
 
 def restoring() -> Example:
