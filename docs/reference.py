@@ -37,7 +37,8 @@ MEANING = {
     "each": "name → list of values (or label → value): the step once for every value; see below",
     "from": "argument → step, `step.split`, a list or a mapping of them",
     "with": "field → value; a field that is a method is written `name` or `{name: {field: value}}`",
-    "resources": "what an executor should know, such as `{gpu: 1}`; the local executor ignores it",
+    "resources": "what it needs of a machine, `{gpu: 1, cpu: 4, memory: 8GiB}`: bounds what runs beside it, and goes to Ray or Slurm",
+    "keep": "`false`: its result is dropped from the store as soon as all steps that need it are done; default true",
 }
 
 

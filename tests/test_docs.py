@@ -3,10 +3,12 @@
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import plait
 import pytest
 import yaml
 from plait.pipeline import parse_pipeline
@@ -45,6 +47,21 @@ def test_the_tutorial(workplace):
     assert "all checks passed" in done.stdout
     report = next(Path("runs/brighten").glob("*/report.md")).read_text()
     assert "| 0.2 | bright |" in report
+
+
+@pytest.mark.slow
+def test_a_step_that_trains_on_two_processes(workplace):
+    shutil.copy(DOCS / "examples" / "distributed.py", workplace)
+    (workplace / "points.py").write_text(
+        "import attrs, plait\n\n@attrs.frozen\nclass Points:\n    @plait.hookimpl\n    def load_data(self, run):\n"
+        "        x = [i / 7 for i in range(8)]\n        return {'x': x, 'y': [3 * value - 1 for value in x]}\n"
+    )
+    (workplace / "p.yaml").write_text(blocks("clusters.md")[-1][2])
+    run = plait.run("p.yaml")
+    assert not run.failed
+    layer = run["line"].layer
+    assert layer.weight.item() == pytest.approx(3, abs=0.1)
+    assert layer.bias.item() == pytest.approx(-1, abs=0.1)
 
 
 def test_the_stopwatch_is_a_wrapper(workplace):

@@ -85,6 +85,22 @@ def _out_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+class Jobs(click.ParamType[Any]):
+    """A number of processes from 1, or ``auto``."""
+
+    name = "number or auto"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return value if value == "auto" else click.IntRange(1).convert(value, param, ctx)
+
+
+def _pairs(given: tuple[str, ...]) -> dict[str, str]:
+    for text in given:
+        if not all(text.partition("=")):
+            raise PipelineError([f"--slurm {text!r} is not of the form key=value"])
+    return dict(text.split("=", 1) for text in given)
+
+
 def _store(path: Path | None) -> Any:
     from plait.store import Store
 
@@ -100,7 +116,25 @@ def _store(path: Path | None) -> Any:
 )
 @_store_option
 @_out_option
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes over independent steps.")
+@click.option("--jobs", type=Jobs(), default="1", show_default=True, help="Processes over independent steps, or auto.")
+@click.option(
+    "--executor",
+    type=click.Choice(("local", "ray", "slurm")),
+    default="local",
+    show_default=True,
+    help="What runs the steps.",
+)
+@click.option("--address", help="ray: auto or ray://host:port (default: a cluster on this machine for this run).")
+@click.option(
+    "--retries",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="ray: tries more for a step whose worker died.",
+)
+@click.option(
+    "--slurm", multiple=True, metavar="KEY=VALUE", help="slurm: an option of sbatch, e.g. partition=long, time=4:00:00."
+)
 @click.option("--device", help="torch device, e.g. cuda:0 (default: CUDA where there is one).")
 @click.option("--quiet", is_flag=True, help="Print the report's path only.")
 def run(
@@ -111,7 +145,11 @@ def run(
     only_failed: bool,
     store: Path | None,
     out: Path,
-    jobs: int,
+    jobs: Any,
+    executor: Any,
+    address: str | None,
+    retries: int,
+    slurm: tuple[str, ...],
     device: str | None,
     quiet: bool,
 ) -> None:
@@ -124,18 +162,20 @@ def run(
     from rich.console import Console
 
     from plait.displays import Display, Lines
+    from plait.executors.choice import Execution
     from plait.pipeline import load_pipeline
     from plait.runner import run_pipeline
     from plait.selection import limited
     from plait.terminal import print_tables
 
+    execution = Execution(executor=executor, jobs=jobs, address=address, retries=retries, slurm=_pairs(slurm))
     checked = load_pipeline(pipeline, overrides)
     checked = limited(checked, limit) if limit else checked
     select = _selection(to, only_failed, checked.name, out)
     console = Console(file=sys.stderr)  # as it is now: steps write elsewhere
     display = None if quiet else Display(console) if console.is_terminal else Lines(console)
     try:
-        result = run_pipeline(checked, _store(store), out, jobs, device, [display] if display else [], select)
+        result = run_pipeline(checked, _store(store), out, execution, device, [display] if display else [], select)
     finally:
         if isinstance(display, Display):
             display.close()

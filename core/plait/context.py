@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import sys
@@ -104,6 +105,13 @@ class Run:
     def numpy_generator(self, name: str = "") -> Any:
         """A fresh ``numpy.random.Generator``; the same one for the same seed, step and ``name``."""
         return require("numpy").random.default_rng(self.derived_seed(name))
+
+    def child(self, name: str) -> Run:
+        """The surroundings of a method that this one calls: random numbers and scratch of its own, the rest shared."""
+        child = copy.copy(self)
+        child.step = f"{self.step}/{name}"
+        child._folder = self.folder / name
+        return child
 
     def track(self, iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """Iterate and show progress with the time left (only on a terminal)."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import dis
+import errno
+import os
 import traceback
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import TracebackType
 
 Problem = tuple[tuple[str | int, ...], str]
+LONGEST = 500  # characters of a sentence
 
 
 class PlaitError(Exception):
@@ -29,8 +32,8 @@ class PipelineError(PlaitError):
     """
 
     def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
+        self.problems = [shortened(problem) for problem in problems]
+        super().__init__("\n".join(self.problems))
 
 
 class ConfigurationError(PlaitError, ValueError):
@@ -41,7 +44,8 @@ class ConfigurationError(PlaitError, ValueError):
     """
 
     def __init__(self, problems: list[Problem] | str) -> None:
-        self.problems: list[Problem] = [((), problems)] if isinstance(problems, str) else problems
+        given: list[Problem] = [((), problems)] if isinstance(problems, str) else problems
+        self.problems: list[Problem] = [(path, shortened(sentence)) for path, sentence in given]
         super().__init__("; ".join(sentence for _, sentence in self.problems))
 
     def __reduce__(self) -> tuple[type[ConfigurationError], tuple[list[Problem]]]:
@@ -65,9 +69,9 @@ def sentence_of(error: BaseException, packages: Collection[str] = ()) -> str | N
     Args:
         packages: names of top-level modules.
     """
-    text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
     if isinstance(error, PipelineError):
         return str(error)
+    text = shortened(" ".join(_message_of(error).split()))
     if isinstance(error, PlaitError):
         return text
     if not text or not isinstance(error, Exception) or isinstance(error, AssertionError):
@@ -77,6 +81,22 @@ def sentence_of(error: BaseException, packages: Collection[str] = ()) -> str | N
         return None
     module = str(last.tb_frame.f_globals.get("__name__", ""))
     return text if module.partition(".")[0] in packages else None
+
+
+def shortened(text: str) -> str:
+    """A sentence of at most :data:`LONGEST` characters: its middle, such as a long value or list, is left out with a count."""
+    text = text.encode("utf-8", "backslashreplace").decode()  # what no terminal and no file can show
+    if len(text) <= LONGEST:
+        return text
+    head, tail = LONGEST // 2 + 50, LONGEST // 2 - 100
+    return f"{text[:head]} … ({len(text) - head - tail:,} characters left out) … {text[-tail:]}"
+
+
+def _message_of(error: BaseException) -> str:
+    try:
+        return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    except Exception as broken:  # a class that cannot say what it is about
+        return f"its message cannot be shown ({type(broken).__name__})"
 
 
 def _last(trace: TracebackType | None) -> TracebackType | None:
@@ -94,8 +114,35 @@ def located(error: BaseException) -> str:
     """Type, first line and place of an exception that nobody foresaw: ``TypeError: … (model.py:12; …)``."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}; " if frames else ""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}{f': {lines[0]}' if lines else ''} ({place}--debug shows all)"
+    message = shortened(next(iter(_message_of(error).strip().splitlines()), ""))
+    return f"{type(error).__name__}{f': {message}' if message else ''} ({place}--debug shows all)"
+
+
+UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+)
+
+
+def unwritable(error: BaseException) -> str | None:
+    """Why a file or folder cannot be written, in the system's words; ``None`` where the error is another.
+
+    Libraries that write by themselves raise errors of their own, with the system's words inside.
+    """
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return os.strerror(error.errno)
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if os.strerror(code) in str(error):
+            return os.strerror(code)
+    return None
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

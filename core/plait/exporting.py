@@ -13,7 +13,7 @@ from plait import codecs
 from plait.errors import PlaitError, nearest
 from plait.optional import require
 from plait.run_folder import read_provenance
-from plait.store import Store
+from plait.store import ARTIFACT, Store
 
 
 def key_of(run: Path, step: str) -> str:
@@ -50,7 +50,7 @@ def export(store: Store, key: str, folder: Path) -> str:
     if folder.exists() and any(folder.iterdir()):
         raise PlaitError(f"{folder} is not empty; name a new folder")
     try:
-        return _export(store.folder(key) / "artifact", folder)
+        return _export(store.folder(key) / ARTIFACT, folder)
     except OSError as error:
         raise PlaitError(f"{folder} cannot be written: {error.strerror}") from error
 

@@ -18,7 +18,7 @@ from plait.fields import HOOK, OUTPUT
 from plait.pipeline import Step
 from plait.versions import code_of, code_of_file, library_versions
 
-KEY_FORMAT = 2
+KEY_FORMAT = 3
 SMALL = 64 * 2**20  # bytes; a single file up to here counts by its content
 
 

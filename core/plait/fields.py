@@ -23,6 +23,7 @@ from typing import Any, Literal
 import attrs
 
 from plait.errors import ConfigurationError
+from plait.importing import is_of_python
 
 DOC = "plait_doc"
 HOOK = "plait_hook"
@@ -60,12 +61,34 @@ def path_or_name_field(default: Any, text: str) -> Any:
     return field(default, text, metadata={PATH_OR_NAME: True})
 
 
-def code_field(default: Any, text: str) -> Any:
+def code_field(default: Any, text: str, *, words: Collection[str] = ()) -> Any:
     """A text that names the user's own code, ``./file.py:name`` (relative to the pipeline file) or ``package.module:name``.
 
-    The file and the local modules that it imports count towards the key of the step.
+    The file and the local modules that it imports count towards the key of the step. The method gets the object from
+    :func:`plait.importing.named_object`, which sees to it that it is of the kind that is wanted.
+
+    Args:
+        words: texts that are no import path and that are allowed too.
     """
-    return field(default, text, metadata={CODE: True})
+    return field(default, text, _names_code(tuple(words)), metadata={CODE: True})
+
+
+def _names_code(words: tuple[str, ...]) -> Validator:
+    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if value is None or value in words or not isinstance(value, str):
+            return
+        place, _, name = value.rpartition(":")
+        if not place or not name:
+            also = f"one of {', '.join(words)}, or " if words else ""
+            raise ConfigurationError(
+                f"{attribute.name} is {value!r}; allowed is {also}package.module:name or ./file.py:name"
+            )
+        if is_of_python(value):
+            raise ConfigurationError(
+                f"{attribute.name} is {value!r}, which is of Python's own library; name your own code"
+            )
+
+    return check
 
 
 def output_field(default: Any, text: str) -> Any:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import contextvars
 import functools
 import hashlib
 import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator
+import typing
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from plait.errors import nearest
 
 FILE_ATTRIBUTE = "__plait_file__"
 
 _local_folders: set[str] = set()
 _folder_of_late: dict[str, Path] = {}
+_reading_own_results = contextvars.ContextVar("reading_own_results", default=False)
 
 
 def import_code(place: str, folder: Path | None = None) -> ModuleType:
@@ -41,6 +48,87 @@ def import_code(place: str, folder: Path | None = None) -> ModuleType:
         return _import_file(folder / os.path.expanduser(place))
     _make_importable(folder)
     return importlib.import_module(place)
+
+
+def is_of_python(path: str) -> bool:
+    """Whether ``module:name`` lies in Python's own library, where nothing is a method, a model or a part of one."""
+    module = path.rpartition(":")[0]
+    return not module.endswith(".py") and module.partition(".")[0] in sys.stdlib_module_names
+
+
+def named_object(path: str, is_wanted: Callable[[Any], bool], wanted: str, folder: Path | None = None) -> Any:
+    """The class or function that the user names, ``package.module:name`` or ``./file.py:name``; it is not called.
+
+    Args:
+        is_wanted: whether a class or function is of the kind that is needed here, such as :func:`makes`.
+        wanted: that kind in words, for the message: "a class with a method propose".
+        folder: where files are looked for; default the current one.
+
+    Raises:
+        ValueError: it cannot be imported, or is something else than what is wanted.
+    """
+    place, colon, name = path.rpartition(":")
+    if not colon or not place or not name:
+        raise ValueError(f"{path!r} is not of the form package.module:name or ./file.py:name")
+    if is_of_python(path):
+        raise ValueError(f"{path!r} is of Python's own library; name {wanted}")
+    try:
+        found: Any = import_code(place, folder)
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
+        raise ValueError(f"{path!r} cannot be imported: {_reason(error)}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{path!r}: there is no {part!r} in {place}{nearest(part, vars(found))}")
+        found = getattr(found, part)
+    is_code = inspect.isclass(found) or inspect.isfunction(found)
+    if not is_code or is_of_python(f"{found.__module__}:{name}") or not is_wanted(found):
+        raise ValueError(f"{path!r} is not {wanted}")
+    return found
+
+
+def stored_object(path: str, file: str | None, is_wanted: Callable[[Any], bool], wanted: str) -> Any:
+    """As :func:`named_object`, for a name that stands in a stored file rather than in the pipeline.
+
+    Args:
+        file: the file of the user's that the module was loaded from, if it was.
+
+    Raises:
+        ValueError: as there; or the name leads to a file, and it is not plait's own store that says so. A folder that
+            comes from elsewhere must not choose which file is run.
+    """
+    if file is not None and not _reading_own_results.get():
+        raise ValueError(
+            f"the model is of a class in {file}, which its folder names and the pipeline does not; "
+            "import the class in your own code and call its from_pretrained"
+        )
+    return named_object(f"{file or path.rpartition(':')[0]}:{path.rpartition(':')[2]}", is_wanted, wanted)
+
+
+@contextlib.contextmanager
+def reading_own_results() -> Iterator[None]:
+    """What is read inside was written by this store, so that files which it names are the pipeline's."""
+    token = _reading_own_results.set(True)
+    try:
+        yield
+    finally:
+        _reading_own_results.reset(token)
+
+
+def makes(kind: type) -> Callable[[Any], bool]:
+    """Whether something is a subclass of ``kind``, or a function that says it returns one, or one in a user's file."""
+
+    def check(found: Any) -> bool:
+        if inspect.isclass(found):
+            return issubclass(found, kind)
+        if hasattr(sys.modules.get(found.__module__), FILE_ATTRIBUTE):
+            return True
+        try:
+            returned = typing.get_type_hints(found).get("return")
+        except Exception:  # an annotation that cannot be resolved says nothing
+            return False
+        return inspect.isclass(returned) and issubclass(returned, kind)
+
+    return check
 
 
 def local_sources(file: Path) -> list[Path]:
@@ -67,6 +155,11 @@ def digest_of_sources(files: list[Path]) -> str:
         digest.update(f"{file.name} {len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}{f': {lines[0]}' if lines else ''}"
 
 
 def _imported_by(source: Path, root: Path) -> Iterator[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +19,19 @@ class JSONLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._is_writable = True
 
     def _write(self, event: str, **facts: Any) -> None:
         line = json.dumps({"time": round(time.time(), 3), "event": event, **facts})
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:  # a log is no reason to lose the run
+            if self._is_writable:
+                self._is_writable = False
+                sys.stderr.write(
+                    f"warning: the log {self._path} cannot be written ({error.strerror}); the run goes on\n"
+                )
 
     @hookimpl
     def run_started(self, run_id: str, pipeline: Mapping[str, Any], steps: list[str]) -> None:

@@ -18,7 +18,7 @@ from plait.catalogue import catalogue, load_entry_point, offers, package_of
 from plait.class_checks import check_api, check_class
 from plait.errors import PlaitError, nearest
 from plait.hookspecs import HOOKS
-from plait.importing import import_code
+from plait.importing import import_code, is_of_python
 from plait.versions import code_of, version_of
 
 
@@ -30,6 +30,11 @@ class Method:
     name: str
     cls: type[Any]
     package: str | None
+
+    @property
+    def full_name(self) -> str:
+        """``package/name``, or the path; leads to this method whatever else is installed."""
+        return f"{self.package}/{self.name}" if self.package else self.name
 
     @property
     def arguments(self) -> dict[str, bool]:
@@ -104,6 +109,8 @@ def _unknown(hook: str, name: str) -> str:
 
 def _by_path(hook: str, name: str, folder: Path | None) -> Method:
     module_name, _, class_name = name.rpartition(":")
+    if is_of_python(name):
+        raise PlaitError(f"method {name!r} is of Python's own library; name a class of your own")
     file = (folder or Path.cwd()) / os.path.expanduser(module_name)
     if module_name.endswith(".py") and not os.path.isfile(file):  # unlike Path's, it bears names of any length
         raise PlaitError(f"method {name!r}: there is no file {file}")

@@ -19,11 +19,12 @@ from plait.each import EachError, Family, expanded, member_of
 from plait.errors import ConfigurationError, PipelineError, PlaitError, nearest
 from plait.hookspecs import HOOKS, hook_arguments, kinds_of
 from plait.methods import Method, find
+from plait.resources import Resources, parse_resources
 
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 TOP_KEYS = ("plait", "name", "description", "seed", "matrix", "steps")
-STEP_KEYS = ("each", "from", "with", "seed", "resources")
+STEP_KEYS = ("each", "from", "with", "seed", "resources", "keep")
 MAX_CELLS = 10_000
 MAPPING = "<mapping>"
 
@@ -56,7 +57,8 @@ class Step:
     config: Mapping[str, Any]
     inputs: Mapping[str, Any]
     seed: int
-    resources: Mapping[str, Any]
+    resources: Resources
+    keep: bool
     limit: int | None = None
 
     def references(self) -> Iterator[Reference]:
@@ -519,11 +521,14 @@ def _check_step(
         problems.add((*path, "seed"), f"step {name}: seed is {seed!r}; allowed is a whole number from 0 to 2**63 - 1")
         return None
     inputs = _check_inputs(name, hook, body.get("from"), cell, problems)
-    resources = body.get("resources") or {}
-    if not isinstance(resources, dict):
-        problems.add(
-            (*path, "resources"), f"step {name}: resources is {resources!r}; it is a mapping such as {{gpu: 1}}"
-        )
+    try:
+        resources = parse_resources(body.get("resources"))
+    except ValueError as error:
+        problems.add((*path, "resources"), f"step {name}: {error}")
+        return None
+    keep = body.get("keep", True)
+    if not isinstance(keep, bool):
+        problems.add((*path, "keep"), f"step {name}: keep is {keep!r}; allowed is true or false")
         return None
     method, instance = _check_method(name, hooks[0], hook, body, folder, problems)
     if method is None or inputs is None:
@@ -533,9 +538,8 @@ def _check_step(
         return None
     family = cell.families.get(cell.origin(name))
     labels = family.members[name.removeprefix(f"{family.name}.")] if family else {}
-    return Step(
-        name, cell.origin(name), labels, hook, method, instance, body.get("with") or {}, inputs, seed, resources
-    )
+    config = body.get("with") or {}
+    return Step(name, cell.origin(name), labels, hook, method, instance, config, inputs, seed, resources, keep)
 
 
 def _check_method(
@@ -688,7 +692,7 @@ def _order(steps: Mapping[str, Step], problems: _Problems) -> list[str]:
             f"steps form a cycle: {' → '.join(reversed(cycle))}; take one of these from another step",
         )
         return []
-    order: list[str] = []
+    order: dict[str, None] = {}
     todo = list(reversed(graph))
     # As in the file, but for steps that need a later one.
     while todo:
@@ -698,6 +702,5 @@ def _order(steps: Mapping[str, Step], problems: _Problems) -> list[str]:
             todo += reversed(missing)
         else:
             todo.pop()
-            if name not in order:
-                order.append(name)
-    return order
+            order[name] = None
+    return list(order)

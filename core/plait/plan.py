@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ from plait.pipeline import Cell, Pipeline, Reference, Step
 from plait.store import Entry, Store
 from plait.versions import library_versions
 
+COMPARED = 8  # stored results of one kind that a task is compared with
 LONG = 48  # characters of an axis's value in a label
 
 
@@ -228,10 +231,10 @@ def explain(plan: Plan, store: Store) -> dict[str, str]:
 
     The cause is what differs from the stored result of the same step that is nearest to it.
     """
-    by_step: dict[tuple[str, str], list[Entry]] = {}
-    for entry in store.entries():
+    by_step: dict[tuple[str, str], _Earlier] = {}
+    for entry in sorted(store.entries(), key=lambda entry: -entry.meta["created"]):
         facts = entry.meta.get("facts", {})
-        by_step.setdefault((facts.get("step"), facts.get("hook")), []).append(entry)
+        by_step.setdefault((facts.get("step"), facts.get("hook")), _Earlier()).add(entry)
     changed: set[str] = set()
     reasons = {}
     label_of = {task.key: task.label for task in plan.tasks}
@@ -244,13 +247,52 @@ def explain(plan: Plan, store: Store) -> dict[str, str]:
         if lost := lost_outputs(task.step.instance) if store.has(task.key) else []:
             reasons[task.label] = f"gone: {', '.join(map(str, lost))}"
         else:
-            earlier = by_step.get((task.step.name, task.step.hook), [])
-            reasons[task.label] = _why(task, earlier, {label_of[key] for key in task.needs if key in changed})
+            facts = json.loads(json.dumps(task.facts))
+            earlier = by_step.get((task.step.name, task.step.hook), _Earlier()).near(facts)
+            reasons[task.label] = _why(facts, earlier, {label_of[key] for key in task.needs if key in changed})
     return reasons
 
 
-def _why(task: Task, earlier: Sequence[Entry], running: set[str]) -> str:
-    facts = json.loads(json.dumps(task.facts))
+class _Earlier:
+    """The stored results of one step, found by what they have in common, so that their number costs nothing."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[frozenset[str], int], list[Entry]] = {}
+        self._latest: list[Entry] = []
+
+    def add(self, entry: Entry) -> None:
+        """The latest first."""
+        for place in _all_but_one(entry.meta["facts"]):
+            same = self._found.setdefault(place, [])
+            if len(same) < COMPARED:
+                same.append(entry)
+        if len(self._latest) < COMPARED:
+            self._latest.append(entry)
+
+    def near(self, facts: Mapping[str, Any]) -> list[Entry]:
+        """The results that differ in nothing, in one fact, or in the inputs and one more; else the latest."""
+        places = sorted(_all_but_one(facts), key=lambda place: len(place[0]))
+        return next((self._found[place] for place in places if place in self._found), self._latest)
+
+
+def _all_but_one(facts: Mapping[str, Any]) -> list[tuple[frozenset[str], int]]:
+    """(names that are left out, digest of all the other facts), for nothing, one, and the inputs and one."""
+    digests = {}
+    for name, value in facts.items():
+        parts = value.items() if isinstance(value, Mapping) and name != "inputs" else [("", value)]
+        for part, item in parts:
+            digests[f"{name}/{part}"] = hash((name, part, json.dumps(item, sort_keys=True)))
+    whole = functools.reduce(operator.xor, digests.values(), 0)
+    inputs = digests.get("inputs/", 0)
+    places = [(frozenset[str](), whole)]
+    for name, digest in digests.items():
+        places.append((frozenset({name}), whole ^ digest))
+        if name != "inputs/":
+            places.append((frozenset({name, "inputs/"}), whole ^ digest ^ inputs))
+    return places
+
+
+def _why(facts: Mapping[str, Any], earlier: Sequence[Entry], running: set[str]) -> str:
     causes = [_causes(facts, entry.meta["facts"], running) for entry in earlier]
     if not causes:
         return "never run"

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 import pluggy
@@ -20,7 +20,8 @@ from plait.configuration import plain
 from plait.displays import display_for_python
 from plait.document import Document
 from plait.errors import PlaitError, located, nearest, sentence_of
-from plait.executors.local import InProcess, Processes
+from plait.executors import Executor
+from plait.executors.choice import Execution
 from plait.facts import lost_outputs
 from plait.hookspecs import RunEvents
 from plait.interrupts import Interrupts, interrupts
@@ -36,6 +37,8 @@ from plait.scheduling import Progress
 from plait.selection import limited, up_to
 from plait.store import Store
 from plait.work import Emit, Outcome, load_extras, load_result, make_job
+
+ONE_PROCESS = Execution()
 
 
 @attrs.frozen
@@ -152,12 +155,13 @@ def run(
     *,
     store: Path | str | None = None,
     out: Path | str = "runs",
-    jobs: int = 1,
+    jobs: int | Literal["auto"] = 1,
     device: str | None = None,
     listeners: Sequence[Any] = (),
     progress: bool | None = None,
     to: Sequence[str] = (),
     limit: int | None = None,
+    execution: Execution | None = None,
 ) -> Result:
     """Run a pipeline; steps whose results are in the store are not run again.
 
@@ -166,12 +170,13 @@ def run(
         overrides: ``path.to.field=value`` each.
         store: folder of the store; default ``PLAIT_STORE``, else ``.plait``.
         out: where the run's folder is made.
-        jobs: number of processes over independent steps.
+        jobs: number of processes over independent steps, or ``auto``.
         device: a torch device; default CUDA where there is one.
         listeners: objects with run events (:class:`plait.hookspecs.RunEvents`).
         progress: whether to show how far it is; default on a terminal (bars) and in a notebook (one line).
         to: run only these steps, and what they need.
         limit: take only the first so many rows of every split of every source; results are kept apart.
+        execution: another executor than processes of this machine, see :class:`plait.executors.choice.Execution`.
 
     Raises:
         PipelineError: the pipeline is wrong; nothing has been run.
@@ -185,7 +190,7 @@ def run(
     place = Store(Path(store).absolute() if store else None)
     try:
         select = functools.partial(up_to, steps=to) if to else None
-        return run_pipeline(checked, place, Path(out), jobs, device, shown, select)
+        return run_pipeline(checked, place, Path(out), execution or Execution(jobs=jobs), device, shown, select)
     finally:
         if hasattr(display, "close"):
             display.close()
@@ -208,7 +213,7 @@ def run_pipeline(
     pipeline: Pipeline,
     store: Store,
     out: Path,
-    jobs: int = 1,
+    execution: Execution = ONE_PROCESS,
     device: str | None = None,
     listeners: Sequence[Any] = (),
     select: Callable[[Plan], Plan] | None = None,
@@ -229,13 +234,13 @@ def run_pipeline(
 
     started = time.monotonic()
     write_provenance(folder, pipeline, plan, store)
-    with interrupts() as asked:
+    with interrupts() as asked, store.needed(f"{folder.name}-{os.getpid()}", [task.key for task in plan.tasks]):
 
         def emit_and_heed(name: str, **facts: Any) -> None:
             asked.check()
             emit(name, **facts)
 
-        executor = Processes(jobs, emit_and_heed) if jobs > 1 else InProcess(emit_and_heed)
+        executor = execution.start(emit_and_heed, plan, store, folder)
         emit("run_started", folder=folder, pipeline=plain(pipeline.data), steps=[task.label for task in plan.tasks])
         progress = _progress(plan, store, emit)
         ended_by: KeyboardInterrupt | None = None
@@ -334,17 +339,20 @@ def _progress(plan: Plan, store: Store, emit: Emit) -> Progress:
 
 
 def _carry_out_all(
-    progress: Progress, pipeline: Pipeline, store: Store, executor: InProcess | Processes, emit: Emit, asked: Interrupts,
+    progress: Progress, pipeline: Pipeline, store: Store, executor: Executor, emit: Emit, asked: Interrupts,
     device: str | None,
 ) -> None:  # fmt: skip
     """Run every task as soon as those that it needs are done."""
     for task in progress.settled:
         store.touch(task.key)
         emit("step_cached", step=task.label, key=task.key)
+    for task in progress.no_longer_needed:
+        store.drop(task.key)
     running = 0
+
     while not progress.is_over:
         asked.check()
-        while executor.has_room() and (ready := progress.next_ready()) is not None:
+        while (ready := progress.next_ready(executor.has_room_for)) is not None:
             executor.submit(make_job(ready, pipeline.folder, store, device))
             running += 1
         if not running:
@@ -364,6 +372,8 @@ def _record(progress: Progress, outcome: Outcome, store: Store, emit: Emit) -> N
             sys.stderr.write(outcome.details)
         return
     progress.finish(task)
+    for used_up in progress.used_up_by(task):
+        store.drop(used_up.key)
     if outcome.cached:
         emit("step_cached", step=task.label, key=task.key)
         return
@@ -372,7 +382,7 @@ def _record(progress: Progress, outcome: Outcome, store: Store, emit: Emit) -> N
 
 
 def _reports_of(task: Task, store: Store) -> list[Report]:
-    if not store.has(task.key):
+    if store.entry(task.key) is None:
         return []
     own = [load_result(Input(task.key, (), task.label), store)] if task.step.hook == "evaluate" else []
     return [*own, *load_extras(task.key, store)]

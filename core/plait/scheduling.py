@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Set
+from collections.abc import Callable, Set
 
 from plait.plan import Plan, Task
+from plait.resources import Resources
 
 
 class Progress:
@@ -34,9 +35,12 @@ class Progress:
             for task in plan.tasks
             if task.key not in self._settled
         }
-        # The first of the plan first, so that one cell ends before the next begins. A sorted list is a heap.
+        # The first of the plan first, so that one cell ends before the next begins. One heap for all that ask for the same.
         self._place = {task.key: place for place, task in enumerate(plan.tasks)}
-        self._ready = [(place, task.key) for place, task in enumerate(plan.tasks) if self._missing.get(task.key) == 0]
+        self._ready: dict[Resources, list[tuple[int, str]]] = {}
+        for task in plan.tasks:
+            if self._missing.get(task.key) == 0:
+                self._make_ready(task)
         self._open = len(self._missing)
         self._finished: set[str] = set()
         self._skipped: dict[str, str] = {}
@@ -84,9 +88,35 @@ class Progress:
         """The task with a key."""
         return self._tasks[key]
 
-    def next_ready(self) -> Task | None:
-        """Take a task that may start now; ``None`` where all that is left waits for a running one."""
-        return self._tasks[heapq.heappop(self._ready)[1]] if self._ready else None
+    def next_ready(self, has_room_for: Callable[[Resources], bool] = lambda _: True) -> Task | None:
+        """Take the first task that may start now; ``None`` where all that is left waits for a running one.
+
+        Args:
+            has_room_for: whether what a task asks for is free.
+        """
+        heaps = [heap for resources, heap in self._ready.items() if heap and has_room_for(resources)]
+        return self._tasks[heapq.heappop(min(heaps))[1]] if heaps else None
+
+    @property
+    def no_longer_needed(self) -> list[Task]:
+        """Tasks that are done, whose results need not be kept, and all of whose users are done."""
+        return [
+            task
+            for task in self._tasks.values()
+            if not task.step.keep and self._is_done(task.key) and self._is_used_up(task)
+        ]
+
+    def used_up_by(self, task: Task) -> list[Task]:
+        """Inputs of a task that has finished, whose results need not be kept and are needed by no other."""
+        inputs = [self._tasks[key] for key in task.needs]
+        return [one for one in inputs if not one.step.keep and self._is_used_up(one)]
+
+    def _is_done(self, key: str) -> bool:
+        return key in self._finished or key in self._settled
+
+    def _is_used_up(self, task: Task) -> bool:
+        users = self._behind.get(task.key, ())
+        return bool(users) and all(self._is_done(user.key) for user in users)
 
     def finish(self, task: Task) -> None:
         """A task's result is in the store."""
@@ -96,7 +126,10 @@ class Progress:
             if user.key in self._missing:
                 self._missing[user.key] -= 1
                 if self._missing[user.key] == 0 and user.label not in self._skipped:
-                    heapq.heappush(self._ready, (self._place[user.key], user.key))
+                    self._make_ready(user)
+
+    def _make_ready(self, task: Task) -> None:
+        heapq.heappush(self._ready.setdefault(task.step.resources, []), (self._place[task.key], task.key))
 
     def fail(self, task: Task, message: str) -> list[tuple[Task, str]]:
         """A task failed; the tasks behind it, which are skipped, each with a sentence."""

@@ -35,6 +35,15 @@ INTERPOLATED = r"\$\{.*\}"
 FRACTION = "/"
 SHORT = 60  # characters: what is shorter is repeated rather than shared
 SEED = {"type": ["integer", "string"], "minimum": 0, "pattern": INTERPOLATED}
+RESOURCES = {
+    "type": "object",
+    "properties": {
+        "gpu": {"type": ["integer", "string"], "minimum": 0, "pattern": INTERPOLATED},
+        "cpu": {"type": ["number", "string"], "minimum": 0, "pattern": INTERPOLATED},
+        "memory": {"type": ["integer", "string"]},
+    },
+    "additionalProperties": False,
+}
 
 
 def pipeline_schema() -> dict[str, Any]:
@@ -62,7 +71,12 @@ def pipeline_schema() -> dict[str, Any]:
                 "additionalProperties": False,
             },
         },
-        "$defs": {"reference": REFERENCE, "step": _step(methods, shared), **shared.definitions},
+        "$defs": {
+            "reference": REFERENCE,
+            "resources": RESOURCES,
+            "step": _step(methods, shared),
+            **shared.definitions,
+        },
     }
 
 
@@ -127,7 +141,8 @@ def _step(methods: Mapping[str, Mapping[str, dict[str, Any]]], shared: _Shared) 
         "from": {"type": ["object", "string"], "pattern": INTERPOLATED},
         "with": {"type": ["object", "string"], "pattern": INTERPOLATED},
         "seed": SEED,
-        "resources": {"type": "object"},
+        "resources": {"$ref": "#/$defs/resources"},
+        "keep": {"type": ["boolean", "string"], "pattern": INTERPOLATED},
     }
     return {
         "type": "object",

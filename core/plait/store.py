@@ -3,31 +3,38 @@
 ::
 
     <root>/objects/ab/ab12…/   artifact/  extras/  meta.json      one finished step
-    <root>/tmp/…               what is being written; renamed into objects/ when complete
+    <root>/tmp/ab12…-…/        what is being written; renamed into objects/ when complete
     <root>/scratch/ab12…/      what a running step keeps for a resume (``run.folder``)
-    <root>/locks/ab12….lock
+    <root>/locks/ab12….lock    who computes it; other hosts that see the folder respect it
+    <root>/runs/….json, .lock  the results that a running pipeline needs
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import attrs
-from filelock import FileLock, Timeout
+import xxhash
+from filelock import SoftFileLease, Timeout
 
-from plait.errors import StoreError
+from plait.errors import StoreError, unwritable
 
 META = "meta.json"
+ARTIFACT = "artifact"  # the folder of the result itself in what is stored
+KEY = re.compile(r"[0-9a-f]{64}")
+# A holder that has died on this host is seen at once; one on another host when it has not stirred for so long.
+LEASE_SECONDS = 60.0
+# After so long a file that nobody refreshes belongs to nobody, whatever the clocks of two hosts say.
+ABANDONED_SECONDS = 3600.0
 
 
 def default_root() -> Path:
@@ -42,6 +49,11 @@ class Entry:
     key: str
     folder: Path
     meta: dict[str, Any]
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether only what is around the result is left, see :meth:`Store.drop`."""
+        return bool(self.meta.get("dropped"))
 
     @property
     def size(self) -> int:
@@ -65,7 +77,8 @@ class Store:
 
     def has(self, key: str) -> bool:
         """Whether a complete result is there: its files exist in the sizes they were written with."""
-        return self.entry(key) is not None
+        entry = self.entry(key)
+        return entry is not None and not entry.is_dropped
 
     def entry(self, key: str) -> Entry | None:
         """The stored result, or ``None``."""
@@ -79,21 +92,42 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, key: str, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-        """Hold the key alone among all processes; released by the system if the process dies."""
-        with self._explained():
-            (self.root / "locks").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / "locks" / f"{key}.lock")
+        """Hold the key alone among all processes of all hosts that see the store; it is free again when the process dies."""
+        lease = self._lease("locks", key)
         with self._explained():
             try:
-                lock.acquire(timeout=0)
+                lease.acquire(timeout=0)
             except Timeout:
                 if on_wait:
                     on_wait()
-                lock.acquire()
+                lease.acquire()
         try:
             yield
         finally:
-            lock.release()
+            lease.release()
+
+    @contextlib.contextmanager
+    def needed(self, name: str, keys: Iterable[str]) -> Iterator[None]:
+        """While it holds, :meth:`collect` on any host leaves the results with these keys alone.
+
+        Args:
+            name: of the run, different for every one.
+        """
+        lease = self._lease("runs", name)
+        with self._explained():
+            lease.acquire(timeout=0)
+            _write_synced(self.root / "runs" / f"{name}.json", json.dumps(list(keys)))
+        try:
+            yield
+        finally:
+            (self.root / "runs" / f"{name}.json").unlink(missing_ok=True)
+            lease.release()
+
+    def _lease(self, kind: str, name: str) -> SoftFileLease:
+        folder = self.root / kind
+        with self._explained():
+            folder.mkdir(parents=True, exist_ok=True)
+        return SoftFileLease(folder / f"{name}.lock", lease_duration=LEASE_SECONDS)
 
     def scratch(self, key: str) -> Path:
         """The folder that a step with this key finds again after a kill."""
@@ -104,7 +138,7 @@ class Store:
 
     def put(self, key: str, write: Callable[[Path], None], facts: dict[str, Any]) -> Entry:
         """Store a result: ``write`` fills a folder beside the store, which then moves in as one piece."""
-        aside = self.root / "tmp" / f"{os.getpid()}-{uuid.uuid4().hex}"
+        aside = self.root / "tmp" / f"{key}-{uuid.uuid4().hex}"
         with self._explained():
             try:
                 aside.mkdir(parents=True)
@@ -118,7 +152,9 @@ class Store:
                 _write_synced(aside / META, json.dumps(meta, indent=1))
                 target = self.folder(key)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if target.exists():  # incomplete, else it would have been taken from the store
+                if self.has(key):  # another host that took this one for dead has finished it; the results are equal
+                    return Entry(key, target, json.loads((target / META).read_text(encoding="utf-8")))
+                if target.exists():  # incomplete
                     _remove(target)
                 os.replace(aside, target)
                 _sync_folder(target.parent)
@@ -128,6 +164,23 @@ class Store:
             _remove(self.root / "scratch" / key)
         return Entry(key, self.folder(key), meta)
 
+    def drop(self, key: str) -> None:
+        """Delete a result that nothing needs any more, and keep what is stored around it (for reports).
+
+        It stays where another run, on any host, is going to need it.
+        """
+        entry = self.entry(key)
+        if entry is None or sum(key in keys for keys in self._keys_of_runs()) > 1:
+            return
+        with self.lock(key), self._explained():
+            files = {name: fact for name, fact in entry.meta["files"].items() if not name.startswith(f"{ARTIFACT}/")}
+            os.chmod(entry.folder, 0o755)
+            unfinished = entry.folder / f"{META}.new"
+            _write_synced(unfinished, json.dumps({**entry.meta, "files": files, "dropped": True}, indent=1))
+            os.replace(unfinished, entry.folder / META)
+            _remove(entry.folder / ARTIFACT)
+            _protect(entry.folder)
+
     def touch(self, key: str) -> None:
         """Remember that a result was used now, for :meth:`collect`."""
         with contextlib.suppress(OSError):
@@ -135,12 +188,15 @@ class Store:
 
     def entries(self) -> Iterator[Entry]:
         """All complete results."""
-        for folder in sorted((self.root / "objects").glob("*/*")):
+        for folder in self._folders("objects/*/*"):
             if entry := self.entry(folder.name):
                 yield entry
 
     def collect(self, older_than: float) -> tuple[int, int]:
         """Delete results not used for ``older_than`` seconds, and what killed processes left.
+
+        What a running pipeline needs and what is being written stay, on whichever host that is; so do files that are not
+        the store's.
 
         Returns:
             number of deleted results, and bytes freed.
@@ -148,33 +204,75 @@ class Store:
         count = freed = 0
         limit = time.time() - older_than
         with self._explained():
-            for folder in sorted((self.root / "objects").glob("*/*")) + sorted((self.root / "scratch").glob("*")):
-                with (
-                    contextlib.suppress(Timeout),
-                    FileLock(self.root / "locks" / f"{folder.name}.lock").acquire(timeout=0),
-                ):
-                    used = _last_used(folder)
-                    if used is not None and used <= limit:
+            needed = set().union(*self._keys_of_runs())
+            for folder in [*self._folders("objects/*/*"), *self._folders("scratch/*")]:
+                used = _last_used(folder)
+                if used is None or used > limit or folder.name in needed:
+                    continue
+                with self._if_free(folder.name) as free:
+                    if free:
                         freed += _size(folder)
                         count += folder.parent.name != "scratch"
                         _remove(folder)
-            for aside in (self.root / "tmp").glob("*"):
-                if not _is_alive(int(aside.name.partition("-")[0])):
-                    freed += _size(aside)
-                    _remove(aside)
+            for aside in self._folders("tmp/*"):
+                with self._if_free(aside.name.partition("-")[0]) as free:
+                    if free:
+                        freed += _size(aside)
+                        _remove(aside)
+            for file in (self.root / "locks").glob("*.lock"):  # of processes that were killed
+                with self._if_free(file.stem):
+                    pass
         return count, freed
+
+    def _folders(self, pattern: str) -> list[Path]:
+        """The store's own folders of a kind."""
+        found = self.root.glob(pattern)
+        return sorted(path for path in found if KEY.fullmatch(path.name.partition("-")[0]) and path.is_dir())
+
+    def _keys_of_runs(self) -> list[set[str]]:
+        """The keys that each running pipeline needs; what runs that were killed left is swept."""
+        found = []
+        for file in (self.root / "runs").glob("*.json"):
+            lock = file.with_suffix(".lock")
+            lease = self._lease("runs", file.stem)
+            try:
+                keys = set(json.loads(file.read_text(encoding="utf-8")))
+                lease.acquire(timeout=0)
+            except Timeout:
+                if not _is_abandoned(lock):
+                    found.append(keys)
+                continue
+            except (OSError, ValueError):  # it has just ended, or is not the store's
+                continue
+            file.unlink(missing_ok=True)
+            lease.release()
+        return found
+
+    @contextlib.contextmanager
+    def _if_free(self, key: str) -> Iterator[bool]:
+        """Hold a key if nobody does."""
+        lease = self._lease("locks", key)
+        try:
+            lease.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lease.release()
 
     def changed_files(self, key: str) -> list[str]:
         """The files of a complete result that differ from the checksums they were written with."""
         entry = self.entry(key)
         if entry is None:
             return []
-        return [name for name, fact in entry.meta["files"].items() if _sha256(entry.folder / name) != fact["sha256"]]
+        return [name for name, fact in entry.meta["files"].items() if _checksum(entry.folder / name) != fact["xxh3"]]
 
     def verify(self) -> dict[str, str]:
         """Key → what is wrong, for every result whose files differ from their checksums."""
         broken = {}
-        for folder in sorted((self.root / "objects").glob("*/*")):
+        for folder in self._folders("objects/*/*"):
             if self.entry(folder.name) is None:
                 broken[folder.name] = "incomplete"
             elif changed := self.changed_files(folder.name):
@@ -190,32 +288,28 @@ class Store:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            if error.errno not in (
-                errno.ENOSPC,
-                errno.EROFS,
-                errno.EACCES,
-                errno.EPERM,
-                errno.EDQUOT,
-                errno.ENOTDIR,
-                errno.EEXIST,
-            ):
+        except Exception as error:
+            if (reason := unwritable(error)) is None:
                 raise
-            remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "name another place"
             raise StoreError(
-                f"the store {self.root} cannot be written ({error.strerror}); {remedy}, e.g. with --store or PLAIT_STORE"
+                f"the store {self.root} cannot be written ({reason}); name another place with --store or PLAIT_STORE, or free some space"
             ) from error
 
 
 def _file_facts(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"size": path.stat().st_size, "xxh3": _checksum(path)}
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _checksum(path: Path) -> str:
+    """XXH3 (128 bits): finds flipped bytes at the speed of memory, so that every load can afford it."""
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(min(path.stat().st_size, 2**20) or 1))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def _write_synced(path: Path, text: str) -> None:
@@ -260,11 +354,8 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _is_alive(pid: int) -> bool:
+def _is_abandoned(lock: Path) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
+        return time.time() - lock.stat().st_mtime > ABANDONED_SECONDS
+    except OSError:
         return True
-    return True

@@ -18,20 +18,22 @@ from plait import codecs
 from plait.calling import hook_caller
 from plait.configuration import configure, plain_fields
 from plait.context import Run
-from plait.errors import PlaitError, located, sentence_of
+from plait.errors import PlaitError, located, sentence_of, unwritable
 from plait.hardware import hardware
 from plait.hookspecs import hook_arguments
 from plait.importing import FILE_ATTRIBUTE, local_sources
 from plait.methods import find
 from plait.plan import Input, Task
 from plait.report.model import Curve, Report
+from plait.resources import Resources
 from plait.said import errors_kept
 from plait.selection import first_rows
-from plait.store import Store
+from plait.store import ARTIFACT, Store
 from plait.surroundings import same_surroundings
 from plait.versions import library_versions, plait_modules
 
 Emit = Callable[..., None]
+EXTRAS = "extras"  # beside the artifact: what the step added to the report
 
 
 @attrs.frozen
@@ -50,6 +52,7 @@ class Job:
     folder: Path
     store: Path
     device: str | None
+    resources: Resources
     limit: int | None = None
 
 
@@ -67,13 +70,12 @@ class Outcome:
 def make_job(task: Task, folder: Path, store: Store, device: str | None) -> Job:
     """Everything that :func:`carry_out` needs to know about a task."""
     step = task.step
-    name = step.method.name if step.method.package is None else f"{step.method.package}/{step.method.name}"
     return Job(
         task.label,
         task.key,
         step.name,
         step.hook,
-        name,
+        step.method.full_name,
         step.config,
         task.inputs,
         step.seed,
@@ -81,6 +83,7 @@ def make_job(task: Task, folder: Path, store: Store, device: str | None) -> Job:
         folder,
         store.root,
         device,
+        step.resources,
         step.limit,
     )
 
@@ -114,7 +117,10 @@ def _sentence(error: BaseException, job: Job) -> str:
         )
     if isinstance(error, MemoryError):
         return f"out of memory ({located(error)}); smaller batches or fewer --jobs may help"
-    return sentence_of(error, {*plait_modules(), *_modules_of(job)}) or located(error)
+    sentence = sentence_of(error, {*plait_modules(), *_modules_of(job)})
+    if sentence is None and (reason := unwritable(error)) is not None:
+        return f"a file cannot be written ({reason}; {located(error)})"
+    return sentence or located(error)
 
 
 def _modules_of(job: Job) -> set[str]:
@@ -178,8 +184,9 @@ def _run(job: Job, store: Store, emit: Emit) -> None:
     extras = [*run.reports, *journal.report()]
 
     def write(folder: Path) -> None:
-        codecs.save(result, folder / "artifact")
-        codecs.save(extras, folder / "extras")
+        codecs.save(result, folder / ARTIFACT)
+        if extras:
+            codecs.save(extras, folder / EXTRAS)
 
     facts = {"label": job.label, "method": job.method, "facts": job.facts, "libraries": library_versions()}
     store.put(job.key, write, {**facts, **made, "warnings": journal.warnings})
@@ -198,14 +205,15 @@ def load_result(wanted: Input, store: Store) -> Any:
     """One stored result, or a part of it."""
     store.touch(wanted.key)
     try:
-        return codecs.load(store.folder(wanted.key) / "artifact", wanted.part)
+        return codecs.load(store.folder(wanted.key) / ARTIFACT, wanted.part)
     except PlaitError as error:
         raise PlaitError(f"{wanted.label}: {error}") from error
 
 
 def load_extras(key: str, store: Store) -> list[Report]:
     """What a step added to the report besides its result."""
-    extras: list[Report] = codecs.load(store.folder(key) / "extras")
+    folder = store.folder(key) / EXTRAS
+    extras: list[Report] = codecs.load(folder) if folder.exists() else []
     return extras
 
 

@@ -1,15 +1,19 @@
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 
+import plait.store
 import pytest
 from plait import PlaitError
 from plait.store import Store
 
 KEY = "ab" + "0" * 62
+THIRD = "ef" + "0" * 62
 
 
 def write(text):
@@ -94,30 +98,127 @@ def test_collect(tmp_path):
         store.put(key, write("hello"), {})
     old = time.time() - 1000
     os.utime(store.folder(KEY) / "meta.json", (old, old))
-    dead = tmp_path / "tmp" / "999999999-x"
+    dead = tmp_path / "tmp" / f"{KEY}-x"
     dead.mkdir(parents=True)
-    alive = tmp_path / "tmp" / f"{os.getpid()}-y"
+    alive = tmp_path / "tmp" / f"{THIRD}-y"
     alive.mkdir()
-    assert store.collect(500)[0] == 1
+    with store.lock(THIRD):
+        assert store.collect(500)[0] == 1
     assert not store.has(KEY)
     assert store.has(other)
     assert not dead.exists()
     assert alive.exists()
 
 
-def test_collect_leaves_what_another_process_holds(tmp_path):
+def test_collect_leaves_files_that_are_not_the_stores(tmp_path):
     store = Store(tmp_path)
     store.put(KEY, write("hello"), {})
-    code = f"""
-import sys
-from plait.store import Store
+    foreign = [
+        tmp_path / name
+        for name in (
+            "objects/.nfs0001",
+            "objects/zz/notes",
+            "tmp/Icon",
+            "tmp/12",
+            "locks/x.txt",
+            "runs/readme",
+            "runs/a.json",
+        )
+    ]
+    for path in foreign:
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text("[not json")
+    (tmp_path / "tmp" / "folder").mkdir()
+    assert store.collect(-1)[0] == 1
+    assert all(path.exists() for path in foreign)
+    assert (tmp_path / "tmp" / "folder").exists()
+    assert list(store.entries()) == []
+
+
+ON_A_HOST = """
+import sys, socket
+socket.gethostname = lambda: {host!r}
 from pathlib import Path
-with Store(Path({str(tmp_path)!r})).lock({KEY!r}):
+import plait.store
+plait.store.LEASE_SECONDS = 1.0
+store = plait.store.Store(Path({root!r}))
+with {what}:
     print("held", flush=True)
     sys.stdin.read()
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
+
+
+def on_a_host(host, root, what):
+    code = ON_A_HOST.format(host=host, root=str(root), what=what)
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    return process
+
+
+@pytest.fixture
+def short_leases(monkeypatch):
+    monkeypatch.setattr(plait.store, "LEASE_SECONDS", 1.0)
+
+
+@pytest.mark.parametrize("host", ["here", "another-host"])
+def test_a_key_is_held_by_one_process_of_all_hosts(tmp_path, short_leases, host):
+    store = Store(tmp_path)
+    store.put(KEY, write("hello"), {})
+    (tmp_path / "tmp" / f"{KEY}-half").mkdir(parents=True)
+    host = socket.gethostname() if host == "here" else host
+    waits = []
+    with on_a_host(host, tmp_path, f"store.lock({KEY!r})") as process:
         assert store.collect(-1)[0] == 0
-        process.kill()
+        assert (tmp_path / "tmp" / f"{KEY}-half").exists()
+        threading.Timer(1.5, process.kill).start()
+        started = time.monotonic()
+        with store.lock(KEY, lambda: waits.append(time.monotonic())):
+            assert time.monotonic() - started > 1.4  # a living holder is never robbed, however short the lease
+    assert len(waits) == 1
     assert store.collect(-1)[0] == 1
+    assert not (tmp_path / "tmp" / f"{KEY}-half").exists()
+    assert list((tmp_path / "locks").iterdir()) == []
+
+
+@pytest.mark.parametrize("host", ["here", "another-host"])
+def test_collect_leaves_what_a_run_needs(tmp_path, short_leases, host):
+    store = Store(tmp_path)
+    for key in (KEY, THIRD):
+        store.put(key, write("hello"), {})
+    host = socket.gethostname() if host == "here" else host
+    with on_a_host(host, tmp_path, f"store.needed('run', [{KEY!r}])") as process:
+        assert store.collect(-1)[0] == 1
+        assert store.has(KEY)
+        process.kill()
+        process.wait()
+    if host != socket.gethostname():  # nobody here can know whether it is dead, until it has been silent for long
+        assert store.collect(-1)[0] == 0
+        old = time.time() - 2 * plait.store.ABANDONED_SECONDS
+        os.utime(tmp_path / "runs" / "run.lock", (old, old))
+    assert store.collect(-1)[0] == 1
+
+
+def test_a_result_that_another_host_has_finished_is_kept(tmp_path):
+    store = Store(tmp_path)
+
+    def late(folder):
+        (folder / "x.txt").write_text("late")
+        store.put(KEY, write("first"), {})
+
+    store.put(KEY, late, {})
+    assert (store.folder(KEY) / "x.txt").read_text() == "first"
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_limit_on_the_size_of_files(tmp_path):
+    code = f"""
+import resource
+from pathlib import Path
+from plait.store import Store
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+Store(Path({str(tmp_path)!r})).put({KEY!r}, lambda folder: (folder / "x.txt").write_bytes(bytes(10000)), {{}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "StoreError: the store" in done.stderr.splitlines()[-1]
+    assert "cannot be written (File too large); name another place with --store" in done.stderr
+    assert list(Store(tmp_path).entries()) == []

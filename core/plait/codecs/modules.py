@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import PlaitError, StoreError
-from plait.importing import FILE_ATTRIBUTE, import_code
+from plait.importing import FILE_ATTRIBUTE, reading_own_results, stored_object
 from plait.optional import require
 
 SIMPLE = (bool, int, float, str, type(None))
@@ -59,7 +58,7 @@ class ModuleCodec:
 
     def load(self, folder: Path) -> Any:
         facts = json.loads((folder / "module.json").read_text())
-        with contextlib.redirect_stdout(io.StringIO()):  # PyTorchModelHubMixin prints where it loads from
+        with reading_own_results(), contextlib.redirect_stdout(io.StringIO()):  # PyTorchModelHubMixin prints
             model = _class(facts).from_pretrained(folder / "model")
         if "training" in facts:
             training, frozen = set(facts["training"]), set(facts["frozen"])
@@ -84,14 +83,16 @@ def _refused(what: str) -> Iterator[None]:
 
 
 def _class(facts: dict[str, Any]) -> Any:
-    module_name, _, qualname = facts["class"].partition(":")
     try:
-        module = import_code(facts["file"] or module_name)
-        return functools.reduce(getattr, qualname.split("."), module)
-    except Exception as error:  # whatever the user's module raises
+        return stored_object(facts["class"], facts["file"], _loads_itself, "a class with from_pretrained")
+    except ValueError as error:
         raise StoreError(
             f"the model's class {facts['class']} cannot be found again ({error}); define it at the top of an importable module"
         ) from error
+
+
+def _loads_itself(found: Any) -> bool:
+    return isinstance(found, type) and callable(getattr(found, "from_pretrained", None))
 
 
 def _tensors(model: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -10,6 +11,7 @@ from typing import Any
 
 import attrs
 
+from plait.resources import NOTHING, Resources, machine
 from plait.work import Emit, Job, Outcome, carry_out
 
 PATIENCE = 5.0  # seconds that a worker gets to end by itself
@@ -22,8 +24,8 @@ class InProcess:
         self._emit = emit
         self._job: Job | None = None
 
-    def has_room(self) -> bool:
-        """Whether another job may be submitted now."""
+    def has_room_for(self, resources: Resources) -> bool:
+        """Whether a job may be submitted now."""
         return self._job is None
 
     def submit(self, job: Job) -> None:
@@ -40,10 +42,13 @@ class InProcess:
         """Nothing to close."""
 
 
-def _serve(pipe: Any) -> None:
+def _serve(pipe: Any, threads: int | None) -> None:
     """Carry out jobs until the pipe or the main process ends."""
+    if threads is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # what torch, MKL and OpenBLAS go by
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the main process decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         while True:
@@ -71,22 +76,42 @@ class _Worker:
 class Processes:
     """Up to ``jobs`` independent jobs at a time, each in a process of its own.
 
-    A process that dies fails its own job, and another takes its place. None outlives the main process.
+    A process that dies fails its own job, and another takes its place. None outlives the main process. Jobs run beside
+    each other as far as the machine has what they ask for together; one that asks for more than that runs alone. Of
+    several GPUs each job gets its own.
+
+    Args:
+        threads: that torch may use in each process; default as many as it takes by itself.
     """
 
-    def __init__(self, jobs: int, emit: Emit) -> None:
+    def __init__(self, jobs: int, emit: Emit, threads: int | None = None) -> None:
         self._context = get_context("spawn")
         self._jobs = jobs
         self._emit = emit
+        self._threads = threads
         self._workers: list[_Worker] = []
         self._done: list[Outcome] = []
 
-    def has_room(self) -> bool:
-        """Whether another job may be submitted now."""
-        return sum(worker.job is not None for worker in self._workers) < self._jobs
+    def has_room_for(self, resources: Resources) -> bool:
+        """Whether a job that asks for these may be submitted now."""
+        running = [worker.job for worker in self._workers if worker.job is not None]
+        if not running:
+            return True
+        asking = [*(job.resources for job in running), resources]
+        if len(running) == self._jobs or all(one == NOTHING for one in asking):
+            return len(running) < self._jobs
+        return functools.reduce(Resources.plus, (one.at_most(self._machine) for one in asking)).fits_in(self._machine)
+
+    @functools.cached_property
+    def _machine(self) -> Resources:
+        return machine()
 
     def submit(self, job: Job) -> None:
         """Start a job in a free process."""
+        if job.resources.gpu == 1 and job.device in (None, "cuda") and self._machine.gpu > 1:
+            taken = {worker.job.device for worker in self._workers if worker.job is not None}
+            free = [device for gpu in range(self._machine.gpu) if (device := f"cuda:{gpu}") not in taken]
+            job = attrs.evolve(job, device=free[0] if free else job.device)
         worker = next((worker for worker in self._workers if worker.job is None), None) or self._new_worker()
         worker.job = job
         try:
@@ -122,8 +147,13 @@ class Processes:
 
     def _new_worker(self) -> _Worker:
         here, there = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(there,), daemon=False)
-        process.start()
+        process = self._context.Process(target=_serve, args=(there, self._threads), daemon=False)
+        # A Ctrl-C that comes while Python starts would end it there, with a traceback; it inherits the mask.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         there.close()
         worker = _Worker(process, here)
         self._workers.append(worker)

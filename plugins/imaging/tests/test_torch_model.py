@@ -208,12 +208,17 @@ def test_bad_networks_and_files(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "x.safetensors")
     for architecture, reason in (
         ("torch.nn:Identity", "does not fit"),
-        ("torch.nn:Nothing", "cannot be built"),
-        ("os:getcwd", "gives a str"),
+        ("torch.nn:Nothing", "there is no 'Nothing' in torch.nn"),
+        ("torch.nn:Linear", "cannot be built"),
+        ("torch:Generator", "is not a class of torch.nn.Module"),
+        ("torch.hub:download_url_to_file", "is not a class of torch.nn.Module"),
+        ("torch.hub:urlopen", "is not a class of torch.nn.Module"),
     ):
         method = TorchModel(file=tmp_path / "x.safetensors", architecture=architecture)
         with pytest.raises(ValueError, match=reason):
             method.restore(model=None, data=data, run=Run())
+    with pytest.raises(ValueError, match="architecture is 'os:getcwd', which is of Python's own library"):
+        TorchModel(file=tmp_path / "x.safetensors", architecture="os:getcwd")
     with pytest.raises(ValueError, match=r"image n0: .*the model returned \(1, 3, 4, 4\)"):
         TorchModel().restore(model=nn.AvgPool2d(2), data=data, run=Run())
     with pytest.raises(ValueError, match="image n0: the model cannot restore it"):

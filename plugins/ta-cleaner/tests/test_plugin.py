@@ -211,10 +211,11 @@ def test_a_tagger_by_import_path(pairs, monkeypatch, tmp_path):
         written = Subcaptions(**{**RULES, "tagger": tagger}).transform(pairs, Run())
         assert set(written["caption_neg_1"]) == {""}
     for bad, message in [
-        ("spacy", "import path"),
-        ("my_tagger:nothing", "cannot be imported"),
+        ("spacy", "allowed is one of lexicon, or package.module:name"),
+        ("os:system", "Python's own library"),
+        ("my_tagger:nothing", "there is no 'nothing'"),
         ("no_such_module:tag", "cannot be imported"),
-        ("my_tagger:number", "not a function"),
+        ("my_tagger:number", "is not a function"),
     ]:
         with pytest.raises(ValueError, match=message):
             Subcaptions(**{**RULES, "tagger": bad}).transform(pairs, Run())

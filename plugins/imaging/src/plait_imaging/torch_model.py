@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from plait import Run, hookimpl
 from plait.fields import code_field, field, in_range
-from plait.importing import import_code
+from plait.importing import makes, named_object
 from plait.weights import is_torchscript, read_weights
 
 from plait_imaging.images import map_images, names, over_splits, to_float
@@ -124,9 +124,11 @@ def _load_torchscript(file: Path) -> torch.nn.Module:
 
 
 def _build(architecture: str, arguments: dict[str, Any]) -> torch.nn.Module:
-    module_name, _, class_name = architecture.rpartition(":")
+    make = named_object(
+        architecture, makes(torch.nn.Module), "a class of torch.nn.Module, or a function that returns one"
+    )
     try:
-        network = getattr(import_code(module_name), class_name)(**arguments)
+        network = make(**arguments)
     except Exception as error:
         raise ValueError(f"architecture {architecture} cannot be built: {type(error).__name__}: {error}") from error
     if not isinstance(network, torch.nn.Module):

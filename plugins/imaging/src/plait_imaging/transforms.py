@@ -6,7 +6,6 @@ The result is rounded to 8 bit. A ``target`` that is there already stays: after 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -427,13 +426,5 @@ class Compose:
     def transform(self, data: Any, run: Run) -> Any:
         """What the last transform returns."""
         for place, method in enumerate(self.transforms):
-            data = method.transform(data, _child(run, str(place)))
+            data = method.transform(data, run.child(str(place)))
         return data
-
-
-def _child(run: Run, name: str) -> Run:
-    """The same surroundings with random numbers of its own."""
-    child = copy.copy(run)
-    child.step = f"{run.step}/{name}"
-    child._folder = run.folder / name
-    return child

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import attrs
 import datasets
 from plait import Report, hookimpl
 from plait.fields import code_field, field, in_range, path_or_name_field
-from plait.importing import import_code
+from plait.importing import named_object
 from plait_clip import first_captions
 from plait_clip.backdoor import (
     CLEAN,
@@ -65,6 +66,7 @@ class SubcaptionFields:
     tagger: str = code_field(
         "lexicon",
         "parts of speech: lexicon, or module:function or ./file.py:function that maps a list of words to a list of tags",
+        words=("lexicon",),
     )
     word_list: Path | None = field(
         None, "folder with WordNet's files for the lexicon tagger; default: WordNet 3.0, which comes with plait-clip"
@@ -252,15 +254,7 @@ def _tagger(name: str, words: WordList) -> Tagger:
     """
     if name == "lexicon":
         return LexiconTagger(words)
-    place, _, attribute = name.rpartition(":")
-    if not place or not attribute:
-        raise ValueError(f"tagger is {name!r}; allowed is lexicon or an import path package.module:function")
-    try:
-        tagger = getattr(import_code(place), attribute)
-    except Exception as error:  # whatever the user's module raises
-        raise ValueError(f"tagger {name!r} cannot be imported: {error}") from error
-    if not callable(tagger):
-        raise ValueError(f"tagger {name!r} is not a function of a list of words")
+    tagger: Tagger = named_object(name, inspect.isfunction, "a function of a list of words")
     return tagger
 
 

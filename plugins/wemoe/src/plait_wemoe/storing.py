@@ -88,17 +88,13 @@ def class_path(module: nn.Module) -> str:
 
 def import_class(path: str, file: str | None = None) -> Any:
     """``package.module:Class``, which must be an ``nn.Module`` that loads itself."""
-    module, _, name = path.partition(":")
-    if file is not None:
-        from plait.importing import import_code
+    from plait.importing import stored_object
 
-        found: Any = import_code(file)
-    else:
-        found = import_module(module)
-    found = functools.reduce(getattr, name.split("."), found)
-    if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "from_pretrained")):
-        raise TypeError(f"{path} is not a module class with from_pretrained")
-    return found
+    return stored_object(path, file, _loads_itself, "a module class with from_pretrained")
+
+
+def _loads_itself(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "from_pretrained")
 
 
 class Portable(nn.Module):

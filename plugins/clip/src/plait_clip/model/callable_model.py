@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from plait.importing import makes, stored_object
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ class CallableModel(ImageTextModel):
         image_input: resizing and normalising.
         log_scale: start of ``logit_scale`` where the module has none.
         image_prefixes: how the names of the image tower's weights begin, ``module.`` first; needed to train one tower.
-        factory: ``"package.module:function"`` that makes an equal object; needed to load a saved one.
+        factory: ``"package.module:function"`` that makes an equal object and says so (``-> CallableModel``); needed to load a saved one.
 
     Raises:
         TypeError: an encoder is missing.
@@ -103,7 +103,9 @@ class CallableModel(ImageTextModel):
 
     @classmethod
     def _load(cls, folder: Path, about: dict[str, Any]) -> CallableModel:
-        module, _, function = about["factory"].partition(":")
-        model = getattr(importlib.import_module(module), function)()
+        make = stored_object(
+            about["factory"], None, makes(CallableModel), "a function annotated to return a CallableModel"
+        )
+        model: CallableModel = make()
         load_model(model, str(folder / "model.safetensors"))
         return model

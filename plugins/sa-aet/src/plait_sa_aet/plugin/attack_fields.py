@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import attrs
 from plait.fields import code_field, field, in_range, path_or_name_field
-from plait.importing import import_code
+from plait.importing import named_object
 from plait_clip import ImageTextModel
 
 from plait_sa_aet.attack_report import AttackReport
@@ -93,6 +93,7 @@ class SwapsWords:
         None,
         "where candidate words come from; must be set if text: mlm, token-embedding, context-counts, synonyms, or "
         "package.module:Class or ./file.py:Class with propose(words, index, k)",
+        words=GENERATORS,
     )
     language_model: str | None = path_or_name_field(
         None, "mlm: folder or hub name of a masked language model with WordPiece"
@@ -129,10 +130,6 @@ class SwapsWords:
         allowed = ", ".join(GENERATORS)
         if self.generator is None:
             raise ValueError(f"generator is not set; give one of {allowed}, or text: false to attack the images alone")
-        if self.generator not in GENERATORS and ":" not in self.generator:
-            raise ValueError(
-                f"generator is {self.generator!r}; allowed is {allowed}, package.module:Class or ./file.py:Class"
-            )
         if self.generator == "mlm" and self.language_model is None:
             raise ValueError("generator mlm needs language_model: a folder or hub name of a masked language model")
         if self.generator == "synonyms" and (self.synonyms is None) == (self.synonyms_file is None):
@@ -257,21 +254,16 @@ def _own_generator(target: str) -> Any:
     Raises:
         ValueError: it cannot be imported or made, or has no method ``propose``.
     """
-    place, _, name = target.rpartition(":")
-    try:
-        module = import_code(place)
-    except Exception as error:  # whatever the user's module raises
-        raise ValueError(f"generator {target!r} cannot be imported ({_reason(error)})") from error
-    if not callable(make := getattr(module, name, None)):
-        what = "is not a class" if hasattr(module, name) else "is not there"
-        raise ValueError(f"generator {target!r}: {name!r} {what}; name a class of {place}")
+    make = named_object(target, _proposes, "a class with a method propose(words, index, k)")
     try:
         found = make()
     except Exception as error:
         raise ValueError(f"generator {target!r} cannot be made without arguments ({_reason(error)})") from error
-    if not callable(getattr(found, "propose", None)):
-        raise ValueError(f"generator {target!r} has no method propose(words, index, k)")
     return found
+
+
+def _proposes(found: Any) -> bool:
+    return isinstance(found, type) and callable(getattr(found, "propose", None))
 
 
 def _reason(error: Exception) -> str:
