@@ -71,7 +71,7 @@ def _facts(folder: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError) as error:
         raise PlaitError(f"{folder} is not a run folder: it has no resolved.json that can be read") from error
     facts = {path: text for path, text in _flat(pipeline) if path not in UNIMPORTANT}
-    methods = {f"code of {step['method']}": str(step["version"]) for step in provenance["steps"]}
+    methods = {f"code of {step['method'].rpartition(':')[2]}": str(step["version"]) for step in provenance["steps"]}
     versions = {f"version of {name}": version for name, version in provenance.get("distributions", {}).items()}
     more = {
         "command": command_of(provenance),
