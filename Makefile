@@ -7,7 +7,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-fast lint bench docs wheels clean
+.PHONY: demo test test-fast lint bench figures docs wheels clean
 
 demo: $(VENV)/.ready
 	$(BIN)/plait run pipelines/quickstart.yaml
@@ -26,6 +26,10 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	failed=0; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || failed=1; done; exit $$failed
+
+# Runs what is behind the recorded figures again and puts them on record; tests compare pages with records.
+figures: $(VENV)/.ready
+	$(BIN)/plait reproduce figures --write
 
 docs: $(VENV)/.ready
 	$(BIN)/python docs/reference.py

@@ -38,7 +38,7 @@ def test_the_quickstart_runs_from_wheels(environment, wheels):
         assert ensir >= value(report, table, "average") + 1
         assert ensir >= value(report, table, "least-squares") + 0.3
         assert ensir >= max(value(report, table, name) for name in ("median", "opening", "total-variation", "wavelet"))
-    assert "data:image/png;base64" in (folder / "report.html").read_text()
+    assert "data:image/webp;base64" in (folder / "report.html").read_text()
 
 
 @pytest.mark.slow

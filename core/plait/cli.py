@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from plait import completing
 from plait.errors import PipelineError, PlaitError
 
 
@@ -57,9 +58,30 @@ def main(debug: bool) -> None:
         os.environ["PLAIT_DEBUG"] = "1"
 
 
+def _pipeline_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.argument("overrides", nargs=-1, shell_complete=completing.overrides)(command)
+    return click.argument("pipeline", type=click.Path(path_type=Path))(command)
+
+
+def _to_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    text = "Only this step and what it needs; may be repeated."
+    return click.option("--to", multiple=True, metavar="STEP", help=text, shell_complete=completing.steps)(command)
+
+
+def _limit_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    text = "Only the first so many rows of every split of every source, for a trial; results are kept apart."
+    return click.option("--limit", type=click.IntRange(1), metavar="N", help=text)(command)
+
+
 def _store_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--store", type=click.Path(path_type=Path), help="Folder of the store (default: $PLAIT_STORE, else .plait)."
+    )(command)
+
+
+def _out_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where run folders are."
     )(command)
 
 
@@ -86,16 +108,14 @@ def _store(path: Path | None) -> Any:
 
 
 @main.command()
-@click.argument("pipeline", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1)
-@_store_option
+@_pipeline_arguments
+@_to_option
+@_limit_option
 @click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("runs"),
-    show_default=True,
-    help="Where the run's folder is made.",
+    "--only-failed", is_flag=True, help="Only what failed in the last run of this pipeline, and what waits for it."
 )
+@_store_option
+@_out_option
 @click.option("--jobs", type=Jobs(), default="1", show_default=True, help="Processes over independent steps, or auto.")
 @click.option(
     "--executor",
@@ -120,6 +140,9 @@ def _store(path: Path | None) -> Any:
 def run(
     pipeline: Path,
     overrides: tuple[str, ...],
+    to: tuple[str, ...],
+    limit: int | None,
+    only_failed: bool,
     store: Path | None,
     out: Path,
     jobs: Any,
@@ -134,24 +157,30 @@ def run(
 
     OVERRIDES change it: steps.dirty.with.rate=0.1 matrix.seed=[0]
     """
+    if not quiet:  # the imports take their time
+        click.echo(f"reading {pipeline}", err=True)
     from rich.console import Console
 
+    from plait.displays import Display, Lines
     from plait.executors.choice import Execution
-    from plait.listeners import Display, Lines
     from plait.pipeline import load_pipeline
     from plait.runner import run_pipeline
+    from plait.selection import limited
+    from plait.terminal import print_tables
 
     execution = Execution(executor=executor, jobs=jobs, address=address, retries=retries, slurm=_pairs(slurm))
     checked = load_pipeline(pipeline, overrides)
-    console = Console(stderr=True)
+    checked = limited(checked, limit) if limit else checked
+    select = _selection(to, only_failed, checked.name, out)
+    console = Console(file=sys.stderr)  # as it is now: steps write elsewhere
     display = None if quiet else Display(console) if console.is_terminal else Lines(console)
     try:
-        result = run_pipeline(checked, _store(store), out, execution, device, [display] if display else [])
+        result = run_pipeline(checked, _store(store), out, execution, device, [display] if display else [], select)
     finally:
         if isinstance(display, Display):
             display.close()
     if not quiet:
-        _print_tables(table for table in result.tables.values() if table.main)
+        print_tables(table for table in result.tables.values() if table.main)
     click.echo(f"report: {result.folder / 'report.html'}")
     for step, message in result.failed.items():
         click.echo(f"error: step {step}: {message}", err=True)
@@ -161,41 +190,43 @@ def run(
         raise SystemExit(1)
 
 
-def _print_tables(tables: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def _selection(to: tuple[str, ...], failed_only: bool, name: str, out: Path) -> Callable[[Any], Any] | None:
+    """What ``--to`` and ``--only-failed`` leave of a plan."""
+    from plait.selection import only_failed, up_to
 
-    from plait.report.render import column_title
+    failed: list[str] = []
+    if failed_only:
+        from plait.runs import find_run, open_run
 
-    console = Console()
-    for table in tables:
-        shown = Table(title=Text(table.title), title_justify="left", box=None, padding=(0, 2, 0, 0))
-        for name in table.index:
-            shown.add_column(Text(name), no_wrap=True)
-        for metric in table.metrics:
-            shown.add_column(Text(column_title(table, metric)), justify="right", no_wrap=True)
-        for texts, numbers in table.rows:
-            cells = [Text("–") if n is None else Text(n.text, style="bold green" if n.best else "") for n in numbers]
-            shown.add_row(*map(Text, texts), *cells)
-        # A table wider than the terminal is wrapped by it, rather than cut by us.
-        wide = Console(
-            width=max(console.width, console.measure(shown, options=console.options.update(width=10_000)).maximum)
-        )
-        wide.print(shown, soft_wrap=False)
-        wide.print()
+        last = open_run(find_run(name, out))
+        failed = [*last.results.get("failed", {}), *last.results.get("not run", {})]
+        if not failed:
+            raise PlaitError(f"nothing failed in the last run of {name} ({last.folder})")
+
+    def select(plan: Any) -> Any:
+        plan = up_to(plan, to) if to else plan
+        return only_failed(plan, failed) if failed_only else plan
+
+    return select
 
 
 @main.command()
-@click.argument("pipeline", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1)
+@_pipeline_arguments
+@_to_option
+@_limit_option
 @_store_option
-def plan(pipeline: Path, overrides: tuple[str, ...], store: Path | None) -> None:
+def plan(
+    pipeline: Path, overrides: tuple[str, ...], to: tuple[str, ...], limit: int | None, store: Path | None
+) -> None:
     """Show what a PIPELINE would do: its steps, what is in the store, and why the rest is not."""
     from plait.pipeline import load_pipeline
     from plait.plan import explain, flatten, is_done, make_plan
+    from plait.scheduling import Progress
+    from plait.selection import limited, up_to
 
-    made = make_plan(load_pipeline(pipeline, overrides))
+    checked = load_pipeline(pipeline, overrides)
+    made = make_plan(limited(checked, limit) if limit else checked)
+    made = up_to(made, to) if to else made
     place = _store(store)
     cells = len(made.pipeline.cells)
     matrix = made.pipeline.data.get("matrix") or {}
@@ -203,80 +234,172 @@ def plan(pipeline: Path, overrides: tuple[str, ...], store: Path | None) -> None
     click.echo(
         f"{made.pipeline.name}: {len(made.tasks)} steps, {cells} matrix cell{'s' if cells > 1 else ''}{f' ({axes})' if axes else ''}"
     )
-    missing = 0
     reasons = explain(made, place)
+    progress = Progress(made, {task.key for task in made.tasks if is_done(task, place)})
+    settled = {task.key for task in progress.settled}
+    missing = len(made.tasks) - len(settled)
     for task in made.tasks:
-        stored = is_done(task, place)
-        missing += not stored
+        stored = task.key in settled
         inputs = ", ".join(
             f"{argument}={'+'.join(i.label for i in flatten(value))}" for argument, value in task.inputs.items()
         )
         reason = f" ({reasons[task.label]})" if reasons[task.label] else ""
-        state = f"{'in the store' if stored else 'to run'}{reason}"
+        state = f"{'in the store' if is_done(task, place) else 'not needed' if stored else 'to run'}{reason}"
         click.echo(
             f"  {'=' if stored else '+'} {task.label}  {task.step.hook.replace('_', '-')}: {task.step.method.name}({inputs})  {state}"
         )
-    click.echo(f"{len(made.tasks) - missing} in the store, {missing} to run")
+    unneeded = sum(not is_done(task, place) for task in progress.settled)
+    click.echo(
+        f"{len(settled) - unneeded} in the store, {missing} to run{f', {unneeded} not needed' if unneeded else ''}"
+    )
 
 
 @main.command("list")
+@click.argument("word", required=False)
 @click.option("--hook", help="Only methods of this hook.")
+@click.option("--package", help="Only methods of this package.")
 @click.option("--all", "every", is_flag=True, help="Also what is known but not installed.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def list_methods(hook: str | None, every: bool, as_json: bool) -> None:
-    """List installed methods by hook."""
+def list_methods(word: str | None, hook: str | None, package: str | None, every: bool, as_json: bool) -> None:
+    """List installed methods by hook, each with a line on what it does; with WORD, those that speak of it."""
+    from plait.catalogue import catalogue
+
+    rows = _listed(hook, package, every)
+    if word:
+        rows = [row for row in rows if any(word.lower() in text.lower() for text in row.values())]
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    if not rows:
+        which = " ".join(
+            filter(None, (word and f"with {word!r}", hook and f"of hook {hook}", package and f"of {package}"))
+        )
+        click.echo(f"no installed method {which}".rstrip() + "; plait list --all shows what there is")
+    name_width = max((len(row["method"]) for row in rows), default=0)
+    package_width = max((len(row["package"]) for row in rows), default=0)
+    last = None
+    for row in rows:
+        if row["hook"] != last:
+            click.secho(row["hook"], bold=True)
+            last = row["hook"]
+        about = row["summary"] if row["state"] == "installed" else f"({row['state']})"
+        click.echo(f"  {row['method']:<{name_width}}  {row['package']:<{package_width}}  {about}".rstrip())
+    if every and not (word or hook or package):
+        for name, entry in catalogue().items():
+            if not entry.get("methods"):
+                click.echo(f"{name}  ({entry.get('status')}): {entry['summary']}")
+
+
+def _listed(hook: str | None, package: str | None, every: bool) -> list[dict[str, str]]:
     from plait.catalogue import catalogue, offers
     from plait.errors import nearest
     from plait.hookspecs import HOOKS
+    from plait.summaries import summary
 
-    if hook is not None and hook.replace("-", "_") not in HOOKS:
-        shown = [h.replace("_", "-") for h in HOOKS]
+    shown = [name.replace("_", "-") for name in HOOKS]
+    if hook is not None and hook.replace("_", "-") not in shown:
         raise PipelineError(
             [f"there is no hook {hook!r}{nearest(hook, shown) or '; the hooks are ' + ', '.join(shown)}"]
         )
     rows = []
     for name in HOOKS:
-        if hook is None or hook.replace("-", "_") == name:
-            known = {(o.name, o.package): "installed" for o in offers(name)}
-            if every:
-                for package, entry in catalogue().items():
-                    for method in entry.get("methods", {}).get(name, ()):
-                        known.setdefault(
-                            (method, package),
-                            "planned" if entry.get("status") == "planned" else f"pip install {package}",
-                        )
-            rows += [
-                (name.replace("_", "-"), method, package, state) for (method, package), state in sorted(known.items())
-            ]
-    if as_json:
-        click.echo(
-            json.dumps([dict(zip(("hook", "method", "package", "state"), row, strict=True)) for row in rows], indent=1)
-        )
-        return
-    if not rows:
-        click.echo("no methods are installed; plait list --all shows what there is")
-    width = max((len(row[1]) for row in rows), default=0)
-    last = None
-    for hook_name, method, package, state in rows:
-        if hook_name != last:
-            click.secho(hook_name, bold=True)
-            last = hook_name
-        click.echo(f"  {method:<{width}}  {package}{'' if state == 'installed' else f'  ({state})'}")
-    if every:
-        for package, entry in catalogue().items():
-            if not entry.get("methods"):
-                click.echo(f"{package}  ({entry.get('status')}): {entry['summary']}")
+        if hook is not None and hook.replace("-", "_") != name:
+            continue
+        known = {(offer.name, offer.package): ("installed", summary(offer.target)) for offer in offers(name)}
+        for owner, entry in catalogue().items() if every else ():
+            state = "planned" if entry.get("status") == "planned" else f"pip install {owner}"
+            for method in entry.get("methods", {}).get(name, ()):
+                known.setdefault((method, owner), (state, ""))
+        for (method, owner), (state, about) in sorted(known.items()):
+            if package is None or owner.removeprefix("plait-") == package.removeprefix("plait-"):
+                row = {"hook": name.replace("_", "-"), "method": method, "package": owner, "state": state}
+                rows.append({**row, "summary": about})
+    return rows
 
 
 @main.command()
-@click.argument("method")
+@_out_option
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def runs(out: Path, as_json: bool) -> None:
+    """List earlier runs, the latest first: when, how they ended, their main figures."""
+    from plait.runs import past_runs
+
+    found = past_runs(out)
+    if as_json:
+        rows = [
+            {
+                "run": run.folder.name, "folder": str(run.folder), "pipeline": run.pipeline, "started": run.started.isoformat(),
+                "state": run.state, "cells": run.results.get("cells"), "steps": run.results.get("steps"), "headline": run.headline,
+            }
+            for run in found
+        ]  # fmt: skip
+        click.echo(json.dumps(rows, indent=1))
+        return
+    if not found:
+        click.echo(f"there are no runs in {out}")
+    width = max((len(run.pipeline) for run in found), default=0)
+    for run in found:
+        cells, steps = (run.results.get(name, "?") for name in ("cells", "steps"))
+        when = run.started.strftime("%Y-%m-%d %H:%M")
+        line = f"{run.folder.name}  {when}  {run.pipeline:<{width}}  {cells:>3} cells {steps:>4} steps  {run.state}"
+        click.echo(f"{line}  {run.headline}".rstrip())
+
+
+@main.command()
+@click.argument("name", metavar="METHOD|RUN", shell_complete=completing.methods_and_runs)
 @click.option("--hook", help="Which hook, where methods of two hooks share the name.")
-def show(method: str, hook: str | None) -> None:
-    """Show a METHOD: hooks, fields with types, defaults and meaning, paper, package."""
+@click.option("--all", "every", is_flag=True, help="Of a run: also the tables that steps added.")
+@click.option(
+    "--format",
+    "text_format",
+    type=click.Choice(["Markdown", "LaTeX", "CSV"], case_sensitive=False),
+    help="Of a run: print its tables in this format.",
+)
+@_out_option
+def show(name: str, hook: str | None, every: bool, text_format: Any, out: Path) -> None:
+    """Show a METHOD (hooks, fields, package, paper, an example) or the tables of a RUN.
+
+    A RUN is a folder, an id or its beginning, a pipeline's name for its latest run, or "last".
+    """
+    from plait.runs import is_run
+
+    if is_run(name, out) or (not _is_method(name) and (out / name).is_dir()):
+        _show_run(name, out, every, text_format)
+    else:
+        _show_method(name, hook)
+
+
+def _is_method(name: str) -> bool:
+    from plait.catalogue import offers
+    from plait.hookspecs import HOOKS
+
+    return ":" in name or any(offer.name == name.rpartition("/")[2] for hook in HOOKS for offer in offers(hook))
+
+
+def _show_run(name: str, out: Path, every: bool, text_format: Any) -> None:
+    from plait.report.text import table_as
+    from plait.runs import find_run, open_run
+    from plait.terminal import print_tables
+
+    run = open_run(find_run(name, out))
+    tables = [table for table in run.tables if every or table.main]
+    if text_format:
+        click.echo("\n".join(table_as(text_format, table) for table in tables), nl=False)
+        return
+    click.echo(f"{run.pipeline}, {run.started:%Y-%m-%d %H:%M}: {run.state}; {run.folder}")
+    print_tables(tables)
+    for kind, said in (("failed", "failed"), ("not run", "was not run")):
+        for step, message in run.results[kind].items():
+            click.echo(f"step {step} {said}: {message}")
+
+
+def _show_method(method: str, hook: str | None) -> None:
     import inspect
 
+    import attrs
+
     from plait.catalogue import catalogue, offers, package_of
-    from plait.configuration import describe, fields_of
+    from plait.configuration import describe, example_step, fields_of
     from plait.errors import nearest
     from plait.hookspecs import HOOKS, implemented_hooks
     from plait.methods import arguments_of, find
@@ -315,6 +438,9 @@ def show(method: str, hook: str | None) -> None:
                 a + ("" if required else " (optional)") for a, required in arguments_of(found.cls, one).items()
             )
             click.echo(f"  hook     {one.replace('_', '-')}  from: {arguments or 'nothing'}")
+        for word, attribute in (("needs", "columns_needed"), ("makes", "columns_made"), ("splits", "splits")):
+            if names := getattr(found.cls, attribute, None):
+                click.echo(f"  {word:<8} {'columns ' if word != 'splits' else ''}{', '.join(names)}")
         if found.package:
             entry = catalogue().get(found.package, {})
             click.echo(f"  package  {found.package} {found.version}")
@@ -326,13 +452,15 @@ def show(method: str, hook: str | None) -> None:
         for field in fields.values():
             facts = describe(field)
             allowed = f", {facts['allowed']}" if facts["allowed"] and not facts["type"].startswith("one of") else ""
+            required = facts["default"] == "required"
             click.echo(
-                f"    {facts['name']}: {facts['type']}{allowed}; default {facts['default']}"
-                if facts["default"] != "required"
-                else f"    {facts['name']}: {facts['type']}{allowed}; required"
+                f"    {facts['name']}: {facts['type']}{allowed}; {'required' if required else 'default ' + facts['default']}"
             )
             if facts["doc"]:
                 click.echo(f"        {facts['doc']}")
+        click.echo("  in a pipeline")
+        for one in implemented:
+            click.echo(f"    {example_step(attrs.evolve(found, hook=one))}")
     if not seen:
         raise PipelineError([f"{method!r} implements none of the hooks"])
 
@@ -342,22 +470,153 @@ def schema() -> None:
     """Print the JSON Schema of pipeline files, with the installed methods and their fields."""
     from plait.schema import pipeline_schema
 
-    click.echo(json.dumps(pipeline_schema(), indent=1))
+    click.echo(json.dumps(pipeline_schema(), separators=(",", ":")))
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("names", metavar="RUN...", nargs=-1, required=True, shell_complete=completing.runs)
+@click.option("--full", is_flag=True, help="With all pictures as they are, however large the page becomes.")
+@click.option("--to", type=click.Path(path_type=Path), help="Of several runs: the HTML file to write.")
+@_out_option
 @_store_option
-def report(folder: Path, store: Path | None) -> None:
-    """Write the report of the run in FOLDER again."""
-    from plait.runner import write_report_again
+def report(names: tuple[str, ...], full: bool, to: Path | None, out: Path, store: Path | None) -> None:
+    """Write the report of a RUN again, or put several runs beside each other.
 
-    write_report_again(folder, _store(store))
-    click.echo(f"report: {folder / 'report.html'}")
+    A RUN is a folder, an id or its beginning, a pipeline's name for its latest run, or "last". Of several runs: what
+    differs in configuration, and their tables with the differences to the first.
+    """
+    from plait.runs import find_run
+
+    folders = [find_run(name, out) for name in names]
+    if len(folders) == 1:
+        from plait.run_folder import store_of
+        from plait.runner import write_report_again
+
+        write_report_again(folders[0], _store(store) if store else store_of(folders[0]), full)
+        click.echo(f"report: {folders[0] / 'report.html'}")
+        return
+    from plait.comparing import compare
+    from plait.report.html import to_html
+    from plait.terminal import print_tables
+
+    document = compare(folders)
+    print_tables(table for table in document.tables if table.main)
+    for note in document.notes:
+        click.echo(f"note: {note}")
+    click.echo(document.description)
+    file = to or out / f"comparison-{'-'.join(folder.resolve().name for folder in folders)[:200]}.html"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(to_html(document, full), encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise PlaitError(f"{file} cannot be written: {error.strerror}; name another file with --to") from error
+    click.echo(f"report: {file}")
 
 
 @main.command()
-@click.argument("method")
+@click.argument("run", metavar="RUN", shell_complete=completing.runs)
+@click.argument("step", shell_complete=completing.steps_of_run)
+@click.argument("folder", type=click.Path(path_type=Path))
+@_out_option
+@_store_option
+def export(run: str, step: str, folder: Path, out: Path, store: Path | None) -> None:
+    """Write the result of a STEP of a RUN into a new FOLDER: a model folder, a data set, pictures."""
+    from plait.exporting import export as export_result
+    from plait.exporting import key_of
+    from plait.run_folder import store_of
+    from plait.runs import find_run
+
+    found = find_run(run, out)
+    place = _store(store) if store else store_of(found)
+    click.echo(f"{folder}: {export_result(place, key_of(found, step), folder)}")
+
+
+@main.command()
+@click.argument("run", metavar="RUN", shell_complete=completing.runs)
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@_out_option
+def record(run: str, file: Path, out: Path) -> None:
+    """Put the figures of a RUN on record: a CSV with command, date, versions, hardware and every seed's value."""
+    from plait.recording import record_of, to_text
+    from plait.runs import find_run, open_run
+
+    made = record_of(open_run(find_run(run, out)))
+    try:
+        file.write_text(to_text(made), encoding="utf-8")
+    except OSError as error:
+        raise PlaitError(f"{file} cannot be written: {error.strerror}") from error
+    click.echo(f"{file}: {len(made.figures)} figures")
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--quick", is_flag=True, help="The first seed only.")
+@click.option("--write", is_flag=True, help="Put the new figures on record.")
+@_store_option
+@_out_option
+def reproduce(files: tuple[Path, ...], quick: bool, write: bool, store: Path | None, out: Path) -> None:
+    """Run the pipelines behind recorded figures again; exit code 1 where one lies outside the recorded spread.
+
+    FILES are records, or folders of them. Their commands are run from the current folder.
+    """
+    import attrs
+
+    from plait.pipeline import load_pipeline
+    from plait.recording import again, read_record, record_of, to_text
+    from plait.runner import run_pipeline
+    from plait.runs import open_run
+
+    if quick and write:
+        raise click.UsageError("figures of one seed are not put on record; leave out --quick or --write")
+    outside = 0
+    for file in [inner for path in files for inner in (sorted(path.glob("*.csv")) if path.is_dir() else [path])]:
+        old = read_record(file)
+        context = run.make_context("run", list(old.command), resilient_parsing=False)
+        overrides = [*context.params["overrides"]]
+        if quick and (seeds := old.figures[0].seeds[:1] if old.figures else ()) and seeds[0]:
+            overrides.append(f"matrix.seed=[{seeds[0]}]")
+        click.echo(f"{file}: plait run {context.params['pipeline']} {' '.join(overrides)}".rstrip())
+        checked = load_pipeline(context.params["pipeline"], overrides)
+        result = run_pipeline(checked, _store(store), out)
+        compared = again(old, list(result.tables.values()))
+        for one in compared:
+            if not one.within:
+                where = " / ".join(filter(None, one.figure.place))
+                now = "missing" if one.value is None else f"{one.value:.6g}"
+                click.echo(f"  {where}: {now}, on record {one.expected:.6g} ({one.figure.text})")
+        inside = sum(one.within for one in compared)
+        outside += len(compared) - inside
+        click.echo(f"  {inside} of {len(compared)} figures lie within the recorded spread")
+        if write:
+            new = record_of(open_run(result.folder))
+            kept = attrs.evolve(new, facts={**new.facts, "command": old.facts["command"]})
+            file.write_text(to_text(kept), encoding="utf-8")
+    if outside and not write:
+        raise SystemExit(1)
+
+
+@main.command()
+@_pipeline_arguments
+@click.option("--svg", type=click.Path(path_type=Path), help="Write the picture into this file.")
+def graph(pipeline: Path, overrides: tuple[str, ...], svg: Path | None) -> None:
+    """Draw the steps of a PIPELINE: as lines here, or as a picture."""
+    from plait.drawing import as_lines, as_svg
+    from plait.pipeline import load_pipeline
+
+    checked = load_pipeline(pipeline, overrides)
+    if svg is None:
+        for line in as_lines(checked):
+            click.echo(line)
+        return
+    try:
+        svg.write_text(as_svg(checked), encoding="utf-8")
+    except OSError as error:
+        raise PlaitError(f"{svg} cannot be written: {error.strerror}") from error
+    click.echo(str(svg))
+
+
+@main.command()
+@click.argument("method", shell_complete=completing.methods)
 @click.option("--hook", help="Only this hook of the method.")
 def check(method: str, hook: str | None) -> None:
     """Check that a METHOD keeps every promise of its hooks, on small real data."""

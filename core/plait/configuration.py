@@ -313,6 +313,27 @@ def plain_fields(instance: Any) -> dict[str, Any]:
     return dict(fields)
 
 
+def yaml_text(value: Any) -> str:
+    """A plain value as a pipeline file has it, on one line: ``null``, ``true``, ``[1, 2]``."""
+    import yaml
+
+    text: str = yaml.safe_dump(
+        plain(value), default_flow_style=True, width=math.inf, sort_keys=False, allow_unicode=True
+    )
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def example_step(method: Method) -> str:
+    """A step with a method, ready to be pasted into a pipeline: required fields have placeholders in capitals."""
+    name = method.name.rpartition("/")[2].rpartition(":")[2]
+    parts = [f"{method.hook.replace('_', '-')}: {yaml_text(method.name)}"]
+    inputs = [f"{argument}: {argument.upper()}" for argument, required in method.arguments.items() if required]
+    parts += [f"from: {{{', '.join(inputs)}}}"] if inputs else []
+    required = [name for name, field in fields_of(method.cls).items() if field.default is attrs.NOTHING]
+    parts += [f"with: {{{', '.join(f'{name}: {name.upper()}' for name in required)}}}"] if required else []
+    return f"{re.sub('[^A-Za-z0-9_-]', '-', name)}: {{{', '.join(parts)}}}"
+
+
 def describe(field: attrs.Attribute[Any]) -> dict[str, str]:
     """Name, type, default, range and meaning of a field, for people."""
     hook = field.metadata.get(HOOK)
@@ -323,9 +344,9 @@ def describe(field: attrs.Attribute[Any]) -> dict[str, str]:
     if default is attrs.NOTHING:
         shown = "required"
     elif isinstance(default, attrs.Factory):  # type: ignore[arg-type]
-        shown = "computed" if default.takes_self else str(plain(default.factory()))
+        shown = "computed" if default.takes_self else yaml_text(default.factory())
     else:
-        shown = str(plain(default))
+        shown = yaml_text(default)
     return {
         "name": field.alias,
         "type": kind,

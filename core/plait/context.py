@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
@@ -24,6 +26,21 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+_shown_at = 0.0
+
+
+def _show_progress(description: str, done: int, total: int | None) -> None:
+    """One line that is written over and over, on a terminal and in a notebook."""
+    global _shown_at
+    is_end, now = done == total, time.monotonic()
+    if not (sys.stderr.isatty() or "ipykernel" in sys.modules) or (not is_end and now - _shown_at < 0.2):
+        return
+    _shown_at = now
+    text = f"{description} {done}{'' if total is None else f'/{total}'}"
+    sys.stderr.write(f"\r{text:<60}" + ("\n" if is_end else ""))
+    sys.stderr.flush()
+
+
 def _ignore(*_: Any) -> None:
     return None
 
@@ -35,7 +52,7 @@ def _show_warning(message: str) -> None:
 
 @attrs.define(kw_only=True)
 class Run:
-    """The surroundings of one step. ``Run()`` makes a stand-alone one, for plain Python.
+    """The surroundings of one step. ``Run()`` makes a stand-alone one, for plain Python: it shows progress and warnings.
 
     Attributes:
         seed: the seed of the pipeline or of the matrix cell; use :meth:`generator` to draw.
@@ -49,7 +66,7 @@ class Run:
     requested_device: str | None = None
     reports: list[Report] = attrs.field(factory=list)
     _folder: Path | None = attrs.field(default=None, alias="folder")
-    _on_progress: Callable[[str, int, int | None], None] = attrs.field(default=_ignore, alias="on_progress")
+    _on_progress: Callable[[str, int, int | None], None] = attrs.field(default=_show_progress, alias="on_progress")
     _on_log: Callable[[dict[str, float], int | None], None] = attrs.field(default=_ignore, alias="on_log")
     _on_warning: Callable[[str], None] = attrs.field(default=_show_warning, alias="on_warning")
 

@@ -20,6 +20,7 @@ KeyPath = tuple[str | int, ...]
 MAX_NODES = 100_000
 MAX_DEPTH = 50
 MERGE = "<<"
+TEXT = "<text>"  # the name of a document that is no file
 
 
 class _Loader(yaml.SafeLoader):
@@ -79,7 +80,7 @@ def read(path: Path) -> Document:
     return parse(text, str(path))
 
 
-def parse(text: str, name: str = "<text>") -> Document:
+def parse(text: str, name: str = TEXT) -> Document:
     """As :func:`read`, for text that is at hand."""
     try:
         # The constructor checks the characters of the text.

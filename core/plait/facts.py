@@ -50,6 +50,7 @@ def facts_of(step: Step, folder: Path) -> dict[str, Any]:
         "libraries": {name: versions.get(name, "not installed") for name in sorted(needed)},
         "files": _files(instances, folder),
         "seed": step.seed,
+        **({} if step.limit is None else {"limit": step.limit}),
     }
 
 

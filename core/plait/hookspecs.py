@@ -21,6 +21,7 @@ Images are ``image`` columns (8-bit RGB); methods work on float tensors ``[N, 3,
 A method may also have
 
 * ``splits``: the names of the parts of its result, so that a pipeline that takes another is refused;
+* ``columns_needed`` and ``columns_made``: the names of the columns that it reads and adds, for ``plait show``;
 * ``input_files()``: files beyond those that its fields name, such as the images of a list, so that the step
   runs again when one of them changes;
 * ``renamed_fields``: old name → new name of a field, so that a pipeline with the old one is told the new one;
@@ -164,6 +165,10 @@ class RunEvents:
     @hookspec
     def step_warned(self, run_id: str, step: str, message: str) -> None:
         """``run.warn`` was called in a step."""
+
+    @hookspec
+    def step_said(self, run_id: str, step: str, text: str) -> None:
+        """What libraries wrote to the standard error while a step ran: their own bars and warnings."""
 
     @hookspec
     def step_cached(self, run_id: str, step: str, key: str) -> None:

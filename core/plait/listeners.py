@@ -1,4 +1,4 @@
-"""The core's own listeners to run events: the display and the JSON-lines log."""
+"""The JSON-lines log of a run, and how durations are written."""
 
 from __future__ import annotations
 
@@ -50,6 +50,10 @@ class JSONLog:
         self._write("step_warned", step=step, message=message)
 
     @hookimpl
+    def step_said(self, step: str, text: str) -> None:
+        self._write("step_said", step=step, text=text)
+
+    @hookimpl
     def step_cached(self, step: str, key: str) -> None:
         self._write("step_cached", step=step, key=key)
 
@@ -69,106 +73,6 @@ class JSONLog:
 
 def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class Lines:
-    """One line a step: for logs, pipes and everything that is not a terminal."""
-
-    def __init__(self, console: Any) -> None:
-        self._console = console
-        self._total = 0
-        self._done = 0
-
-    def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _step(self, mark: str, step: str, rest: str) -> None:
-        self._done += 1
-        width = len(str(self._total))
-        self._say(f"[{self._done:>{width}}/{self._total}] {mark} {step}{rest}")
-
-    @hookimpl
-    def run_started(self, run_id: str, steps: list[str]) -> None:
-        self._total = len(steps)
-        self._say(f"run {run_id}: {len(steps)} steps")
-
-    @hookimpl
-    def step_warned(self, step: str, message: str) -> None:
-        self._say(f"warning: {step}: {message}")
-
-    @hookimpl
-    def step_cached(self, step: str) -> None:
-        self._step("=", step, "  in the store already")
-
-    @hookimpl
-    def step_finished(self, step: str, seconds: float) -> None:
-        self._step("+", step, f"  {duration(seconds)}")
-
-    @hookimpl
-    def step_failed(self, step: str, message: str) -> None:
-        self._step("!", step, f"  {message}")
-
-
-class Display(Lines):
-    """Lines for finished steps above live bars, with the time left, for what runs now."""
-
-    def __init__(self, console: Any) -> None:
-        super().__init__(console)
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            console=console, transient=True,
-        )  # fmt: skip
-        self._bars: dict[str, Any] = {}
-
-    @hookimpl
-    def run_started(self, run_id: str, steps: list[str]) -> None:
-        super().run_started(run_id, steps)
-        self._progress.start()
-
-    @hookimpl
-    def step_started(self, step: str, method: str) -> None:
-        self._bars[step] = self._progress.add_task(f"{step}  {method.rpartition('/')[2]}", total=None)
-
-    @hookimpl
-    def step_progress(self, step: str, description: str, done: int, total: int | None) -> None:
-        if step in self._bars:
-            self._progress.update(self._bars[step], description=f"{step}  {description}", completed=done, total=total)
-
-    def _end(self, step: str) -> None:
-        if step in self._bars:
-            self._progress.remove_task(self._bars.pop(step))
-
-    @hookimpl
-    def step_cached(self, step: str) -> None:
-        self._end(step)
-        super().step_cached(step)
-
-    @hookimpl
-    def step_finished(self, step: str, seconds: float) -> None:
-        self._end(step)
-        super().step_finished(step, seconds)
-
-    @hookimpl
-    def step_failed(self, step: str, message: str) -> None:
-        self._end(step)
-        super().step_failed(step, message)
-
-    @hookimpl
-    def run_finished(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the terminal back."""
-        self._progress.stop()
 
 
 def duration(seconds: float) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 
 from plait.configuration import configure
-from plait.document import MERGE, Document, KeyPath, parse, read
+from plait.document import MERGE, TEXT, Document, KeyPath, parse, read
 from plait.each import KEY as EACH
 from plait.each import EachError, Family, expanded, member_of
 from plait.errors import ConfigurationError, PipelineError, PlaitError, nearest
@@ -26,6 +26,7 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 TOP_KEYS = ("plait", "name", "description", "seed", "matrix", "steps")
 STEP_KEYS = ("each", "from", "with", "seed", "resources", "keep")
 MAX_CELLS = 10_000
+MAPPING = "<mapping>"
 
 
 @attrs.frozen
@@ -44,6 +45,7 @@ class Step:
     """One checked step of one matrix cell; ``instance`` is its method, made from the fields ``config``.
 
     A member of a step with ``each`` is named ``NAME.LABEL``, its ``family`` is NAME, and ``each`` holds the labels.
+    Of a source with a ``limit`` only the first rows are kept.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Step:
     seed: int
     resources: Resources
     keep: bool
+    limit: int | None = None
 
     def references(self) -> Iterator[Reference]:
         """All steps that this one takes something from."""
@@ -117,6 +120,22 @@ def parse_pipeline(text: str, overrides: Sequence[str] = (), folder: Path | None
     return check(parse(text), overrides, folder or Path.cwd())
 
 
+def pipeline_of(data: Mapping[str, Any], overrides: Sequence[str] = (), folder: Path | None = None) -> Pipeline:
+    """As :func:`load_pipeline`, for what a file would say as a mapping."""
+    try:
+        # As from a file: lists are lists, keys are texts, and there is nothing but plain values.
+        plain = json.loads(json.dumps(data, default=_path_text))
+    except (TypeError, ValueError) as error:
+        raise PipelineError([f"the pipeline holds what a file could not say: {error}; write plain values"]) from error
+    return check(Document(plain, {}, MAPPING), overrides, folder or Path.cwd())
+
+
+def _path_text(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{value!r} is a {type(value).__name__}")
+
+
 def check(document: Document, overrides: Sequence[str], folder: Path) -> Pipeline:
     """Check a document; see :func:`load_pipeline`."""
     problems = _Problems(document)
@@ -146,7 +165,7 @@ def check(document: Document, overrides: Sequence[str], folder: Path) -> Pipelin
         _check_axes_used(matrix, axes, problems)
     if problems.found:
         raise PipelineError(problems.found)
-    source = "" if document.name == "<text>" else document.name
+    source = "" if document.name in (TEXT, MAPPING) else document.name
     return Pipeline(str(data.get("name") or Path(source).stem or "pipeline"), cells, axes, data, folder, source)
 
 

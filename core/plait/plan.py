@@ -56,12 +56,25 @@ class Task:
         return list(dict.fromkeys(item.key for value in self.inputs.values() for item in flatten(value)))
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class Plan:
     """All tasks of a pipeline, each after those that it needs."""
 
     pipeline: Pipeline
     tasks: Sequence[Task]
+
+    def __repr__(self) -> str:
+        return f"Plan({self.pipeline.name}: {len(self.tasks)} steps, {len(self.pipeline.cells)} cells)"
+
+    def _repr_html_(self) -> str:
+        from plait.report.html import fragment_of_steps
+
+        head = ("step", "hook", "method", "from")
+        return fragment_of_steps(repr(self), head, [self._row(task) for task in self.tasks])
+
+    def _row(self, task: Task) -> list[str]:
+        inputs = [f"{a}={'+'.join(i.label for i in flatten(value))}" for a, value in task.inputs.items()]
+        return [task.label, task.step.hook.replace("_", "-"), task.step.method.name, ", ".join(inputs)]
 
 
 def flatten(value: Any) -> list[Input]:

@@ -6,11 +6,12 @@ import contextlib
 import functools
 import json
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,8 +20,10 @@ from typing import Any
 from plait.configuration import plain
 from plait.errors import PlaitError
 from plait.pipeline import Pipeline, Step
-from plait.plan import Plan
+from plait.plan import Plan, Task
+from plait.report.document import Repeat
 from plait.store import Store
+from plait.versions import LIBRARIES
 
 
 def make_folder(out: Path, pipeline: Pipeline) -> Path:
@@ -77,6 +80,60 @@ def write_provenance(folder: Path, pipeline: Pipeline, plan: Plan, store: Store)
     with _writing(folder):
         (folder / "provenance.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         (folder / "resolved.json").write_text(json.dumps(plain(resolved), indent=1), encoding="utf-8")
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """What :func:`write_provenance` wrote.
+
+    Raises:
+        PlaitError: ``folder`` is not a run folder.
+    """
+    try:
+        facts: dict[str, Any] = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PlaitError(f"{folder} is not a run folder: it has no provenance.json that can be read") from error
+    return facts
+
+
+def store_of(folder: Path) -> Store:
+    """The store that the run in ``folder`` used."""
+    return Store(Path(read_provenance(folder)["store"]))
+
+
+def command_of(provenance: Mapping[str, Any]) -> str:
+    """The command line of a run, or the program that called ``plait.run``."""
+    program, *arguments = provenance.get("command") or [""]
+    name = Path(program).name
+    if name == "plait" or (name in ("__main__.py", "cli.py") and Path(program).parent.name == "plait"):
+        return shlex.join(["plait", *arguments])
+    return (
+        f"plait.run(…) in {name or 'Python'}" if not arguments else f"plait.run(…) in {shlex.join([name, *arguments])}"
+    )
+
+
+def repeat_of(folder: Path, tasks: Sequence[Task], store: Store) -> Repeat:
+    """How to repeat the run in ``folder``, whose finished steps are ``tasks``."""
+    facts = read_provenance(folder)
+    metas = {task.label: entry.meta for task in tasks if (entry := store.entry(task.key)) is not None}
+    seconds = {label: float(meta["seconds"]) for label, meta in metas.items() if "seconds" in meta}
+    machines = sorted({meta["hardware"] for meta in metas.values() if meta.get("hardware")})
+    versions = facts.get("distributions", {})
+    libraries = [f"{name} {versions[name]}" for name in LIBRARIES if name in versions]
+    seeds = sorted({step["seed"] for step in facts.get("steps", ())})
+    command = command_of(facts)
+    shown = {
+        "command": command,
+        "folder of the pipeline": facts.get("folder"),
+        "seeds": ", ".join(map(str, seeds[:20])) + (" …" if len(seeds) > 20 else ""),
+        "plait": versions.get("plait"),
+        "libraries": ", ".join(libraries),
+        "Python": str(facts.get("python", "")).partition(" ")[0],
+        "system": facts.get("platform"),
+        "hardware": "; ".join(machines),
+        "commit": facts.get("git commit"),
+        "run folder": folder.name,
+    }
+    return Repeat(command, [(name, str(text)) for name, text in shown.items() if text], versions, seconds)
 
 
 @functools.cache

@@ -19,12 +19,15 @@ from plait.calling import hook_caller
 from plait.configuration import configure, plain_fields
 from plait.context import Run
 from plait.errors import PlaitError, located, sentence_of, unwritable
+from plait.hardware import hardware
 from plait.hookspecs import hook_arguments
 from plait.importing import FILE_ATTRIBUTE, local_sources
 from plait.methods import find
 from plait.plan import Input, Task
 from plait.report.model import Curve, Report
 from plait.resources import Resources
+from plait.said import errors_kept
+from plait.selection import first_rows
 from plait.store import ARTIFACT, Store
 from plait.surroundings import same_surroundings
 from plait.versions import library_versions, plait_modules
@@ -50,6 +53,7 @@ class Job:
     store: Path
     device: str | None
     resources: Resources
+    limit: int | None = None
 
 
 @attrs.frozen
@@ -80,6 +84,7 @@ def make_job(task: Task, folder: Path, store: Store, device: str | None) -> Job:
         store.root,
         device,
         step.resources,
+        step.limit,
     )
 
 
@@ -163,7 +168,9 @@ def _run(job: Job, store: Store, emit: Emit) -> None:
         on_log=journal.log,
         on_warning=journal.warn,
     )
-    with same_surroundings(run.derived_seed("global")), _no_caches_of_libraries():
+    started = time.monotonic()
+    said = errors_kept(lambda text: emit("step_said", step=job.label, text=text))
+    with said, same_surroundings(run.derived_seed("global")), _no_caches_of_libraries():
         result = hook_caller(job.hook, instance)(run=run, **arguments)
     if result is None:
         raise PlaitError(f"method {job.method!r} returned nothing; a hook has to return its result")
@@ -171,6 +178,9 @@ def _run(job: Job, store: Store, emit: Emit) -> None:
         raise PlaitError(
             f"method {job.method!r} returned a {type(result).__name__}; evaluate has to return a plait.Report"
         )
+    made = {"seconds": round(time.monotonic() - started, 3), "hardware": hardware()}
+    if job.limit is not None:
+        result = first_rows(result, job.limit, run.warn)
     extras = [*run.reports, *journal.report()]
 
     def write(folder: Path) -> None:
@@ -179,7 +189,7 @@ def _run(job: Job, store: Store, emit: Emit) -> None:
             codecs.save(extras, folder / EXTRAS)
 
     facts = {"label": job.label, "method": job.method, "facts": job.facts, "libraries": library_versions()}
-    store.put(job.key, write, {**facts, "warnings": journal.warnings})
+    store.put(job.key, write, {**facts, **made, "warnings": journal.warnings})
 
 
 def load_input(value: Any, store: Store) -> Any:

@@ -34,7 +34,7 @@ class ReportCodec:
             panels.append({"title": panel.title, "images": rows})
         data = {
             "rows": list(value.rows), "title": value.title, "better": dict(value.better), "formats": dict(value.formats),
-            "spread": dict(value.spread), "curves": [attrs.asdict(curve) for curve in value.curves], "panels": panels, "notes": list(value.notes),
+            "spread": value.spread, "curves": [attrs.asdict(curve) for curve in value.curves], "panels": panels, "notes": list(value.notes),
         }  # fmt: skip
         (folder / "report.json").write_text(json.dumps(data))
 

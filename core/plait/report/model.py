@@ -42,6 +42,23 @@ def _numbers(values: Iterable[float]) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
+def _one_kind(spread: Spread | Mapping[str, Spread]) -> Spread:
+    """What stands behind ±, once for the table.
+
+    Raises:
+        ValueError: it is unknown, or columns ask for several kinds.
+    """
+    named = dict(spread) if isinstance(spread, Mapping) else {"": spread}
+    for column, kind in named.items():
+        if kind not in get_args(Spread):
+            allowed = ", ".join(map(repr, get_args(Spread)))
+            raise ValueError(f"spread{column and f' of column {column!r}'} is {kind!r}; allowed is one of {allowed}")
+    if len(set(named.values())) > 1:
+        kinds = " and ".join(f"{kind!r} for {column}" for column, kind in named.items())
+        raise ValueError(f"spread is {kinds}; a table has one kind of ±: give one, e.g. spread='std'")
+    return next(iter(named.values()), "std")
+
+
 def _grid(rows: Iterable[Iterable[Image]]) -> tuple[tuple[Image, ...], ...]:
     return tuple(tuple(row) for row in rows)
 
@@ -82,7 +99,7 @@ class Curve:
             raise ValueError(f"curve {self.name!r} has {len(self.x)} x values and {len(self.y)} y values; give as many")
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, repr=False)
 class Report:
     """What an evaluation found.
 
@@ -91,11 +108,13 @@ class Report:
             columns of numbers are metrics, averaged over seeds (mean ± std) by the run's report.
             A single result is one row: ``Report(rows=[{"accuracy": 0.93}])``.
         title: of the table; the step's name stands in where it is empty.
-        better: metric column → ``"higher"`` or ``"lower"``; the best value of a column is marked.
+        better: metric column → ``"higher"`` or ``"lower"``; the value that leads every other by more than the
+            spread is marked as the best, leading ones within it as ties.
         formats: metric column → format specification, e.g. ``{"PSNR": ".2f"}``; default ``.4g``.
-        spread: metric column → what stands behind ± where there are several seeds: ``"std"`` (default),
+        spread: what stands behind every ± of the table where there are several seeds: ``"std"`` (default),
             ``"standard error"`` of the mean (std / √seeds) or ``"95 %"``, the half width of Student's
-            interval of the mean (needs scipy). The column's title says so.
+            interval of the mean, from three seeds on (needs scipy). A mapping column → kind may say it too,
+            with one kind for all.
         curves, panels: pictures; notes: sentences for the reader (what was excluded, warnings).
     """
 
@@ -103,7 +122,7 @@ class Report:
     title: str = ""
     better: Mapping[str, Literal["higher", "lower"]] = attrs.field(factory=dict)
     formats: Mapping[str, str] = attrs.field(factory=dict)
-    spread: Mapping[str, Spread] = attrs.field(factory=dict)
+    spread: Spread = attrs.field(default="std", converter=_one_kind)
     curves: Sequence[Curve] = attrs.field(default=(), converter=tuple[Curve, ...])
     panels: Sequence[Panel] = attrs.field(default=(), converter=tuple[Panel, ...])
     notes: Sequence[str] = attrs.field(default=(), converter=tuple[str, ...])
@@ -131,13 +150,6 @@ class Report:
                     f"format of column {column!r} is {specification!r}; allowed is a format of numbers such as '.2f'"
                 ) from error
 
-    @spread.validator
-    def _is_known(self, attribute: attrs.Attribute[Any], value: Mapping[str, str]) -> None:
-        for column, kind in value.items():
-            if kind not in get_args(Spread):
-                allowed = ", ".join(map(repr, get_args(Spread)))
-                raise ValueError(f"spread of column {column!r} is {kind!r}; allowed is one of {allowed}")
-
     def value(self, column: str, **index: Cell) -> float:
         """The number in ``column`` of the one row whose other columns equal ``index``."""
         found = [row for row in self.rows if all(row.get(name) == value for name, value in index.items())]
@@ -145,6 +157,16 @@ class Report:
             raise ValueError(f"{len(found)} rows of the report match {index}, and one with column {column!r} is needed")
         number = found[0][column]
         return math.nan if number is None else float(number)
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self.rows)} rows", f"{len(self.curves)} curves", f"{len(self.panels)} panels"]
+        title = f"{self.title!r}: " if self.title else ""
+        return f"Report({title}{', '.join(part for part in parts if not part.startswith('0 ')) or 'empty'})"
+
+    def _repr_html_(self) -> str:
+        from plait.report.html import fragment_of_report
+
+        return fragment_of_report(self)
 
 
 def png(pixels: Any) -> bytes:

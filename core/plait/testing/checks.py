@@ -23,6 +23,7 @@ from plait.optional import require
 from plait.report.model import Report
 from plait.testing.compare import differences
 from plait.testing.examples import Example, example_for
+from plait.testing.remedies import AFTER_RELOAD, BETWEEN_RUNS, IN_PLACE, ON_RESUME, remedy
 from plait.versions import plait_modules
 
 
@@ -152,9 +153,12 @@ def check_documented(subject: Subject) -> None:
 def check_repeatable(subject: Subject) -> None:
     """The same seed gives the same result, bit for bit; another seed another one where the method is random."""
     if different := subject.differences(subject.result(), subject.call(subject.run())):
-        raise ConformanceError(f"two runs with one seed differ: {different[0]}")
+        raise ConformanceError(f"two runs with one seed differ: {different[0]}{remedy(different[0], BETWEEN_RUNS)}")
     if subject.example.random and not subject.differences(subject.result(), subject.call(subject.run(seed=1))):
-        raise ConformanceError("another seed gives the same result, though the example says that the method is random")
+        raise ConformanceError(
+            "another seed gives the same result, though the example says that the method is random: draw from run.generator(),"
+            " or say random=False in the example"
+        )
 
 
 def check_inputs_untouched(subject: Subject) -> None:
@@ -187,7 +191,7 @@ def check_inputs_untouched(subject: Subject) -> None:
         if not _same_state(old, new):
             raise ConformanceError(f"{name} is changed; use run.generator() and give settings back")
     if different := list(differences(before, dict(subject.example.arguments))):
-        raise ConformanceError(f"an input is modified in place: {different[0]}")
+        raise ConformanceError(f"an input is modified in place: {different[0]}{remedy(different[0], IN_PLACE)}")
 
 
 def _same_state(old: Any, new: Any) -> bool:
@@ -206,15 +210,19 @@ def check_result(subject: Subject) -> None:
             f"{hook} returns a {type(result).__name__}; it has to return a model with save_pretrained"
         )
     if result is None:
-        raise ConformanceError("the hook returns nothing")
+        raise ConformanceError("the hook returns nothing: return its result")
     if subject.example.keeps_rows:
         data = subject.example.arguments["data"]
         if len(result) != len(data):
-            raise ConformanceError(f"the result has {len(result)} rows, the data {len(data)}")
+            raise ConformanceError(
+                f"the result has {len(result)} rows, the data {len(data)}: return one row for each, in their order"
+            )
         names = [name for name in ("name", "label", "id") if name in data.column_names]
         for name in names:
             if name not in result.column_names or list(result[name]) != list(data[name]):
-                raise ConformanceError(f"column {name!r} is lost or in another order")
+                raise ConformanceError(
+                    f"column {name!r} is lost or in another order: derive the result from data, e.g. with data.map"
+                )
 
 
 def check_budget(subject: Subject) -> None:
@@ -232,7 +240,9 @@ def check_budget(subject: Subject) -> None:
             / 255
         )
         if moved > budget + 1e-9:
-            raise ConformanceError(f"row {row} moves by {moved:.5f}; the budget is {budget:.5f}")
+            raise ConformanceError(
+                f"row {row} moves by {moved:.5f}; the budget is {budget:.5f}: project after rounding to 8 bits"
+            )
 
 
 def check_batch_sizes(subject: Subject) -> None:
@@ -249,7 +259,9 @@ def check_batch_sizes(subject: Subject) -> None:
             continue  # methods with contrastive losses refuse batches of one, before they start
         result = subject.call(subject.run(), instance)
         if _length(result) != expected:
-            raise ConformanceError(f"batch_size {size} gives {_length(result)} rows; another gives {expected}")
+            raise ConformanceError(
+                f"batch_size {size} gives {_length(result)} rows; another gives {expected}: keep the last batch, however short"
+            )
 
 
 def _length(result: Any) -> int | None:
@@ -275,10 +287,15 @@ def check_saves(subject: Subject) -> None:
             raise ConformanceError(str(error)) from error
         again = codecs.load(Path(folder) / "a")
         if different := subject.differences(subject.result(), again):
-            raise ConformanceError(f"the result changes when it is saved and loaded: {different[0]}")
+            raise ConformanceError(
+                f"the result changes when it is saved and loaded: {different[0]}{remedy(different[0], AFTER_RELOAD)}"
+            )
         outputs = subject.example.outputs
         if outputs is not None and (different := subject.differences(outputs(subject.result()), outputs(again))):
-            raise ConformanceError(f"the model computes something else when it is saved and loaded: {different[0]}")
+            raise ConformanceError(
+                f"the model computes something else when it is saved and loaded: {different[0]}: let its configuration say all"
+                " that its outputs depend on"
+            )
 
 
 def check_progress(subject: Subject) -> None:
@@ -309,7 +326,8 @@ def check_resume(subject: Subject) -> None:
             raise ConformanceError("a kill is swallowed: do not catch BaseException without raising it again")
         if different := subject.differences(expected, subject.call(subject.run(folder=folder))):
             raise ConformanceError(
-                f"killed after {kill_after} of {run.ticks} reports and run again, the result differs: {different[0]}"
+                f"killed after {kill_after} of {run.ticks} reports and run again, the result differs:"
+                f" {different[0]}{remedy(different[0], ON_RESUME)}"
             )
 
 

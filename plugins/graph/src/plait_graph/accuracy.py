@@ -29,7 +29,6 @@ BETTER: dict[str, Literal["higher", "lower"]] = {
 FORMATS = dict.fromkeys(
     ("accuracy", "± 95 % of one seed", "macro-F1", "gain", "ms/update", "time", "GNN passes"), ".2f"
 )
-SPREAD: dict[str, Literal["standard error", "95 %"]] = {"accuracy": "95 %", "gain": "standard error"}
 
 
 def node_scores(model: nn.Module, data: Data, mask: torch.Tensor, device: torch.device) -> dict[str, float]:
@@ -76,8 +75,8 @@ def compare(model: Any, reference: Any, score: Callable[[nn.Module], dict[str, f
 
     ``GNN passes`` are those of an update with message passing. Several models with times give a picture.
 
-    With models and reference of one seed the gain is paired; over several seeds the report shows its mean with the
-    standard error, and the accuracy with its 95 % interval.
+    With models and reference of one seed the gain is paired; over several seeds the report shows means with their
+    standard errors.
 
     Args:
         model: one, or name → model.
@@ -111,7 +110,7 @@ def compare(model: Any, reference: Any, score: Callable[[nn.Module], dict[str, f
     panels = []
     if several and all("time" in row for row in rows):
         panels.append(Panel(title="Accuracy and time", images=[[Image(caption=_CAPTION, data=png(_figure(rows)))]]))
-    return Report(rows=rows, better=BETTER, formats=FORMATS, spread=SPREAD, panels=panels)
+    return Report(rows=rows, better=BETTER, formats=FORMATS, spread="standard error", panels=panels)
 
 
 _CAPTION = "Accuracy with its 95 % interval over the time of an update, the reference's being 100 %"

@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import plait
+import pytest
+from click.testing import CliRunner
+from plait import PlaitError
+from plait.cli import main
+from plait.recording import again, read_record
+
+PIPELINE = """\
+plait: 1
+name: demo
+matrix: {seed: [0, 1, 2]}
+steps:
+  numbers: {load-data: "./toy.py:Numbers", with: {size: 5}}
+  score: {evaluate: "./toy.py:Mean", from: {data: {all: numbers.train}}}
+"""
+
+
+def cli(*arguments, code=0):
+    done = CliRunner().invoke(main, list(arguments))
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+@pytest.fixture
+def recorded(workplace, monkeypatch):
+    (workplace / "demo.yaml").write_text(PIPELINE)
+    monkeypatch.setattr("sys.argv", ["plait", "run", "demo.yaml"])
+    cli("run", "demo.yaml")
+    assert cli("record", "last", "demo.csv") == "demo.csv: 1 figures\n"
+    return workplace
+
+
+def test_a_record_says_where_its_figures_come_from(recorded):
+    record = read_record(Path("demo.csv"))
+    assert set(record.facts) == {"command", "date", "versions", "hardware", "seeds"}
+    assert record.command == ["demo.yaml"]
+    assert record.facts["seeds"] == "0, 1, 2"
+    (figure,) = record.figures
+    number = plait.run("demo.yaml").tables["score"].value("mean")
+    assert (figure.text, figure.mean, figure.values) == (number.text, number.mean, number.values)
+
+
+def test_figures_are_given_again(recorded):
+    assert "1 of 1 figures lie within" in cli("reproduce", "demo.csv")
+    quick = cli("reproduce", ".", "--quick")
+    assert "plait run demo.yaml matrix.seed=[0]" in quick
+    assert "1 of 1 figures lie within" in quick
+    Path("toy.py").write_text(Path("toy.py").read_text().replace("(self.scale * draw", "(3 + self.scale * draw"))
+    assert "on record" in cli("reproduce", "demo.csv", code=1)
+    cli("reproduce", "demo.csv", "--write")
+    assert read_record(Path("demo.csv")).command == ["demo.yaml"]
+    assert "1 of 1 figures lie within" in cli("reproduce", "demo.csv")
+    assert "leave out --quick" in cli("reproduce", "demo.csv", "--write", "--quick", code=2)
+
+
+def test_a_figure_that_is_gone_is_told(recorded):
+    (one,) = again(read_record(Path("demo.csv")), [])
+    assert (one.value, one.within) == (None, False)
+    Path("other.csv").write_text("a,b\n")
+    with pytest.raises(PlaitError, match="no record of figures; plait record RUN"):
+        read_record(Path("other.csv"))

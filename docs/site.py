@@ -1,0 +1,106 @@
+"""What the site adds to the pages in this folder: a page for every package, the gallery of pipelines, colours of code.
+
+MkDocs calls the functions (``hooks`` in ``mkdocs.yml``). The texts stay where they are read first: in the packages'
+READMEs and in the pipelines themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+from pygments.formatters import HtmlFormatter
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/README.md"))
+LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+TITLE = re.compile(r'^```(\w+) title="([^"]+)"$', re.MULTILINE)
+LAYOUT = """
+.codehilite pre,.codehilite code{white-space:pre-wrap!important;overflow-wrap:anywhere;overflow:visible!important;margin:0;padding:0;border:0;background:none}
+.wy-table-responsive table td,.wy-table-responsive table th{white-space:normal}
+.wy-nav-content{max-width:1000px}
+.codehilite{background:#f6f8fa;padding:10px 14px;margin:0 0 16px;overflow-x:auto}
+"""
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages and the style that are made here."""
+    made = {
+        **{f"packages/{folder.name}.md": _package(folder) for folder in PLUGINS},
+        "packages/index.md": _packages(),
+        "gallery.md": _gallery(),
+        "code.css": HtmlFormatter(style="default").get_style_defs(".codehilite") + LAYOUT,
+    }
+    for place, content in made.items():
+        files.append(File.generated(config, place, content=content))
+    for folder in PLUGINS:
+        for picture in folder.glob("*.png"):
+            files.append(File.generated(config, f"packages/{picture.name}", abs_src_path=str(picture)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Names of files above blocks of code, which Markdown itself does not know."""
+    return TITLE.sub(lambda match: f"*{match[2]}*\n\n```{match[1]}", markdown)
+
+
+def _package(folder: Path) -> str:
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    return LINK.sub(lambda match: _relinked(match, folder), text)
+
+
+def _relinked(match: re.Match[str], folder: Path) -> str:
+    """A link of a README as the site has it; what the site does not hold is text."""
+    image, text, target, anchor = match.groups()
+    anchor = anchor or ""
+    if "://" in target or target.startswith("mailto:"):
+        return match[0]
+    place = Path(os.path.normpath(folder / target))
+    if image:
+        return f"![{text}]({place.name})" if place.parent == folder else text
+    if place in (ROOT, ROOT / "README.md"):
+        return f"[{text}](../index.md)"
+    package = place.parent if place.name == "README.md" else place
+    if package in PLUGINS:
+        return f"[{text}]({package.name}.md{anchor})"
+    if place.parent == DOCS and place.suffix == ".md":
+        return f"[{text}](../{place.name}{anchor})"
+    if place.parent == ROOT / "pipelines":
+        return f"[{text}](../gallery.md#{place.stem})"
+    return text
+
+
+def _packages() -> str:
+    lines = ["# Packages", "", "Each installs alone, and its page has its fields, measured results and limits.", ""]
+    for folder in PLUGINS:
+        _, _, rest = (folder / "README.md").read_text(encoding="utf-8").partition("\n")
+        first = " ".join(rest.strip().partition("\n\n")[0].split())
+        first = LINK.sub(lambda match, folder=folder: _relinked(match, folder), first)
+        lines.append(f"- [**{folder.name}**]({folder.name}.md): {first}")
+    return "\n".join([*lines, ""])
+
+
+def _gallery() -> str:
+    """Every ready-made pipeline: what it shows, its steps as a picture, its text."""
+    lines = [
+        "# Ready-made pipelines",
+        "",
+        "All of them are in `pipelines/`; `plait run pipelines/NAME.yaml` runs one.",
+        "",
+    ]
+    for path in sorted(ROOT.glob("pipelines/*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        comment, body = _split(text)
+        lines += [f"## {path.stem}", "", comment, "", "```yaml", body.strip(), "```", ""]
+    return "\n".join(lines)
+
+
+def _split(text: str) -> tuple[str, str]:
+    """The comment that a pipeline begins with, and the rest."""
+    lines = text.splitlines()
+    end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return " ".join(line.lstrip("# ") for line in lines[:end]), "\n".join(lines[end:])
