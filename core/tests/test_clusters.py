@@ -24,6 +24,7 @@ from plait.store import Store
 pytest.importorskip("ray", reason="Ray is not installed; pip install ray")
 pytest.importorskip("submitit", reason="submitit is not installed; pip install submitit")
 
+MARK = "PLAIT_TEST"  # in the environment of a test's processes
 PIPELINE = """
 plait: 1
 matrix: {seed: [0, 1]}
@@ -70,14 +71,17 @@ def results(store):
 
 
 def processes(belongs):
-    """Processes whose command line is of a kind."""
+    """Processes of this test's runs whose command line is of a kind; other tests may run beside it."""
+    mark = f"{MARK}={Path.cwd()}".encode()
     found = []
     for folder in Path("/proc").iterdir():
         try:
-            command = (folder / "cmdline").read_bytes() if folder.name.isdigit() else b""
+            if not folder.name.isdigit() or mark not in (folder / "environ").read_bytes().split(b"\0"):
+                continue
+            command = (folder / "cmdline").read_bytes()
         except OSError:  # it has ended
             continue
-        if command and belongs(command):
+        if belongs(command):
             found.append(int(folder.name))
     return found
 
@@ -90,7 +94,8 @@ def workers():
 
 def start(*arguments):
     command = [sys.executable, "-m", "plait", "run", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, MARK: str(Path.cwd())}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 @pytest.mark.slow
