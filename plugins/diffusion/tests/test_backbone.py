@@ -124,6 +124,11 @@ class TestFolders:
         with pytest.raises(ValueError, match="which diffusers does not have"):
             load_backbone(str(tmp_path))
 
+    def test_the_hub_without_a_network(self, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(ValueError, match="plait/no-such-model cannot be fetched from the hub"):
+            load_backbone("plait/no-such-model")
+
     def test_a_damaged_file(self, source, tmp_path):
         shutil.copytree(source, tmp_path / "cut")
         file = tmp_path / "cut/unet/diffusion_pytorch_model.safetensors"

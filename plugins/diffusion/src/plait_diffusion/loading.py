@@ -168,7 +168,8 @@ def _downloaded(source: str, revision: str | None, variant: str | None) -> Path:
         raise ValueError(f"source is {source!r}, which is neither a folder nor owner/name on the hub")
     try:
         with quiet_diffusers():
-            return Path(diffusers.DiffusionPipeline.download(source, revision=revision, variant=variant))
+            download = diffusers.DiffusionPipeline.download  # all but a part of 1.2 GB that is not used
+            return Path(download(source, revision=revision, variant=variant, safety_checker=None))
     except Exception as pipeline_error:  # of many kinds: no network, no such model, no pipeline
         try:
             folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
