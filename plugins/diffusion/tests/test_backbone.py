@@ -190,6 +190,13 @@ class TestStoring:
         assert [file.parent.name for file in weights(folder)] == ["vae"]
         assert codecs.load(folder).fingerprint() == backbone.fingerprint()
 
+    def test_a_changed_configuration_is_kept(self, source, tmp_path):
+        backbone = load_backbone(str(source))
+        backbone.encoder.register_to_config(scaling_factor=0.5)
+        folder = stored(backbone, tmp_path / "a")
+        assert codecs.load(folder).encoder.config.scaling_factor == 0.5
+        assert [file.parent.name for file in weights(folder)] == ["vae"]
+
     def test_files_that_changed_or_went_away_are_told(self, source, tmp_path):
         copied = tmp_path / "copy"
         shutil.copytree(source, copied)

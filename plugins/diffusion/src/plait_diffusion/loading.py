@@ -77,8 +77,8 @@ def _pipeline(folder: Path, dtype: torch.dtype | None, variant: str | None, fact
         if not hasattr(part_class, "forward"):
             components[part] = part_class.from_pretrained(folder / part)
             continue
-        sources[part] = storing.find_weights(folder / part, variant)
-        components[part] = storing.load_module(part_class, sources[part], dtype)
+        files = storing.find_weights(folder / part, variant)
+        components[part], sources[part] = storing.load_module(part_class, files, dtype)
     options = {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)}
     if "requires_safety_checker" in options:
         options["requires_safety_checker"] = False
@@ -98,8 +98,8 @@ def _bare(
     if kind not in families.KNOWN:
         raise ValueError(f"{place} holds a {kind}; known denoisers are {', '.join(families.KNOWN)}")
     part = "unet" if kind in families.UNETS else "transformer"
-    source_files = storing.find_weights(place, variant)
-    denoiser = storing.load_module(getattr(diffusers, kind), source_files, dtype or stored_dtype(source_files))
+    files = storing.find_weights(place, variant)
+    denoiser, source_files = storing.load_module(getattr(diffusers, kind), files, dtype or stored_dtype(files))
     found = _scheduler(folder, scheduler, kind)
     return Backbone({part: denoiser, "scheduler": found}, weight_files={part: source_files}, **facts)
 

@@ -32,7 +32,7 @@ from plait.errors import StoreError
 from safetensors import safe_open
 from torch import nn
 
-from plait_diffusion.backbone import Backbone, quiet_diffusers
+from plait_diffusion.backbone import Backbone, config_of, quiet_diffusers
 
 ABOUT = "plait.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -46,6 +46,7 @@ class WeightFiles:
 
     Attributes:
         variant: of the files' names (``fp16``).
+        config: the component's configuration as it was read.
         stored: they belong to an earlier result, which nobody changes.
     """
 
@@ -53,6 +54,7 @@ class WeightFiles:
     files: tuple[str, ...]
     variant: str | None = None
     stored: bool = False
+    config: str = ""
 
 
 def find_weights(folder: Path, variant: str | None = None, *, stored: bool = False) -> WeightFiles:
@@ -136,7 +138,9 @@ def _shared(source: WeightFiles, folder: Path) -> dict[str, Any]:
 
 
 def is_unchanged(component: nn.Module, source: WeightFiles) -> bool:
-    """Whether a component's weights are those of its files, cast to its dtypes; a tensor at a time."""
+    """Whether a component is what was read from its files, with the weights cast to its dtypes; a tensor at a time."""
+    if config_of(component) != source.config:
+        return False
     state = component.state_dict()
     seen: set[str] = set()
     if not source.files or not all((source.folder / name).is_file() for name in source.files):
@@ -179,10 +183,9 @@ def read(folder: Path, *, stored: bool, dtype: torch.dtype | None = None) -> Bac
             source = _checked_files(part, facts["weights"])
         else:
             source = find_weights(folder / part, stored=stored)
-        components[part] = load_module(cls, source, dtype or getattr(torch, facts["dtype"]))
+        components[part], sources[part] = load_module(cls, source, dtype or getattr(torch, facts["dtype"]))
         if dtype is None:
             _restore_dtypes(components[part], facts["other_dtypes"])
-        sources[part] = source
     return Backbone(
         components,
         pipeline=about["pipeline"],
@@ -193,8 +196,8 @@ def read(folder: Path, *, stored: bool, dtype: torch.dtype | None = None) -> Bac
     )
 
 
-def load_module(cls: Any, source: WeightFiles, dtype: torch.dtype) -> Any:
-    """A component of diffusers or transformers from its folder, in eval mode."""
+def load_module(cls: Any, source: WeightFiles, dtype: torch.dtype) -> tuple[Any, WeightFiles]:
+    """A component of diffusers or transformers from its folder, in eval mode, and its files with what its configuration was."""
     # Older diffusers know only the old name, which newer ones still take.
     name = "dtype" if cls.__module__.startswith("transformers") else "torch_dtype"
     variant = {"variant": source.variant} if source.variant else {}
@@ -204,7 +207,7 @@ def load_module(cls: Any, source: WeightFiles, dtype: torch.dtype) -> Any:
         # As they lie in the file; kernels give other last bits where tensors begin at odd places.
         if tensor.data_ptr() % _ALIGNED:
             tensor.data = tensor.data.clone()
-    return component
+    return component, attrs.evolve(source, config=config_of(component))
 
 
 def _name(path: Path) -> str:
