@@ -197,6 +197,12 @@ class TestStoring:
         assert codecs.load(folder).encoder.config.scaling_factor == 0.5
         assert [file.parent.name for file in weights(folder)] == ["vae"]
 
+    def test_what_a_configuration_does_not_say_is_refused(self, source, tmp_path):
+        backbone = load_backbone(str(source))
+        backbone.denoiser.fuse_qkv_projections()
+        with pytest.raises(PlaitError, match="unet cannot be stored"):
+            codecs.save(backbone, tmp_path / "a")
+
     def test_files_that_changed_or_went_away_are_told(self, source, tmp_path):
         copied = tmp_path / "copy"
         shutil.copytree(source, copied)

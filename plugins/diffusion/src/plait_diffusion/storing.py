@@ -111,6 +111,7 @@ def _write(backbone: Backbone, folder: Path, share: bool) -> None:
             facts |= _dtypes(component)
             source = backbone.weight_files.get(part) if share else None
             if source is None or not is_unchanged(component, source):
+                _check_can_be_built(part, component)
                 component.save_pretrained(folder / part)
             else:
                 component.save_config(folder / part) if hasattr(
@@ -123,6 +124,28 @@ def _write(backbone: Backbone, folder: Path, share: bool) -> None:
     if backbone.pipeline_name is not None:
         backbone.pipeline().save_config(folder)
     (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def _check_can_be_built(part: str, component: nn.Module) -> None:
+    """Adapters and fused projections are not in a configuration, and would be lost or leave weights unset.
+
+    Raises:
+        StoreError: the component's class builds another one from its configuration.
+    """
+    cls: Any = type(component)
+    with torch.device("meta"):
+        built = cls.from_config(component.config) if hasattr(cls, "load_config") else cls(component.config)
+    here, there = component.state_dict(), built.state_dict()
+    odd = [
+        name
+        for name in {**here, **there}
+        if name not in here or name not in there or here[name].shape != there[name].shape
+    ]
+    if odd:
+        raise StoreError(
+            f"{part} cannot be stored: its configuration does not say how {odd[0]} comes about; merge or unload adapters and "
+            "unfuse projections first"
+        )
 
 
 def _shared(source: WeightFiles, folder: Path) -> dict[str, Any]:
