@@ -418,7 +418,6 @@ class Extraction:
             noise=eps,
             prompts=texts,
             rows=tuple(rows),
-            scheduler=backbone.scheduler,
         )
 
     def _moments(self, backbone: Backbone, images: Tensor) -> Moments:
