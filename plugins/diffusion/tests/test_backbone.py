@@ -124,6 +124,11 @@ class TestFolders:
         with pytest.raises(ValueError, match="which diffusers does not have"):
             load_backbone(str(tmp_path))
 
+    def test_the_hub_without_a_network(self, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(ValueError, match="plait/no-such-model cannot be fetched from the hub"):
+            load_backbone("plait/no-such-model")
+
     def test_a_damaged_file(self, source, tmp_path):
         shutil.copytree(source, tmp_path / "cut")
         file = tmp_path / "cut/unet/diffusion_pytorch_model.safetensors"
@@ -184,6 +189,19 @@ class TestStoring:
         folder = stored(backbone, tmp_path / "a")
         assert [file.parent.name for file in weights(folder)] == ["vae"]
         assert codecs.load(folder).fingerprint() == backbone.fingerprint()
+
+    def test_a_changed_configuration_is_kept(self, source, tmp_path):
+        backbone = load_backbone(str(source))
+        backbone.encoder.register_to_config(scaling_factor=0.5)
+        folder = stored(backbone, tmp_path / "a")
+        assert codecs.load(folder).encoder.config.scaling_factor == 0.5
+        assert [file.parent.name for file in weights(folder)] == ["vae"]
+
+    def test_what_a_configuration_does_not_say_is_refused(self, source, tmp_path):
+        backbone = load_backbone(str(source))
+        backbone.denoiser.fuse_qkv_projections()
+        with pytest.raises(PlaitError, match="unet cannot be stored"):
+            codecs.save(backbone, tmp_path / "a")
 
     def test_files_that_changed_or_went_away_are_told(self, source, tmp_path):
         copied = tmp_path / "copy"

@@ -110,6 +110,28 @@ def test_residuals_and_projections_add_up(passed):
         assert torch.allclose(found[f"{vit}vit-out"] - raw[paths[1]], projected, atol=1e-5)
 
 
+@pytest.mark.parametrize("passed", ["sd15", "sdxl"], indirect=True)
+def test_a_transformer_block_written_by_hand(passed):
+    backbone, _, found, sample, timestep, condition = passed
+    start, path = "up-level1-repeat0-vit-block0-", "up_blocks.1.attentions.0.transformer_blocks.0"
+    block = backbone.denoiser.get_submodule(path)
+    text = condition["encoder_hidden_states"].expand(2, -1, -1)
+    with torch.no_grad():
+        raw = capture(backbone.denoiser, resolve(backbone.denoiser, [f"{path}@in"]), sample, timestep, condition)
+        tokens = raw[f"{path}@in"].flatten(2).transpose(1, 2)
+        normed = block.norm1(tokens)
+        parts = {f"self-{letter}": getattr(block.attn1, f"to_{letter}")(normed) for letter in "qkv"}
+        tokens = tokens + block.attn1(normed)
+        normed = block.norm2(tokens)
+        parts["cross-q"] = block.attn2.to_q(normed)
+        tokens = tokens + block.attn2(normed, encoder_hidden_states=text)
+        parts["ffn-inner"] = block.ff.net[0](block.norm3(tokens))
+        parts["out"] = tokens + block.ff.net[2](parts["ffn-inner"])
+    for part, expected in parts.items():
+        value = found[f"{start}{part}"].flatten(2).transpose(1, 2)
+        assert torch.allclose(value, expected, rtol=3e-6, atol=1e-6), part
+
+
 @pytest.mark.parametrize("passed", ["sd15", "pixart"], indirect=True)
 def test_map_times_values_is_the_attention(passed):
     backbone, ids, found, sample, timestep, condition = passed

@@ -24,6 +24,7 @@ from plait_gdf.gdf import (
     legacy_set,
     list_activations,
     noise_report,
+    pooled,
     rank_activations,
     stored,
 )
@@ -245,11 +246,15 @@ class TestExtraction:
 
     def test_pooling_of_features(self, tiny, images):
         layers = ("up-level3-repeat0-vit-block0-self-k",)
-        plain, pooled = (
+        plain, halved = (
             gdf(tiny("sd15"), images, extraction=Extraction(layers=layers, feature_resize=by))[layers[0]]
             for by in (1, 2)
         )
-        assert torch.allclose(pooled, torch.nn.functional.avg_pool2d(plain, 2), atol=1e-6)
+        assert torch.allclose(halved, torch.nn.functional.avg_pool2d(plain, 2), atol=1e-6)
+
+    def test_pooling_by_hand(self):
+        tokens = torch.arange(16.0).view(1, 1, 4, 4)
+        assert pooled(tokens, 2)[0, 0].tolist() == [[2.5, 4.5], [10.5, 12.5]]
 
     def test_half_precision_is_close(self, tiny, images):
         for dtype in (torch.float16, torch.bfloat16):

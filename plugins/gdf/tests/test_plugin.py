@@ -137,6 +137,9 @@ def test_the_ranking_finds_the_informative_activation():
     accuracy = {row["activations"]: row["test accuracy, %"] for row in report.rows}
     assert accuracy["chosen"] == accuracy["alone"] > 95
     assert accuracy["legacy"] < 70
+    gains = {row["activations"]: row["gain, points"] for row in report.rows}
+    assert gains["legacy"] == 0
+    assert gains["chosen"] == accuracy["chosen"] - accuracy["legacy"]
     with pytest.raises(ValueError, match="'nothing', which the features do not have"):
         ActivationRanking(against={"x": ("nothing",)}, num_labels=50, num_validation=50).evaluate(
             features, features, Run()

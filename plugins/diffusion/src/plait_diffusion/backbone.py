@@ -21,6 +21,7 @@ DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 OWN_PARTS = ("class_tokens", "controlnet")  # parts that no pipeline of diffusers takes here
 _REMEMBERED_PROMPTS = 256
+_INCIDENTAL = ("transformers_version", "dtype", "torch_dtype", "architectures")
 
 
 class Backbone(nn.Module):
@@ -147,9 +148,7 @@ class Backbone(nn.Module):
     def fingerprint(self) -> str:
         """Digest of weights and configurations."""
         parts = self.components
-        configs = {
-            part: json.dumps(_plain_config(one), sort_keys=True, default=str) for part, one in sorted(parts.items())
-        }
+        configs = {part: config_of(one) for part, one in sorted(parts.items())}
         weights = dict(sorted(self.state_dict().items()))
         return fingerprint("Backbone", weights, configs, self.pipeline_name)
 
@@ -329,13 +328,12 @@ def backbone_in(model: Any) -> Backbone:
     return model
 
 
-def _plain_config(component: Any) -> dict[str, Any]:
-    """A component's configuration without what says where and by which version it was made."""
+def config_of(component: Any) -> str:
+    """A component's configuration as JSON, without what says where and by which version it was made."""
     config = getattr(component, "config", None)
-    if config is None:
-        return {}
-    found = dict(config.to_dict() if hasattr(config, "to_dict") else config)
-    return {name: value for name, value in found.items() if not name.startswith("_") and name != "transformers_version"}
+    found = {} if config is None else dict(config.to_dict() if hasattr(config, "to_dict") else config)
+    wanted = {name: value for name, value in found.items() if not name.startswith("_") and name not in _INCIDENTAL}
+    return json.dumps(wanted, sort_keys=True, default=str)
 
 
 def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -25,7 +25,6 @@ class DenoiserCall:
         noise: [B, c, h, w], what was added.
         prompts: one an image.
         rows: number of every image in its dataset.
-        scheduler: with its timesteps set; None where the model has none.
     """
 
     sample: Tensor
@@ -37,7 +36,6 @@ class DenoiserCall:
     noise: Tensor
     prompts: tuple[str, ...]
     rows: tuple[int, ...]
-    scheduler: Any = None
 
 
 class Extractor(Protocol):

@@ -77,8 +77,8 @@ def _pipeline(folder: Path, dtype: torch.dtype | None, variant: str | None, fact
         if not hasattr(part_class, "forward"):
             components[part] = part_class.from_pretrained(folder / part)
             continue
-        sources[part] = storing.find_weights(folder / part, variant)
-        components[part] = storing.load_module(part_class, sources[part], dtype)
+        files = storing.find_weights(folder / part, variant)
+        components[part], sources[part] = storing.load_module(part_class, files, dtype)
     options = {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)}
     if "requires_safety_checker" in options:
         options["requires_safety_checker"] = False
@@ -98,8 +98,8 @@ def _bare(
     if kind not in families.KNOWN:
         raise ValueError(f"{place} holds a {kind}; known denoisers are {', '.join(families.KNOWN)}")
     part = "unet" if kind in families.UNETS else "transformer"
-    source_files = storing.find_weights(place, variant)
-    denoiser = storing.load_module(getattr(diffusers, kind), source_files, dtype or stored_dtype(source_files))
+    files = storing.find_weights(place, variant)
+    denoiser, source_files = storing.load_module(getattr(diffusers, kind), files, dtype or stored_dtype(files))
     found = _scheduler(folder, scheduler, kind)
     return Backbone({part: denoiser, "scheduler": found}, weight_files={part: source_files}, **facts)
 
@@ -168,7 +168,8 @@ def _downloaded(source: str, revision: str | None, variant: str | None) -> Path:
         raise ValueError(f"source is {source!r}, which is neither a folder nor owner/name on the hub")
     try:
         with quiet_diffusers():
-            return Path(diffusers.DiffusionPipeline.download(source, revision=revision, variant=variant))
+            download = diffusers.DiffusionPipeline.download  # all but a part of 1.2 GB that is not used
+            return Path(download(source, revision=revision, variant=variant, safety_checker=None))
     except Exception as pipeline_error:  # of many kinds: no network, no such model, no pipeline
         try:
             folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors"]))

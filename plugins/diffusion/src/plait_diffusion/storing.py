@@ -32,7 +32,7 @@ from plait.errors import StoreError
 from safetensors import safe_open
 from torch import nn
 
-from plait_diffusion.backbone import Backbone, quiet_diffusers
+from plait_diffusion.backbone import Backbone, config_of, quiet_diffusers
 
 ABOUT = "plait.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -46,6 +46,7 @@ class WeightFiles:
 
     Attributes:
         variant: of the files' names (``fp16``).
+        config: the component's configuration as it was read.
         stored: they belong to an earlier result, which nobody changes.
     """
 
@@ -53,6 +54,7 @@ class WeightFiles:
     files: tuple[str, ...]
     variant: str | None = None
     stored: bool = False
+    config: str = ""
 
 
 def find_weights(folder: Path, variant: str | None = None, *, stored: bool = False) -> WeightFiles:
@@ -109,6 +111,7 @@ def _write(backbone: Backbone, folder: Path, share: bool) -> None:
             facts |= _dtypes(component)
             source = backbone.weight_files.get(part) if share else None
             if source is None or not is_unchanged(component, source):
+                _check_can_be_built(part, component)
                 component.save_pretrained(folder / part)
             else:
                 component.save_config(folder / part) if hasattr(
@@ -121,6 +124,28 @@ def _write(backbone: Backbone, folder: Path, share: bool) -> None:
     if backbone.pipeline_name is not None:
         backbone.pipeline().save_config(folder)
     (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def _check_can_be_built(part: str, component: nn.Module) -> None:
+    """Adapters and fused projections are not in a configuration, and would be lost or leave weights unset.
+
+    Raises:
+        StoreError: the component's class builds another one from its configuration.
+    """
+    cls: Any = type(component)
+    with torch.device("meta"):
+        built = cls.from_config(component.config) if hasattr(cls, "load_config") else cls(component.config)
+    here, there = component.state_dict(), built.state_dict()
+    odd = [
+        name
+        for name in {**here, **there}
+        if name not in here or name not in there or here[name].shape != there[name].shape
+    ]
+    if odd:
+        raise StoreError(
+            f"{part} cannot be stored: its configuration does not say how {odd[0]} comes about; merge or unload adapters and "
+            "unfuse projections first"
+        )
 
 
 def _shared(source: WeightFiles, folder: Path) -> dict[str, Any]:
@@ -136,7 +161,9 @@ def _shared(source: WeightFiles, folder: Path) -> dict[str, Any]:
 
 
 def is_unchanged(component: nn.Module, source: WeightFiles) -> bool:
-    """Whether a component's weights are those of its files, cast to its dtypes; a tensor at a time."""
+    """Whether a component is what was read from its files, with the weights cast to its dtypes; a tensor at a time."""
+    if config_of(component) != source.config:
+        return False
     state = component.state_dict()
     seen: set[str] = set()
     if not source.files or not all((source.folder / name).is_file() for name in source.files):
@@ -179,10 +206,9 @@ def read(folder: Path, *, stored: bool, dtype: torch.dtype | None = None) -> Bac
             source = _checked_files(part, facts["weights"])
         else:
             source = find_weights(folder / part, stored=stored)
-        components[part] = load_module(cls, source, dtype or getattr(torch, facts["dtype"]))
+        components[part], sources[part] = load_module(cls, source, dtype or getattr(torch, facts["dtype"]))
         if dtype is None:
             _restore_dtypes(components[part], facts["other_dtypes"])
-        sources[part] = source
     return Backbone(
         components,
         pipeline=about["pipeline"],
@@ -193,8 +219,8 @@ def read(folder: Path, *, stored: bool, dtype: torch.dtype | None = None) -> Bac
     )
 
 
-def load_module(cls: Any, source: WeightFiles, dtype: torch.dtype) -> Any:
-    """A component of diffusers or transformers from its folder, in eval mode."""
+def load_module(cls: Any, source: WeightFiles, dtype: torch.dtype) -> tuple[Any, WeightFiles]:
+    """A component of diffusers or transformers from its folder, in eval mode, and its files with what its configuration was."""
     # Older diffusers know only the old name, which newer ones still take.
     name = "dtype" if cls.__module__.startswith("transformers") else "torch_dtype"
     variant = {"variant": source.variant} if source.variant else {}
@@ -204,7 +230,7 @@ def load_module(cls: Any, source: WeightFiles, dtype: torch.dtype) -> Any:
         # As they lie in the file; kernels give other last bits where tensors begin at odd places.
         if tensor.data_ptr() % _ALIGNED:
             tensor.data = tensor.data.clone()
-    return component
+    return component, attrs.evolve(source, config=config_of(component))
 
 
 def _name(path: Path) -> str:

@@ -418,7 +418,6 @@ class Extraction:
             noise=eps,
             prompts=texts,
             rows=tuple(rows),
-            scheduler=backbone.scheduler,
         )
 
     def _moments(self, backbone: Backbone, images: Tensor) -> Moments:
@@ -439,21 +438,24 @@ class Extraction:
             call.condition,
             early_exit=self.early_exit,
         )
-        features = {name: self._finished(name, value) for name, value in found.items() if name in wanted}
+        features = {name: self._reduced(name, value) for name, value in found.items() if name in wanted}
         if self.attention_maps:
             own = [found[tap.name] for tap in sorted(maps, key=lambda tap: list(found).index(tap.name))]
             features["attn"] = attention_feature(own, call.sample.shape[-2:], self._sides(backbone, size), size // 8)
         return features
 
+    def _reduced(self, name: str, value: Tensor) -> Tensor:
+        return value if _is_map(name) else pooled(value, self.feature_resize)
+
     def _sides(self, backbone: Backbone, size: int) -> tuple[int, int]:
         return self.attn_sides or (size // 32, size // (16 if hasattr(backbone.denoiser, "up_blocks") else 8))
 
-    def _finished(self, name: str, value: Tensor) -> Tensor:
-        if self.feature_resize > 1 and not _is_map(name):
-            return F.adaptive_avg_pool2d(
-                value, (value.shape[-2] // self.feature_resize, value.shape[-1] // self.feature_resize)
-            )
-        return value
+
+def pooled(value: Tensor, factor: int) -> Tensor:
+    """A feature ``[B, C, h, w]`` averaged to ``[B, C, h // factor, w // factor]``."""
+    return (
+        value if factor == 1 else F.adaptive_avg_pool2d(value, (value.shape[-2] // factor, value.shape[-1] // factor))
+    )
 
 
 def gdf(

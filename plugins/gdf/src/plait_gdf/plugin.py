@@ -389,7 +389,9 @@ class ActivationRanking:
         None,
         "activations to choose from, globs too; default: those of the features that the three properties leave over",
     )
-    against: dict[str, tuple[str, ...]] = field(attrs.Factory(dict), "name → activations of a set to compare with")
+    against: dict[str, tuple[str, ...]] = field(
+        attrs.Factory(dict), "name → activations of a set to compare with; gains are over the first"
+    )
     singles: dict[str, tuple[str, ...]] = field(
         attrs.Factory(dict), "name → activations, globs too, of which the best alone is compared with"
     )
@@ -443,12 +445,20 @@ class ActivationRanking:
         for name, several in sets.items():
             channels = sum(pooled[one].shape[1] for one in several)
             rows.append({"activations": name, "test accuracy, %": 100 * on_test(several), "channels": float(channels)})
+        for row in rows if self.against else ():
+            gain = row["test accuracy, %"] - rows[1]["test accuracy, %"]
+            row |= {"gain, points": gain, "share of draws with a gain": float(gain > 0)}
         run.add(_table(ranking, chosen))
         notes = [f"chosen of {len(names)}: {', '.join(chosen)}"]
         return Report(
             rows=rows,
-            better={"test accuracy": "higher"},
-            formats={"test accuracy": ".1f", "channels": ".0f"},
+            better={"test accuracy, %": "higher"},
+            formats={
+                "test accuracy, %": ".1f",
+                "channels": ".0f",
+                "gain, points": "+.1f",
+                "share of draws with a gain": ".1f",
+            },
             notes=notes,
         )
 
