@@ -60,19 +60,22 @@ def make_unet(shape: str, width: int) -> Any:
     )
 
 
+def make_vae(width: int) -> Any:
+    return diffusers.AutoencoderKL(
+        block_out_channels=tuple(count // width for count in (128, 256, 512, 512)),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        norm_num_groups=max(1, 32 // width),
+    )
+
+
 def make_backbone(shape: str, width: int, device: str, dtype: torch.dtype) -> Backbone:
     """A random latent model: U-Net, scheduler and VAE; its condition is of zeros."""
     torch.manual_seed(0)
-    sides = tuple(count // width for count in (128, 256, 512, 512))
     with torch.device(device), quiet_diffusers():
         unet = make_unet(shape, width).to(dtype)
-        vae = diffusers.AutoencoderKL(
-            block_out_channels=sides,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            norm_num_groups=max(1, 32 // width),
-        ).to(dtype)
+        vae = make_vae(width).to(dtype)
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     )
@@ -155,6 +158,16 @@ def counted(shape: str, layers: tuple[str, ...] | None) -> float:
     taps = resolve(unet, layers) if layers else [official_ids(unet)["unet-out"]]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         capture(unet, taps, sample, 50.0, condition)
+    return counter.get_total_flops() / 2e9
+
+
+def counted_encoder(shape: str) -> float:
+    """GMAC of the VAE's encoder for one image at full size."""
+    size = SHAPES[shape]["size"]
+    with torch.device("meta"):
+        vae, image = make_vae(1).eval(), torch.empty(1, 3, size, size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vae.encode(image)
     return counter.get_total_flops() / 2e9
 
 

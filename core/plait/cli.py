@@ -223,6 +223,7 @@ def plan(
     """Show what a PIPELINE would do: its steps, what is in the store, and why the rest is not."""
     from plait.pipeline import load_pipeline
     from plait.plan import explain, flatten, is_done, make_plan
+    from plait.scheduling import Progress
     from plait.selection import limited, up_to
 
     checked = load_pipeline(pipeline, overrides)
@@ -235,20 +236,24 @@ def plan(
     click.echo(
         f"{made.pipeline.name}: {len(made.tasks)} steps, {cells} matrix cell{'s' if cells > 1 else ''}{f' ({axes})' if axes else ''}"
     )
-    missing = 0
     reasons = explain(made, place)
+    progress = Progress(made, {task.key for task in made.tasks if is_done(task, place)})
+    settled = {task.key for task in progress.settled}
+    missing = len(made.tasks) - len(settled)
     for task in made.tasks:
-        stored = is_done(task, place)
-        missing += not stored
+        stored = task.key in settled
         inputs = ", ".join(
             f"{argument}={'+'.join(i.label for i in flatten(value))}" for argument, value in task.inputs.items()
         )
         reason = f" ({reasons[task.label]})" if reasons[task.label] else ""
-        state = f"{'in the store' if stored else 'to run'}{reason}"
+        state = f"{'in the store' if is_done(task, place) else 'not needed' if stored else 'to run'}{reason}"
         click.echo(
             f"  {'=' if stored else '+'} {task.label}  {task.step.hook.replace('_', '-')}: {task.step.method.name}({inputs})  {state}"
         )
-    click.echo(f"{len(made.tasks) - missing} in the store, {missing} to run")
+    unneeded = sum(not is_done(task, place) for task in progress.settled)
+    click.echo(
+        f"{len(settled) - unneeded} in the store, {missing} to run{f', {unneeded} not needed' if unneeded else ''}"
+    )
 
 
 @main.command("list")

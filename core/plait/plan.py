@@ -243,6 +243,10 @@ def explain(plan: Plan, store: Store) -> dict[str, str]:
             stored = store.entry(task.key)
             reasons[task.label] = _other_libraries(stored.meta.get("libraries", {})) if stored else ""
             continue
+        dropped = store.entry(task.key)
+        if dropped is not None and dropped.is_dropped:
+            reasons[task.label] = "its result was not to be kept"
+            continue
         changed.add(task.key)
         if lost := lost_outputs(task.step.instance) if store.has(task.key) else []:
             reasons[task.label] = f"gone: {', '.join(map(str, lost))}"

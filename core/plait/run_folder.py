@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import platform
@@ -10,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -33,19 +34,29 @@ def make_folder(out: Path, pipeline: Pipeline) -> Path:
     """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = out / pipeline.name / f"{stamp}-{uuid.uuid4().hex[:4]}"
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True)
         if pipeline.source:
             shutil.copyfile(pipeline.source, folder / "pipeline.yaml")
+    return folder
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise PlaitError(
             f"the run folder {folder} cannot be written ({error.strerror}); name another place with --out"
         ) from error
-    return folder
 
 
 def write_provenance(folder: Path, pipeline: Pipeline, plan: Plan, store: Store) -> None:
-    """Write ``provenance.json`` (command, versions, keys) and ``resolved.json`` (what every step resolved to)."""
+    """Write ``provenance.json`` (command, versions, keys) and ``resolved.json`` (what every step resolved to).
+
+    Raises:
+        PlaitError: they cannot be written.
+    """
     facts = {
         "command": sys.argv,
         "platform": platform.platform(),
@@ -65,9 +76,10 @@ def write_provenance(folder: Path, pipeline: Pipeline, plan: Plan, store: Store)
             for t in plan.tasks
         ],
     }
-    (folder / "provenance.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     resolved = {"pipeline": pipeline.data, "steps": {task.label: _resolved(task.step) for task in plan.tasks}}
-    (folder / "resolved.json").write_text(json.dumps(plain(resolved), indent=1), encoding="utf-8")
+    with _writing(folder):
+        (folder / "provenance.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        (folder / "resolved.json").write_text(json.dumps(plain(resolved), indent=1), encoding="utf-8")
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

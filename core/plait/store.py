@@ -42,6 +42,9 @@ def default_root() -> Path:
     return Path(os.environ.get("PLAIT_STORE") or ".plait").absolute()
 
 
+_CHECKED: dict[Path, set[str]] = {}
+
+
 @attrs.frozen
 class Entry:
     """One stored result."""
@@ -70,6 +73,7 @@ class Store:
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or default_root()
+        self._checked = _CHECKED.setdefault(self.root, set())
 
     def folder(self, key: str) -> Path:
         """Where the result with this key is, or will be."""
@@ -161,6 +165,7 @@ class Store:
             finally:
                 _remove(aside)
             _protect(target)
+            self._checked.discard(key)
             _remove(self.root / "scratch" / key)
         return Entry(key, self.folder(key), meta)
 
@@ -262,12 +267,31 @@ class Store:
         finally:
             lease.release()
 
+    def check(self, key: str) -> None:
+        """Compare a result with its checksums, once in a process.
+
+        Raises:
+            StoreError: it is gone, or its files have changed since they were written.
+        """
+        if key in self._checked:
+            return
+        if not self.has(key):
+            raise StoreError("its stored result is gone or incomplete; run the pipeline again")
+        if changed := self.changed_files(key):
+            raise StoreError(
+                f"its stored result is damaged ({', '.join(changed[:3])}); plait cache verify --delete removes it, and a run computes it anew"
+            )
+
     def changed_files(self, key: str) -> list[str]:
         """The files of a complete result that differ from the checksums they were written with."""
         entry = self.entry(key)
         if entry is None:
             return []
-        return [name for name, fact in entry.meta["files"].items() if _checksum(entry.folder / name) != fact["xxh3"]]
+        files = entry.meta["files"].items()
+        changed = [name for name, fact in files if _checksum(entry.folder / name) != fact["xxh3"]]
+        if not changed:
+            self._checked.add(key)
+        return changed
 
     def verify(self) -> dict[str, str]:
         """Key → what is wrong, for every result whose files differ from their checksums."""

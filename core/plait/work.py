@@ -205,6 +205,7 @@ def load_result(wanted: Input, store: Store) -> Any:
     """One stored result, or a part of it."""
     store.touch(wanted.key)
     try:
+        store.check(wanted.key)
         return codecs.load(store.folder(wanted.key) / ARTIFACT, wanted.part)
     except PlaitError as error:
         raise PlaitError(f"{wanted.label}: {error}") from error

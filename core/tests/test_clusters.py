@@ -69,17 +69,23 @@ def results(store):
     }
 
 
-def workers():
-    """Processes of Ray that carry out a job."""
+def processes(belongs):
+    """Processes whose command line is of a kind."""
     found = []
     for folder in Path("/proc").iterdir():
         try:
-            title = (folder / "cmdline").read_bytes() if folder.name.isdigit() else b""
+            command = (folder / "cmdline").read_bytes() if folder.name.isdigit() else b""
         except OSError:  # it has ended
             continue
-        if title.startswith((b"ray::slow", b"ray::numbers", b"ray::add", b"ray::score")):
+        if command and belongs(command):
             found.append(int(folder.name))
     return found
+
+
+def workers():
+    """Processes of Ray that carry out a job."""
+    steps = (b"ray::slow", b"ray::numbers", b"ray::add", b"ray::score")
+    return processes(lambda command: command.startswith(steps))
 
 
 def start(*arguments):
@@ -154,6 +160,24 @@ def test_slurms_local_executor(workplace):
     assert '"event": "step_logged", "step": "slow.0.02"' in log
     assert list((run.folder / "slurm").glob("*.events")) == []
     assert results("slurm") == results("here")
+
+
+@pytest.mark.slow
+def test_a_slurm_job_that_is_preempted_goes_on_from_its_checkpoint(workplace):
+    Path("p.yaml").write_text(
+        'plait: 1\nsteps:\n  n: {load-data: "./toy.py:Numbers"}\n  slow: {transform: "./toy.py:Slow", from: {data: n.train}, with: {steps: 60, pause: 0.05}}'
+    )
+    process = start("p.yaml", "--executor", "slurm", "--slurm", "cluster=local")
+    done = Path("store/scratch")
+    while process.poll() is None and not any(int(file.read_text() or 0) > 5 for file in done.glob("*/work/done")):
+        time.sleep(0.05)
+    (job,) = processes(lambda command: b"submitit.core._submit" in command)
+    os.kill(job, signal.SIGUSR2)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    starts = plait.run("p.yaml")["slow"]["starts"]
+    assert len(starts) == 2
+    assert int(starts[1]) > 5
 
 
 def test_slurms_debug_executor_fails_a_step_in_a_sentence(workplace):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import plait
 import pytest
+from click.testing import CliRunner
+from plait.cli import main
 from plait.errors import PipelineError
 from plait.executors import local
 from plait.executors.choice import Execution
@@ -119,6 +121,10 @@ def test_results_that_need_not_be_kept(workplace):
     again = plait.run("p.yaml")  # nothing runs for what is dropped
     assert '"event": "step_started"' not in (again.folder / "log.jsonl").read_text()
     assert [table.rows for table in again.tables.values()] == [table.rows for table in run.tables.values()]
+
+    shown = CliRunner().invoke(main, ["plan", "p.yaml"]).output
+    assert "= numbers  load-data: ./toy.py:Numbers()  not needed (its result was not to be kept)" in shown
+    assert "2 in the store, 0 to run, 2 not needed" in shown
 
     Path("p.yaml").write_text(CHAIN.replace("amount: 2", "amount: 3"))
     third = plait.run("p.yaml")  # what is needed again is made again

@@ -602,3 +602,35 @@ class Warned:
     @hookimpl
     def step_warned(self, step, message):
         self.seen.append((step, message))
+
+
+@pytest.mark.parametrize("kilobytes", [0, 1, 4, 12])
+def test_a_limit_on_files_ends_in_a_sentence(workplace, kilobytes):
+    Path("p.yaml").write_text(
+        'plait: 1\nsteps: {n: {load-data: "./toy.py:Numbers", with: {size: 900}}, s: {evaluate: "./toy.py:Mean", from: {data: n.train}}}'
+    )
+    code = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes} * 1024,) * 2);"
+        "from plait.cli import main; sys.argv = ['plait', 'run', 'p.yaml']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode in (1, 2), said
+    assert "Traceback" not in said
+    assert "cannot be written (File too large" in said
+
+
+def test_a_result_that_is_damaged_is_not_read(workplace):
+    Path("p.yaml").write_text('plait: 1\nsteps: {n: {load-data: "./toy.py:Numbers"}}')
+    result = plait.run("p.yaml")
+    entry = next(Store().entries())
+    file = max((entry.folder / name for name in entry.meta["files"]), key=lambda path: path.stat().st_size)
+    file.chmod(0o644)
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"0", b"1"))
+    with pytest.raises(
+        PlaitError, match=r"n: its stored result is damaged \(artifact/.*\); plait cache verify --delete"
+    ):
+        result["n"]
+    Store().remove(entry.key)
+    assert plait.run("p.yaml")["n"]

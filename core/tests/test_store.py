@@ -222,3 +222,49 @@ Store(Path({str(tmp_path)!r})).put({KEY!r}, lambda folder: (folder / "x.txt").wr
     assert "StoreError: the store" in done.stderr.splitlines()[-1]
     assert "cannot be written (File too large); name another place with --store" in done.stderr
     assert list(Store(tmp_path).entries()) == []
+
+
+A_RUN = """
+import socket, sys
+socket.gethostname = lambda: {host!r}
+import plait
+run = plait.run("p.yaml", store="shared", out={host!r})
+assert not run.failed, run.failed
+"""
+COLLECT = """
+import socket, sys, time
+socket.gethostname = lambda: "third"
+from pathlib import Path
+from plait.store import Store
+print("ready", flush=True)
+deleted = 0
+while select.select([sys.stdin], [], [], 0.01)[0] == []:
+    deleted += Store(Path("shared").absolute()).collect(-1)[0]
+print(deleted)
+"""
+
+
+def test_two_hosts_run_one_pipeline_while_a_third_cleans_up(workplace):
+    (workplace / "p.yaml").write_text(
+        'plait: 1\nsteps:\n  n: {load-data: "./toy.py:Numbers"}\n  slow:\n    each: {steps: [5, 6, 7, 8, 9, 10]}\n    transform: "./toy.py:Slow"\n'
+        '    from: {data: n.train}\n    with: {steps: "${each.steps}", pause: 0.05}\n  s: {evaluate: "./toy.py:Mean", from: {data: n.test}}\n'
+    )
+    python = [sys.executable, "-c"]
+    with subprocess.Popen(
+        [*python, "import select" + COLLECT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as cleaner:
+        assert cleaner.stdout.readline() == "ready\n"
+        runs = [subprocess.Popen([*python, A_RUN.format(host=host)]) for host in ("first", "second")]
+        assert [run.wait(timeout=300) for run in runs] == [0, 0]
+        cleaner.stdin.close()
+        cleaner.stdout.read()
+    events = [
+        json.loads(line)
+        for host in ("first", "second")
+        for log in (workplace / host).glob("p/*/log.jsonl")
+        for line in log.read_text().splitlines()
+    ]
+    finished = [event["step"] for event in events if event["event"] == "step_finished"]
+    assert sorted(finished) == sorted(set(finished))  # nothing was computed twice, nor deleted while a run needed it
+    assert len(finished) == 8
+    assert {event["event"] for event in events if event.get("step") == finished[0]} >= {"step_finished", "step_cached"}

@@ -97,7 +97,8 @@ class Slow:
                 (run.folder / "killed").touch()
                 os.kill(os.getpid(), signal.SIGINT if self.interrupt else signal.SIGKILL)
             time.sleep(self.pause)
-            checkpoint.write_text(str(step + 1))
+            (run.folder / "new").write_text(str(step + 1))
+            os.replace(run.folder / "new", checkpoint)  # in one piece, whenever the process is killed
         return {"starts": started.read_text().split(), "data": data}
 
 

@@ -20,6 +20,7 @@ from plait.work import Emit, Job, Outcome, carry_out
 
 AT_ONCE = 1000  # jobs that wait or run; clusters bound what one user may submit
 DEFAULT_MINUTES = 24 * 60
+REQUEUED = 144  # the exit code by which submitit knows
 PAUSE = 0.5  # seconds between two looks at the jobs
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 
@@ -128,17 +129,26 @@ class SlurmCluster:
 class Resumed:
     """Carries out a job, and after a preemption again: it finds its checkpoint in the store."""
 
+    def __init__(self) -> None:
+        self._is_preempted = False
+
     def __call__(self, job: Job, events: Path) -> Outcome:
         with events.open("ab") as file:
 
             def emit(name: str, **facts: Any) -> None:
                 os.write(file.fileno(), json.dumps([name, facts]).encode() + b"\n")
 
-            return carry_out(job, emit)
+            outcome = carry_out(job, emit)
+        if (
+            self._is_preempted
+        ):  # submitit ends the program in the middle of the method, which is no failure of the method
+            raise SystemExit(REQUEUED)
+        return outcome
 
     def checkpoint(self, job: Job, events: Path) -> Any:
         """What submitit submits again when Slurm is about to stop the job."""
-        return require("submitit").helpers.DelayedSubmission(self, job, events)
+        self._is_preempted = True
+        return require("submitit").helpers.DelayedSubmission(Resumed(), job, events)
 
 
 def _minutes(text: str) -> int:

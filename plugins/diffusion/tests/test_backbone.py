@@ -207,6 +207,8 @@ class TestParts:
             Backbone({"scheduler": tiny("sd15").scheduler})
         with pytest.raises(ValueError, match="the denoiser is a Linear"):
             Backbone({"unet": torch.nn.Linear(1, 1), "scheduler": tiny("sd15").scheduler})
+        with pytest.raises(ValueError, match="takes 4 channels and the VAE gives 16; models for inpainting"):
+            tiny("sd15").with_components(vae=tiny("sd3").encoder)
 
     @pytest.mark.parametrize(("kind", "factor", "shift"), [("sd15", 0.18215, 0.0), ("sd3", 1.5305, 0.0609)])
     def test_latents_are_shifted_and_scaled(self, tiny, kind, factor, shift):

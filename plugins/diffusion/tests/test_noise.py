@@ -81,6 +81,13 @@ def test_timesteps_outside_the_schedule(timestep, rule):
         noise_level(diffusers.DDIMScheduler(**SD), timestep, rule)
 
 
+def test_a_scheduler_of_few_steps():
+    few = diffusers.LCMScheduler(**SD)
+    with pytest.raises(ValueError, match="LCMScheduler has no schedule of all 1000 steps"):
+        noise_level(few, 50)
+    assert noise_level(few, 50, "exact").timestep == 50
+
+
 def test_no_noise_at_all():
     for scheduler in (diffusers.DDIMScheduler(**SD), diffusers.FlowMatchEulerDiscreteScheduler()):
         assert clean_level(scheduler).noise == 0

@@ -77,6 +77,14 @@ def test_saved_models_are_loaded_by_folder(dino, tmp_path):
         load_vision_model(str(tmp_path / "nothing"))
 
 
+def test_splits_are_extracted_apart(timm_vit, tmp_path):
+    data = {"train": digits(5), "test": digits(3)}
+    method = VisionFeatures(image_size=16, dtype="float32")
+    found = method.extract_feature(timm_vit, data, Run(folder=tmp_path))
+    assert {name: len(features) for name, features in found.items()} == {"train": 5, "test": 3}
+    assert torch.equal(found["test"].read()["blocks.2"], found["train"].read(rows=range(3))["blocks.2"])
+
+
 def test_a_convolutional_model(tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", pretrained=False).eval()

@@ -92,6 +92,7 @@ class TestSets:
     def test_sizes_of_pools_and_taxonomy(self, full_size):
         assert len(POOL_SDXL) == len(set(POOL_SDXL)) == 63
         assert len(POOL_SD15) == len(set(POOL_SD15)) == 33
+        assert layers_of("pool_sd15", full_size["sd15"]) == POOL_SD15
         for name, pool, rule, total in (("sdxl", POOL_SDXL, 66, 612), ("sd15", POOL_SD15, 34, 197)):
             ids = official_ids(full_size[name])
             found = candidate_pool(full_size[name])
@@ -113,6 +114,12 @@ class TestSets:
         for kind in ("ddpm", "flux", "pixart"):
             with pytest.raises(ValueError, match="no recipe is published"):
                 layers_of("auto", tiny(kind).denoiser)
+
+    def test_stable_diffusion_2_has_no_recipe(self):
+        with torch.device("meta"):
+            unet = diffusers.UNet2DConditionModel(**{**SD15, "cross_attention_dim": 1024})
+        with pytest.raises(ValueError, match="no recipe is published"):
+            layers_of("auto", unet)
 
     def test_transformers_have_a_heuristic_and_no_legacy_set(self, tiny):
         assert heuristic_set(tiny("pixart").denoiser) == ("vit-block1-self-q", "vit-block1-out")

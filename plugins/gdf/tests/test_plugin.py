@@ -127,7 +127,12 @@ def test_the_ranking_finds_the_informative_activation():
         against={"legacy": ("*upsampler-out",)},
         singles={"alone": ("*",)},
     )
-    report = method.evaluate(features, features, Run())
+    run = Run()
+    report = method.evaluate(features, features, run)
+    assert [row["activation"] for row in run.reports[0].rows] == [
+        "up-level0-repeat0-res-out",
+        "up-level0-repeat0-vit-out",
+    ]
     assert "chosen of 2: up-level0-repeat0-res-out" in report.notes[0]
     accuracy = {row["activations"]: row["test accuracy, %"] for row in report.rows}
     assert accuracy["chosen"] == accuracy["alone"] > 95

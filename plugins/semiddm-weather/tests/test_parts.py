@@ -1,19 +1,22 @@
 """Losses, augmentation, bank, scorers, batches, tiles: hand-computed values and properties."""
 
+import colorsys
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plait_semiddm_weather import losses
-from plait_semiddm_weather.augmentation import random_crop, strong
+from plait_semiddm_weather.augmentation import random_crop, strong, turn_hue
 from plait_semiddm_weather.bank import Bank, Gates, content_distance, passes
 from plait_semiddm_weather.sampling import Batches
 from plait_semiddm_weather.scorers import (
     NaturalStatistics,
     Ranker,
     RankerSettings,
+    asymmetric_gaussian,
     checked,
     fit_ranker,
     identity_of,
@@ -226,9 +229,7 @@ def test_statistics_of_clean_images_prefer_clean_images():
 
 
 def test_shape_of_a_gaussian_is_two():
-    from plait_semiddm_weather.scorers import _asymmetric_gaussian
-
-    shape, left, right, centre = _asymmetric_gaussian(
+    shape, left, right, centre = asymmetric_gaussian(
         torch.randn(1, 200, 200, generator=generator(), dtype=torch.float64)
     )
     assert shape.item() == pytest.approx(2, abs=0.1)
@@ -257,17 +258,12 @@ def test_strong_augmentation_is_seeded_and_keeps_range_and_place(strength):
 
 
 def test_hue_is_turned_as_pillow_does():
-    import numpy as np
-    from plait_semiddm_weather.augmentation import _turned
-
     image = torch.rand(3, 8, 8, generator=generator())
-    import colorsys
-
     expected = torch.empty_like(image)
     for row, column in np.ndindex(8, 8):
         hue, saturation, value = colorsys.rgb_to_hsv(*image[:, row, column].tolist())
         expected[:, row, column] = torch.tensor(colorsys.hsv_to_rgb((hue + 0.2) % 1, saturation, value))
-    assert torch.allclose(_turned(image, 0.2), expected, atol=1e-5)
+    assert torch.allclose(turn_hue(image, 0.2), expected, atol=1e-5)
 
 
 def test_pairs_are_cut_and_turned_together():

@@ -69,6 +69,13 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"the denoiser is a {families.kind_of(self.denoiser)}; known are {', '.join(families.KNOWN)}"
             )
+        latent = getattr(getattr(self.encoder, "config", None), "latent_channels", None)
+        seen = families.latent_channels(self.denoiser)
+        if latent is not None and latent != seen:
+            raise ValueError(
+                f"the denoiser takes {seen} channels and the VAE gives {latent}; models for inpainting and editing, which "
+                "take more than the image, are not known"
+            )
         self.pipeline_name, self.pipeline_options = pipeline, dict(options or {})
         self.name, self.revision = name, revision
         self.weight_files: dict[str, Any] = dict(weight_files or {})
@@ -113,6 +120,11 @@ class Backbone(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.denoiser.parameters()).dtype
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of latents; of pixels in pixel space."""
+        return families.latent_channels(self.denoiser)
 
     @property
     def pixels_per_latent(self) -> int:
@@ -193,14 +205,14 @@ class Backbone(nn.Module):
         if not (low >= -1e-3 and high <= 1 + 1e-3):
             raise ValueError(f"images range from {low:.3g} to {high:.3g}; [0, 1] is needed")
         pixels = (images.to(self.device).float() * 2 - 1).to(self.dtype)
-        if self.encoder is None and self.denoiser.config.in_channels == 1:
+        if self.encoder is None and self.latent_channels == 1:
             pixels = pixels.mean(1, keepdim=True)
         return vae.encode(self.encoder, pixels) if cache is None else cache.moments(self.encoder, pixels)
 
     def moments_cache(self, folder: Path | str) -> MomentsCache:
         """A folder of moments that later calls, runs and models of the same VAE share."""
         if self._vae_digest is None:
-            self._vae_digest = fingerprint(self.encoder, self.denoiser.config.in_channels)
+            self._vae_digest = fingerprint(self.encoder, self.latent_channels)
         return MomentsCache(folder, self._vae_digest)
 
     def latents(self, moments: Moments, generators: Sequence[torch.Generator] | None = None) -> Tensor:

@@ -19,6 +19,12 @@ def kind_of(denoiser: nn.Module) -> str:
     return type(inner).__name__
 
 
+def latent_channels(denoiser: Any) -> int:
+    """Channels of the noised image that a denoiser takes."""
+    channels = int(denoiser.config.in_channels)
+    return channels // 4 if kind_of(denoiser) == "FluxTransformer2DModel" else channels  # packed: 2×2 values a token
+
+
 def call_denoiser(denoiser: nn.Module, sample: Tensor, timestep: float, condition: Mapping[str, Any]) -> Tensor:
     """One pass.
 

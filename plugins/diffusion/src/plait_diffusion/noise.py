@@ -93,7 +93,13 @@ def _sd_ratio(timestep: int) -> float:
 
 def _level_of_index(scheduler: Any, timestep: int, total: int) -> NoiseLevel:
     schedule = copy.deepcopy(scheduler)
-    schedule.set_timesteps(total)
+    try:
+        schedule.set_timesteps(total)
+    except ValueError as error:
+        raise ValueError(
+            f"timestep_rule is schedule_index, and a {type(scheduler).__name__} has no schedule of all {total} steps ({error}); "
+            "use exact or snr"
+        ) from error
     at = schedule.timesteps[max(total - timestep, 0) * getattr(schedule, "order", 1)]
     network = float(at)
     # What the scheduler's own add_noise and scale_model_input do to an image and to noise of 1.

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -226,21 +228,43 @@ def shapes(
     Raises:
         RuntimeError: an activation is never produced.
     """
+    cls: Any = type(getattr(denoiser, "_orig_mod", denoiser))
+    config = json.dumps(dict(denoiser.config), sort_keys=True, default=str)
+    return dict(_shapes(cls, config, tuple(taps), tuple(sample.shape), _described(condition)))
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(
+    cls: Any, config: str, taps: tuple[Tap, ...], sample: tuple[int, ...], condition: Any
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
     with torch.device("meta"):
-        empty = type(getattr(denoiser, "_orig_mod", denoiser)).from_config(denoiser.config)
+        empty = cls.from_config(json.loads(config)).eval()
     with torch.no_grad():
-        found = capture(empty.eval(), taps, _on_meta(sample), 1.0, _on_meta(condition))
-    return {name: tuple(value.shape) for name, value in found.items()}
+        found = capture(empty, taps, torch.empty(sample, device="meta"), 1.0, _on_meta(condition))
+    return tuple((name, tuple(value.shape)) for name, value in found.items())
 
 
-def _on_meta(value: Any) -> Any:
+def _described(value: Any) -> Any:
+    """Shapes and dtypes of a condition, as something that can be looked up by."""
     if isinstance(value, Mapping):
-        return {name: _on_meta(item) for name, item in value.items()}
+        return "mapping", tuple((name, _described(item)) for name, item in value.items())
     if isinstance(value, (list, tuple)):
-        return [_on_meta(item) for item in value]
-    if isinstance(value, Tensor):  # in the dtype that a fresh model has
-        return value.to("meta", torch.get_default_dtype() if value.is_floating_point() else None)
-    return value
+        return "list", tuple(_described(item) for item in value)
+    if isinstance(value, Tensor):
+        return "tensor", (tuple(value.shape), value.dtype)
+    return "value", value
+
+
+def _on_meta(described: Any) -> Any:
+    kind, content = described
+    if kind == "mapping":
+        return {name: _on_meta(item) for name, item in content}
+    if kind == "list":
+        return [_on_meta(item) for item in content]
+    if kind == "tensor":  # in the dtype that a fresh model has
+        shape, dtype = content
+        return torch.empty(shape, dtype=torch.get_default_dtype() if dtype.is_floating_point else dtype, device="meta")
+    return content
 
 
 class _Recorder:

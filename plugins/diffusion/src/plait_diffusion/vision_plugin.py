@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import attrs
@@ -43,12 +44,14 @@ class VisionFeatures:
             raise ConfigurationError(f"mean is {self.mean} and std {self.std}; give three numbers each, or neither")
 
     @hookimpl
-    def extract_feature(self, model: Any | None, data: Any, run: Run) -> FeatureSet:
-        """A feature set of the images in column ``image``, each resized to a square as a whole."""
+    def extract_feature(self, model: Any | None, data: Any, run: Run) -> FeatureSet | dict[str, FeatureSet]:
+        """A feature set of the images in column ``image``, each resized to a square as a whole; of a mapping one each."""
         if (model is None) == (self.source is None):
             raise ValueError("give a model in from or a source in with, one of them")
-        if not isinstance(data, datasets.Dataset):
-            raise ValueError(f"data is a {type(data).__name__}; give one dataset with images, such as a split")
+        parts = data if isinstance(data, Mapping) else {"": data}
+        for part in parts.values():
+            if not isinstance(part, datasets.Dataset):
+                raise ValueError(f"data is a {type(part).__name__}; give a dataset with images, or several by name")
         model = load_vision_model(self.source, self.revision) if self.source is not None else model
         if not isinstance(model, nn.Module):
             raise ValueError(
@@ -72,6 +75,18 @@ class VisionFeatures:
             with torch.autocast(run.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
                 return capture(tower, layers, images)
 
-        return write_features(
-            run, self, data, origin, compute, batch_size=self.batch_size, dtype=_STORED[self.dtype], inputs=digest
-        )
+        found = {
+            name: write_features(
+                run,
+                self,
+                part,
+                origin,
+                compute,
+                batch_size=self.batch_size,
+                dtype=_STORED[self.dtype],
+                inputs=digest,
+                description=f"features {name}".strip(),
+            )
+            for name, part in parts.items()
+        }
+        return found if isinstance(data, Mapping) else found[""]

@@ -53,6 +53,8 @@ Presets = Literal[
     "sdxl_seg",
     "legacy",
     "vpd_sd15",
+    "pool_sd15",
+    "pool_sdxl",
     "pool",
     "heuristic",
     "all",
@@ -168,6 +170,8 @@ POOL_SD15: tuple[str, ...] = (
     *(f"up-level3-repeat{repeat}-vit-block0-self-{part}" for repeat in range(3) for part in "qk"),
 )
 
+POOLS: Mapping[str, tuple[str, ...]] = {"pool_sd15": POOL_SD15, "pool_sdxl": POOL_SDXL}
+
 # --- The filter of the three properties (§4) ---------------------------------------------------------------------------------
 
 
@@ -253,6 +257,8 @@ def layers_of(preset: Presets, denoiser: nn.Module) -> tuple[str, ...]:
     """
     if preset in PRESETS:
         return PRESETS[preset]
+    if preset in POOLS:
+        return POOLS[preset]
     if preset == "pool":
         return candidate_pool(denoiser)
     if preset == "legacy":
@@ -263,6 +269,8 @@ def layers_of(preset: Presets, denoiser: nn.Module) -> tuple[str, ...]:
         return tuple(name for name in official_ids(denoiser) if family_of(name) != "score map")
     count = len(official_ids(denoiser))
     recipe = {197: "sd15", 612: "sdxl"}.get(count) if hasattr(denoiser, "up_blocks") else None
+    if recipe == "sd15" and denoiser.config.cross_attention_dim == 1024:  # SD 2 has the same blocks
+        recipe = None
     if recipe is None:
         raise ValueError(
             "no recipe is published for this model; name layers, or take preset pool (all that may be good), legacy, or for "
@@ -742,7 +750,4 @@ def _product(shape: Sequence[int]) -> int:
 
 def _empty_sample(backbone: Backbone, batch: int, size: int) -> Tensor:
     side = size // backbone.pixels_per_latent
-    channels = backbone.denoiser.config.in_channels
-    if type(backbone.denoiser).__name__ == "FluxTransformer2DModel":  # packed: 2×2 latent values a token
-        channels //= 4
-    return torch.empty(batch, channels, side, side, device="meta")
+    return torch.empty(batch, backbone.latent_channels, side, side, device="meta")

@@ -36,6 +36,9 @@ def noise_bars(found: Sequence[Properties]) -> Panel:
         width=0.9,
     )
     starts = [i for i, one in enumerate(found) if i == 0 or level_name(found[i - 1].name) != level_name(one.name)]
+    starts = [
+        i for i in starts if place_of(found[i].name).stage
+    ]  # the ends of the network would be written over each other
     axes.set_xticks(starts, [level_name(found[i].name) for i in starts], rotation=60, ha="right", fontsize=7)
     axes.set_ylabel("noise / variance")
     axes.set_ylim(0, 1)

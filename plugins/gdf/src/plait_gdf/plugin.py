@@ -443,7 +443,8 @@ class ActivationRanking:
         for name, several in sets.items():
             channels = sum(pooled[one].shape[1] for one in several)
             rows.append({"activations": name, "test accuracy, %": 100 * on_test(several), "channels": float(channels)})
-        notes = [f"chosen of {len(names)}: {', '.join(chosen)}", _best_of_each_side(ranking)]
+        run.add(_table(ranking, chosen))
+        notes = [f"chosen of {len(names)}: {', '.join(chosen)}"]
         return Report(
             rows=rows,
             better={"test accuracy": "higher"},
@@ -485,9 +486,17 @@ def _pooled(features: FeatureSet) -> tuple[dict[str, np.ndarray], np.ndarray]:
     return {name: value.double().numpy() for name, value in pooled.items()}, np.asarray(features.rows["label"])
 
 
-def _best_of_each_side(ranking: Sequence[Ranked]) -> str:
-    parts = []
-    for side in dict.fromkeys(one.side for one in ranking):
-        level = [one for one in ranking if one.side == side][:3]
-        parts.append(f"side {side}: " + ", ".join(f"{one.name} {100 * one.scores['validation']:.1f}" for one in level))
-    return "on validation, best first; " + "; ".join(parts)
+def _table(ranking: Sequence[Ranked], chosen: Sequence[str]) -> Report:
+    """Every candidate's score, best first within each resolution."""
+    rows: list[dict[str, Any]] = [
+        {
+            "activation": one.name,
+            "side": f"{one.side}",
+            "validation accuracy, %": 100 * one.scores["validation"],
+            "channels": one.channels,
+            "share of draws that choose it": float(one.name in chosen),
+        }
+        for one in ranking
+    ]
+    formats = {"validation accuracy, %": ".1f", "channels": ".0f", "share of draws that choose it": ".1f"}
+    return Report(title="candidates", rows=rows, formats=formats)

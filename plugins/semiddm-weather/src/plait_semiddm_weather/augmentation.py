@@ -89,12 +89,12 @@ def _jittered(image: Tensor, random: torch.Generator) -> Tensor:
             grey = _grey(image)
             image = (image - grey) * factors[2] + grey
         else:
-            image = _turned(image, turn)
+            image = turn_hue(image, turn)
         image = image.clamp(0, 1)
     return image
 
 
-def _turned(image: Tensor, turn: float) -> Tensor:
+def turn_hue(image: Tensor, turn: float) -> Tensor:
     """The hue of ``[3, H, W]`` moved by ``turn`` of a full circle (HSV)."""
     high, low = image.amax(dim=0), image.amin(dim=0)
     span = (high - low).clamp_min(1e-8)

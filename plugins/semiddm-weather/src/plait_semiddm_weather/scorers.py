@@ -231,11 +231,11 @@ def _of_scale(grey: Tensor) -> list[Tensor]:
     mean = _smoothed(grey[:, None], WINDOW, WINDOW_SIGMA)[:, 0]
     square = _smoothed(grey[:, None].square(), WINDOW, WINDOW_SIGMA)[:, 0]
     normal = (grey - mean) / ((square - mean.square()).abs().sqrt() + 1)
-    shape, left, right, _ = _asymmetric_gaussian(normal)
+    shape, left, right, _ = asymmetric_gaussian(normal)
     found = [shape, (left + right) / 2]
     for rows, columns in ((0, 1), (1, 0), (1, 1), (1, -1)):
         product = normal * normal.roll((rows, columns), dims=(1, 2))
-        shape, left, right, centre = _asymmetric_gaussian(product)
+        shape, left, right, centre = asymmetric_gaussian(product)
         found += [shape, centre, left, right]
     return found
 
@@ -244,7 +244,7 @@ _SHAPES = torch.arange(0.2, 10.001, 0.001, dtype=torch.float64)
 _RATIOS = torch.exp(2 * torch.lgamma(2 / _SHAPES) - torch.lgamma(1 / _SHAPES) - torch.lgamma(3 / _SHAPES))
 
 
-def _asymmetric_gaussian(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def asymmetric_gaussian(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shape, left and right width and mean of an asymmetric generalised Gaussian, by moments; one an image."""
     flat = values.flatten(1)
     left = _root_mean_square(flat, flat < 0)
