@@ -165,11 +165,13 @@ def run(
     from plait.executors.choice import Execution
     from plait.pipeline import load_pipeline
     from plait.runner import run_pipeline
+    from plait.said import errors_kept
     from plait.selection import limited
     from plait.terminal import print_tables
 
     execution = Execution(executor=executor, jobs=jobs, address=address, retries=retries, slurm=_pairs(slurm))
-    checked = load_pipeline(pipeline, overrides)
+    with errors_kept():
+        checked = load_pipeline(pipeline, overrides)
     checked = limited(checked, limit) if limit else checked
     select = _selection(to, only_failed, checked.name, out)
     console = Console(file=sys.stderr)  # as it is now: steps write elsewhere

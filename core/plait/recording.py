@@ -18,6 +18,7 @@ from plait.runs import PastRun
 from plait.versions import LIBRARIES
 
 FIRST_LINE = "# figures of a run of plait"
+PLACES = ("--out", "--store", "--jobs")
 COLUMNS = ("table", "row", "metric", "text", "mean", "std", "seeds", "values")
 
 
@@ -82,13 +83,24 @@ def record_of(run: PastRun) -> Record:
     provenance = read_provenance(run.folder)
     versions = provenance.get("distributions", {})
     facts = {
-        "command": command_of(provenance),
+        "command": _without_places(command_of(provenance)),
         "date": f"{run.started:%Y-%m-%d}",
         "versions": ", ".join(f"{name} {versions[name]}" for name in ("plait", *LIBRARIES) if name in versions),
         "hardware": str(run.results.get("hardware", "")),
         "seeds": ", ".join(map(str, sorted({step["seed"] for step in provenance["steps"]}))),
     }
     return Record(facts, figures_of(run.tables))
+
+
+def _without_places(command: str) -> str:
+    """A command without the options that make no result: where it writes, and how it shows itself."""
+    words, kept = iter(shlex.split(command)), []
+    for word in words:
+        if word in PLACES:
+            next(words, None)
+        elif word != "--quiet" and not word.startswith(tuple(f"{place}=" for place in PLACES)):
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def to_text(record: Record) -> str:

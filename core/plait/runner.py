@@ -33,6 +33,7 @@ from plait.report.files import write
 from plait.report.html import fragment, fragment_of_steps
 from plait.report.model import Report
 from plait.run_folder import make_folder, read_provenance, repeat_of, write_provenance
+from plait.said import errors_kept
 from plait.scheduling import Progress
 from plait.selection import limited, up_to
 from plait.store import Store
@@ -183,7 +184,8 @@ def run(
         PlaitError: the store or the run folder cannot be written.
         KeyboardInterrupt: Ctrl-C or SIGTERM; what is finished is kept, and in the report.
     """
-    checked = load_any(pipeline, overrides)
+    with errors_kept():
+        checked = load_any(pipeline, overrides)
     checked = checked if limit is None else limited(checked, limit)
     display: Any = display_for_python(progress)
     shown = [*listeners, *([display] if display is not None else [])]

@@ -15,6 +15,7 @@ from plait.report.files import DATA, read_tables
 from plait.report.tables import Table, headline
 
 LAST = "last"
+STAMP = "20260101-120000"
 PROVENANCE = "provenance.json"
 
 
@@ -34,7 +35,7 @@ class PastRun:
     def started(self) -> datetime:
         """When it began, as its folder's name says."""
         try:
-            return datetime.strptime(self.folder.name[:15], "%Y%m%d-%H%M%S")
+            return datetime.strptime(self.folder.name[: len(STAMP)], "%Y%m%d-%H%M%S")
         except ValueError:
             return datetime.fromtimestamp(self.folder.stat().st_mtime)
 
@@ -83,13 +84,14 @@ def open_run(folder: Path) -> PastRun:
 
 def past_runs(out: Path) -> list[PastRun]:
     """All runs below ``out``, the latest first."""
-    return sorted(
-        (open_run(folder) for folder in _folders(out)), key=lambda run: (run.started, run.folder.name), reverse=True
-    )
+    return [open_run(folder) for folder in reversed(_folders(out))]
 
 
 def _folders(out: Path) -> list[Path]:
-    return [file.parent for file in out.glob(f"*/*/{PROVENANCE}")]
+    """All run folders, the latest last; of those of one second, the one that was written last."""
+    files = out.glob(f"*/*/{PROVENANCE}")
+    found = [(file.parent.name[: len(STAMP)], file.stat().st_mtime_ns, file.parent) for file in files]
+    return [folder for _, _, folder in sorted(found)]
 
 
 def is_run(name: str, out: Path) -> bool:
@@ -110,7 +112,7 @@ def find_run(name: str, out: Path) -> Path:
     """
     if (Path(name) / PROVENANCE).is_file():
         return Path(name)
-    folders = sorted(_folders(out), key=lambda folder: folder.name)
+    folders = _folders(out)
     if name == LAST and folders:
         return folders[-1]
     of_pipeline = [folder for folder in folders if folder.parent.name == name]

@@ -55,8 +55,8 @@ _switch = _Switch()
 
 
 @contextlib.contextmanager
-def errors_kept(tell: Callable[[str], Any]) -> Iterator[None]:
-    """Keep what is written to ``sys.stderr`` off the screen, and ``tell`` it at the end, where there was something.
+def errors_kept(tell: Callable[[str], Any] = lambda text: None) -> Iterator[None]:
+    """Keep what is written to ``sys.stderr`` off the screen, and ``tell`` it at the end, where there was something (by default nobody).
 
     With ``PLAIT_DEBUG`` it is shown as it comes.
     """

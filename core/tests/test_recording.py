@@ -26,7 +26,7 @@ def cli(*arguments, code=0):
 @pytest.fixture
 def recorded(workplace, monkeypatch):
     (workplace / "demo.yaml").write_text(PIPELINE)
-    monkeypatch.setattr("sys.argv", ["plait", "run", "demo.yaml"])
+    monkeypatch.setattr("sys.argv", ["plait", "run", "demo.yaml", "--out", "runs", "--quiet"])
     cli("run", "demo.yaml")
     assert cli("record", "last", "demo.csv") == "demo.csv: 1 figures\n"
     return workplace
