@@ -355,7 +355,8 @@ def _protect(folder: Path) -> None:
     """Take away the right to write below a result: a library that keeps its caches beside what it reads cannot."""
     for place, _, files in os.walk(folder, topdown=False):
         for name in files:
-            os.chmod(os.path.join(place, name), 0o444)
+            if not os.path.islink(path := os.path.join(place, name)):  # a link leads to what is not the store's
+                os.chmod(path, 0o444)
         os.chmod(place, 0o555)
 
 

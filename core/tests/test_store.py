@@ -268,3 +268,12 @@ def test_two_hosts_run_one_pipeline_while_a_third_cleans_up(workplace):
     assert sorted(finished) == sorted(set(finished))  # nothing was computed twice, nor deleted while a run needed it
     assert len(finished) == 8
     assert {event["event"] for event in events if event.get("step") == finished[0]} >= {"step_finished", "step_cached"}
+
+
+def test_links_out_of_the_store_stay_as_they_are(tmp_path):
+    mine = tmp_path / "mine.bin"
+    mine.write_text("of the user's")
+    mine.chmod(0o644)
+    folder = Store(tmp_path / "store").put(KEY, lambda place: (place / "x.bin").symlink_to(mine), {}).folder
+    assert mine.stat().st_mode & 0o777 == 0o644
+    assert (folder / "x.bin").read_text() == "of the user's"
