@@ -91,6 +91,22 @@ def test_the_discriminator_knows_nothing_at_first():
     assert discriminator_loss(real, fake).item() == pytest.approx(2 * math.log(2), abs=0.01)
 
 
+def test_the_discriminator_learns_what_is_easy():
+    network, draw = seeded(Discriminator), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.9))
+    t = torch.zeros(8, dtype=torch.long)
+    for _ in range(25):
+        real = torch.rand(8, 12, 16, 16, generator=draw) * 0.5
+        fake = torch.rand(8, 12, 16, 16, generator=draw) * 0.5 + 0.2
+        noisier = real + 0.7 * torch.randn(real.shape, generator=draw)
+        logits = network(real, t, noisier), network(fake, t, noisier)
+        optimizer.zero_grad()
+        discriminator_loss(*logits).backward()
+        optimizer.step()
+    assert (logits[0] > 0).all()
+    assert (logits[1] < 0).all()
+
+
 def test_groups_of_four_in_the_discriminator():
     network = seeded(Discriminator)
     for batch in (1, 2, 3, 4, 8):
