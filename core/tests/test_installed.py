@@ -136,11 +136,20 @@ finally:
     assert ("who" in done.stdout) == (arguments[0] == "list")
 
 
-def test_planned_and_uninstalled_methods(site):
+WITHOUT_GDF = """
+import importlib.metadata
+installed = importlib.metadata.distributions
+importlib.metadata.distributions = lambda **chosen: (d for d in installed(**chosen) if d.name != "plait-gdf")
+from plait.cli import main
+main()
+"""
+
+
+def test_a_method_that_is_not_installed(workplace):
     Path("p.yaml").write_text("plait: 1\nsteps: {a: {extract-feature: gdf, from: {model: m, data: d}}}")
-    done = cli(site, "run", "p.yaml")
+    done = subprocess.run([sys.executable, "-c", WITHOUT_GDF, "run", "p.yaml"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "plait-gdf" in done.stderr
+    assert "method 'gdf' of hook extract_feature is not installed; pip install plait-gdf" in done.stderr
 
 
 def test_show(workplace):

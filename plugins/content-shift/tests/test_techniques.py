@@ -508,7 +508,10 @@ def test_the_users_own_technique(backbone, run, tmp_path):
     plain = attrs.evolve(method, function=None)
     found, expected = (one.extract_feature(backbone, digits(2), run).read()["unet-in"] for one in (method, plain))
     assert torch.equal(found, expected / 2)
-    with pytest.raises(ValueError, match="names no function"):
+    with pytest.raises(
+        ValueError,
+        match=r"there is no .nothing. in",
+    ):
         attrs.evolve(method, function=f"{file}:nothing").bucket(backbone, run)
 
 

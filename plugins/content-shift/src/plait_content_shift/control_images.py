@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 
 import numpy as np
@@ -14,11 +16,7 @@ ControlImages = Callable[[Tensor], Tensor]
 
 def has_exact_canny() -> bool:
     """Whether OpenCV is there, whose Canny the ControlNets were trained with."""
-    try:
-        import cv2  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return importlib.util.find_spec("cv2") is not None
 
 
 def canny(images: Tensor, low: int = 100, high: int = 200) -> Tensor:
@@ -34,9 +32,8 @@ def canny(images: Tensor, low: int = 100, high: int = 200) -> Tensor:
 
 def _edges(image: np.ndarray, low: int, high: int) -> np.ndarray:
     if has_exact_canny():
-        import cv2
-
-        return cv2.Canny(image, low, high) > 0
+        edges: np.ndarray = importlib.import_module("cv2").Canny(image, low, high) > 0
+        return edges
     from skimage.feature import canny as approximate
 
     grey = image.astype(np.float64) @ np.array([0.299, 0.587, 0.114])

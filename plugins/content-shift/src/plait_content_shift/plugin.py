@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from plait import Run, hookimpl
 from plait.errors import ConfigurationError
 from plait.fields import code_field, field, in_range, method_field, path_or_name_field
 from plait.fingerprints import fingerprint
-from plait.importing import import_code
+from plait.importing import named_object
 from plait_diffusion import Backbone, FeatureSet, Origin, backbone_in, image_tensors, write_features
 from plait_vision import read_table
 from torch import Tensor, nn
@@ -123,7 +124,9 @@ class ContentShift:
             loras=loras,
             denoise_from=self.denoise_from,
             guidance=self.guidance,
-            functions=(_function(self.function),) if self.function is not None else (),
+            functions=(named_object(self.function, inspect.isfunction, "a function of a DenoiserCall"),)
+            if self.function is not None
+            else (),
         )
         bucket.check(backbone, self.nominal(backbone))
         if self.denoise_from is not None and not bucket.steers:
@@ -243,14 +246,6 @@ class ClassCaptions:
         labels = data.with_format(None)[self.label_column]
         captions = [names[(label + self.shift) % len(names)] for label in labels]
         return data.add_column(self.column, captions)
-
-
-def _function(place: str) -> Any:
-    module, _, name = place.rpartition(":")
-    found = getattr(import_code(module), name, None) if module else None
-    if not callable(found):
-        raise ValueError(f"function is {place!r}, which names no function; write ./file.py:name or package.module:name")
-    return found
 
 
 def _controlnet(source: str | None, backbone: Backbone) -> nn.Module:

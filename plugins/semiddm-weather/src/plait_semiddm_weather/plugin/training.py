@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import attrs
 import torch
 from plait import Report, Run, hookimpl
 from plait.fields import code_field, field, in_range
-from plait.importing import import_code
+from plait.importing import named_object
 from plait.report import Image, Panel, png
 
 from plait_semiddm_weather.model import WeatherRestorer
@@ -90,6 +91,7 @@ class TrainWeatherRestorer:
     scorer: str | None = code_field(
         None,
         "ranker, nss, brisque, pyiqa:NAME; or code ./file.py:function, [N, 3, H, W] in [0, 1] → [N], higher is better",
+        words=("ranker", "nss", "brisque"),
     )
     scorer_weights: Path | None = field(None, "parameter file of a metric of pyiqa; never downloaded")
     ranker_pairs: Literal["blends", "restorations", "both"] | None = field(None, "what the ranker learns to order")
@@ -176,8 +178,7 @@ class TrainWeatherRestorer:
         labelled, unlabelled = images_of(data, training.crop_size, training.rule != "supervised")
         scorer = None
         if self._code is not None:
-            module, _, name = self._code.rpartition(":")
-            scorer = getattr(import_code(module), name)
+            scorer = named_object(self._code, inspect.isfunction, "a function of images [N, 3, H, W]")
         datasets = [part.dataset for part in (labelled, unlabelled) if part is not None]
         with run.loop(self, "train", inputs=(model, datasets)) as loop:
             result = semiddm_weather(
