@@ -40,15 +40,15 @@ def is_edm(scheduler: Any) -> bool:
 
 
 def default_rule(scheduler: Any) -> TimestepRule:
-    """``schedule_index`` for variance-preserving schedules, ``snr`` for flow and EDM (gdf.md §4.5)."""
+    """``schedule_index`` for variance-preserving schedules, ``snr`` for flow and EDM."""
     return "snr" if is_flow(scheduler) or is_edm(scheduler) else "schedule_index"
 
 
 def noise_level(scheduler: Any, timestep: int, rule: TimestepRule | None = None) -> NoiseLevel:
     """What a nominal timestep means for a scheduler.
 
-    ``schedule_index``: the entry of a schedule of all training steps that an image-to-image pipeline would start from
-    (gdf.md §2.1 step 4): nominal 50 is network timestep 51 with PNDM and offset 1, 50 with Euler and DDIM of offset 1, 49
+    ``schedule_index``: the entry of a schedule of all training steps that an image-to-image pipeline would start from:
+    nominal 50 is network timestep 51 with PNDM and offset 1, 50 with Euler and DDIM of offset 1, 49
     with linspace or trailing spacing. ``exact``: the timestep itself, 0 for the clean image. ``snr``: the level whose
     noise-to-signal ratio is that of Stable Diffusion at the nominal timestep, 0.2256 at 50.
 

@@ -17,7 +17,7 @@ TOKEN_LENGTH = 32
 
 
 def small_backbone(names: Sequence[str], seed: int) -> Backbone:
-    """A fresh 0.87 M-parameter ``UNet2DConditionModel`` (gdf.md §7) with a frozen random token for every class.
+    """A fresh 0.87 M-parameter ``UNet2DConditionModel`` with a frozen random token for every class.
 
     Args:
         names: of the classes; prompt ``""`` stands for none.
@@ -46,7 +46,7 @@ def small_backbone(names: Sequence[str], seed: int) -> Backbone:
 
 
 def small_controlnet(unet: Any, seed: int) -> Any:
-    """A ControlNet of a U-Net in pixel space: its condition encoder keeps the size (content-shift.md §7)."""
+    """A ControlNet of a U-Net in pixel space: its condition encoder keeps the size."""
     from diffusers import ControlNetModel
 
     with torch.random.fork_rng(devices=[]):

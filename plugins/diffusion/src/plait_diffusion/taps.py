@@ -1,7 +1,7 @@
 """Activations by name: official ids of GDF, module paths of diffusers, globs; and one pass that captures them.
 
-Names (gdf.md §2.2, §10): ``up-level1-repeat0-vit-block0-cross-q`` or ``up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q``,
-the latter with or without ``unet.`` or ``transformer.`` in front and with a tap behind it: ``@in``, ``@out`` (default), ``@0``
+Names, as those of arXiv 2410.03558: ``up-level1-repeat0-vit-block0-cross-q``; or module paths,
+``up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q``, the latter with or without ``unet.`` or ``transformer.`` in front and with a tap behind it: ``@in``, ``@out`` (default), ``@0``
 and ``@1`` (of a tuple), ``@image`` and ``@text`` (of joint tokens), ``@map`` (attention probabilities, ``[B, heads, N, T]``),
 ``@mean-map`` (their mean over the heads). Globs (``up_blocks.*.attn2.to_q``) stand for all that match.
 """
@@ -44,7 +44,7 @@ class Tap:
 
 
 def official_ids(denoiser: nn.Module) -> dict[str, Tap]:
-    """Every activation of gdf.md §2.2 that a denoiser has, in the order of the table: id → tap."""
+    """Every activation that a denoiser has, in the order of a pass: official id → tap (arXiv 2410.03558)."""
     kind = families.kind_of(denoiser)
     found = _of_unet(denoiser) if kind in families.UNETS else _of_transformer(denoiser, kind)
     paths = {path for path, _ in denoiser.named_modules()}  # blocks without text have no second attention
