@@ -25,6 +25,7 @@ FORMAT = 1
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 TOP_KEYS = ("plait", "name", "description", "seed", "matrix", "steps")
 STEP_KEYS = ("each", "from", "with", "seed", "resources", "keep")
+OF_AN_AXIS = re.compile(r"\$\{matrix\.([A-Za-z_][A-Za-z0-9_-]*)\}")
 MAX_CELLS = 10_000
 MAPPING = "<mapping>"
 
@@ -390,6 +391,7 @@ class _Resolver:
     def __init__(self, data: Mapping[str, Any]) -> None:
         self._data = data
         self._configs: dict[str, tuple[Any, dict[str, Any]]] = {}
+        self._bodies: dict[tuple[str, str, str], Any] = {}
 
     def cell(self, values: Mapping[str, Any], problems: _Problems | None) -> _Resolved | None:
         """One cell without interpolations; ``None`` where it has problems."""
@@ -417,9 +419,22 @@ class _Resolver:
             problems.origins.update(family_of)
         seed = _plain(whole, "seed") if "seed" in whole else 0
         bodies = {
-            name: fixed[name] if name in fixed else _plain(whole.steps, name) for name in steps if name not in families
+            name: fixed[name] if name in fixed else self._resolved(name, body, whole, values)
+            for name, body in steps.items()
+            if name not in families
         }
         return _Resolved(seed, bodies, families, family_of)
+
+    def _resolved(self, name: str, body: Any, whole: Any, values: Mapping[str, Any]) -> Any:
+        """A step's body; those that depend on nothing but a few axes are the same in all cells with the same values of them."""
+        text = json.dumps(body, default=str)
+        axes = OF_AN_AXIS.findall(text)
+        if len(axes) < text.count("${") or "\\" in text:
+            return _plain(whole.steps, name)
+        place = (name, text, json.dumps([values.get(axis) for axis in axes], default=str))
+        if place not in self._bodies:
+            self._bodies[place] = _plain(whole.steps, name)
+        return self._bodies[place]
 
     def _config(self, steps: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """OmegaConf's view of the file with these values of the matrix, and the steps that hold no interpolation."""
