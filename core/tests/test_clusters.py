@@ -106,7 +106,7 @@ def test_ray_with_workers_that_are_killed(workplace):
     while process.poll() is None:
         time.sleep(draw.uniform(0.1, 0.5))
         alive = workers()
-        if alive and killed < 15:
+        if alive and killed < 8:
             os.kill(draw.choice(alive), signal.SIGKILL)
             killed += 1
     output = process.stdout.read()

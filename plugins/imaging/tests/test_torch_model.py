@@ -247,7 +247,7 @@ def test_bad_fields(tmp_path):
         TorchModel(file=tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="needs its weights"):
         TorchModel(architecture="a:B")
-    with pytest.raises(ValueError, match=r"write package\.module:Class"):
+    with pytest.raises(ValueError, match=r"architecture is 'Restormer'; allowed is package\.module:name"):
         TorchModel(architecture="Restormer", file=tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="arguments are for architecture"):
         TorchModel(arguments={"a": 1})

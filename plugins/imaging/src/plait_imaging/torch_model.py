@@ -46,8 +46,6 @@ class TorchModel:
             raise ValueError(f"overlap is {self.overlap} and tile {self.tile}; overlap must be smaller")
         if self.tile and 2 * self.overlap > self.tile:
             raise ValueError(f"overlap is {self.overlap}; at most half of tile {self.tile} may be shared")
-        if self.architecture is not None and not all(self.architecture.rpartition(":")[::2]):
-            raise ValueError(f"architecture is {self.architecture!r}; write package.module:Class or ./file.py:Class")
         if self.file is not None and self.file.suffix == ".safetensors" and self.architecture is None:
             raise ValueError(
                 f"file {self.file} holds weights only; say of what with architecture: package.module:Class"
