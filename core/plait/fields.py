@@ -79,7 +79,7 @@ def _names_code(words: tuple[str, ...]) -> Validator:
             return
         place, _, name = value.rpartition(":")
         if not place or not name:
-            also = f"one of {', '.join(words)}, or " if words else ""
+            also = f"{', '.join(words)}, or " if words else ""
             raise ConfigurationError(
                 f"{attribute.name} is {value!r}; allowed is {also}package.module:name or ./file.py:name"
             )

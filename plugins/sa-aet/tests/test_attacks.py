@@ -346,7 +346,7 @@ def test_captions_without_a_word_to_attack_are_counted_and_passed_through(model)
     ("make", "sentence"),
     [
         (lambda: SaAet(), "mlm, token-embedding, context-counts, synonyms"),
-        (lambda: SaAet(generator="bert"), "allowed is one of mlm, "),
+        (lambda: SaAet(generator="bert"), "allowed is mlm, "),
         (lambda: SaAet(generator="mlm"), "needs language_model"),
         (lambda: SaAet(generator="synonyms"), "synonyms"),
         (lambda: SaAet(generator="context-counts", synonyms={"a": ("b",)}), "set generator: synonyms"),

@@ -182,7 +182,6 @@ def test_bad_input_is_one_sentence(make_model, pairs, tmp_path):
         (TaCleaner(**{**TRAINING, "batch_size": 65}, **RULES), pairs, "batch"),
         (TaCleaner(**TRAINING, **RULES), {"suspicious": pairs}, "clean"),
         (TaCleaner(**TRAINING, **RULES), empty, "row 0"),
-        (TaCleaner(**TRAINING, **RULES, tagger="spacy"), pairs, "import path"),
         (TaCleaner(**TRAINING, **RULES, word_list=tmp_path), pairs, "WordNet"),
         (TaCleaner(**TRAINING, synonyms=str(tmp_path / "none.json")), pairs, "none.json"),
         (TaCleaner(**{**TRAINING, "learning_rate": 1e30}, **RULES), pairs, "learning rate"),
@@ -211,7 +210,7 @@ def test_a_tagger_by_import_path(pairs, monkeypatch, tmp_path):
         written = Subcaptions(**{**RULES, "tagger": tagger}).transform(pairs, Run())
         assert set(written["caption_neg_1"]) == {""}
     for bad, message in [
-        ("spacy", "allowed is one of lexicon, or package.module:name"),
+        ("spacy", "allowed is lexicon, or package.module:name"),
         ("os:system", "Python's own library"),
         ("my_tagger:nothing", "there is no 'nothing'"),
         ("no_such_module:tag", "cannot be imported"),
