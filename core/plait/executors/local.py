@@ -6,7 +6,7 @@ import functools
 import os
 import signal
 import threading
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process, resource_tracker
 from typing import Any
 
 import attrs
@@ -149,6 +149,7 @@ class Processes:
         here, there = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(there, self._threads), daemon=False)
         # A Ctrl-C that comes while Python starts would end it there, with a traceback; it inherits the mask.
+        resource_tracker.ensure_running()  # starting it lets the signal through again
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
