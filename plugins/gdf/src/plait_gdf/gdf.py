@@ -387,7 +387,7 @@ class Extraction:
         noise: bool = True,
         latents: Tensor | None = None,
     ) -> DenoiserCall:
-        """Everything that a pass is given (§2.1 of the extraction: resize, encode, noise, text).
+        """Everything that a pass is given (resize, encode, noise, text).
 
         Args:
             images: ``[B, 3, H, W]`` in [0, 1]; resized to a square, bilinearly, without antialiasing.

@@ -1,4 +1,4 @@
-"""What SemiDDM-Weather is compared with that has another network (section 6); the other baselines are rules of training."""
+"""What SemiDDM-Weather is compared with that has another network; the other baselines are rules of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A diffusion of few, large steps: schedule, noisy pairs, posterior, sampling (section 2.3; Xiao et al., DDGAN, ICLR 2022).
+"""A diffusion of few, large steps: schedule, noisy pairs, posterior, sampling (Xiao et al., DDGAN, ICLR 2022).
 
 ``t`` in {0, …, T − 1} is what the networks are told; ``x_t`` is the less and ``x_{t+1}`` the more noisy state of a pair.
 Random numbers come from a generator on the CPU, or from a list with one generator an image.

@@ -1,4 +1,4 @@
-"""The model: student, teacher, discriminator and scorer in one module, and how it restores (section 2.10)."""
+"""The model: student, teacher, discriminator and scorer in one module, and how it restores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which images make the batches of a training: epochs, and the curriculum of weathers (section 2.6)."""
+"""Which images make the batches of a training: epochs, and the curriculum of weathers."""
 
 from __future__ import annotations
 

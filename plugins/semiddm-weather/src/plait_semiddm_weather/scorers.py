@@ -1,4 +1,4 @@
-"""No-reference quality (section 2.11): images ``[N, 3, H, W]`` in [0, 1] → scores ``[N]``, higher is better.
+"""No-reference quality: images ``[N, 3, H, W]`` in [0, 1] → scores ``[N]``, higher is better.
 
 Scores rank results for one image; of two scorers, or two fits of one, they cannot be compared.
 """

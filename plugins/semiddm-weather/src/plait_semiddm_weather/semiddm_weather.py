@@ -196,7 +196,7 @@ class _Task:
         return degraded, clean
 
 
-# Stage 1 (section 2.6), and the labelled part of stage 2
+# Stage 1, and the labelled part of stage 2
 
 
 def discriminator_step(
@@ -508,7 +508,7 @@ def learning_rate_factor(schedule: str, step: int, total: int, final_share: floa
     return final_share + (1 - final_share) * (1 + math.cos(math.pi * step / max(1, total))) / 2
 
 
-# The scorer (section 2.11)
+# The scorer
 
 
 def _wants_ranker(task: _Task, model: WeatherRestorer) -> bool:

@@ -88,14 +88,14 @@ class Training:
     the same unit.
 
     Attributes:
-        rule: what becomes of unlabelled images: ``semiddm``, or a baseline of section 6.
+        rule: what becomes of unlabelled images: ``semiddm``, or a baseline (see the README).
         unsup_rampup: until the unlabelled part has its full weight; ``None``: half of stage 2.
         content_threshold: largest distance, exclusive, between teacher and student.
         student_gate_view: which view the student restores for the gates.
         ranker_pairs: what the ranker is fitted on.
         curriculum: weather → when its images join.
         images_per_epoch: weather → how many of its images are drawn for each epoch.
-        half_scale, unsup_grad, pseudo_label, teacher_start, separate_steps, scale_r1: see section 4; their defaults
+        half_scale, unsup_grad, pseudo_label, teacher_start, separate_steps, scale_r1: their defaults
             mend what the released code gets wrong.
     """
 

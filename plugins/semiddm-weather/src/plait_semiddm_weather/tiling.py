@@ -1,4 +1,4 @@
-"""Images larger than the memory, or than what a network was trained on, tile by tile (section 2.10)."""
+"""Images larger than the memory, or than what a network was trained on, tile by tile."""
 
 from __future__ import annotations
 

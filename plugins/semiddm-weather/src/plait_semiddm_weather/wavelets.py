@@ -1,4 +1,4 @@
-"""Images ↔ their four wavelet sub-bands, one level, orthonormal (section 2.2 of the README's notation; WaveDiff, CVPR 2023).
+"""Images ↔ their four wavelet sub-bands, one level, orthonormal (WaveDiff, CVPR 2023).
 
 The filters are PyWavelets'; its transform is what the tests compare with, and is never called here.
 """
