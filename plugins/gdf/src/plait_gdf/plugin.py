@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
@@ -61,24 +61,18 @@ class _Extractor:
     dtype: StoredDtype = field("float16", "in which features are stored")
     cache: str | None = field(None, "folder of VAE moments that steps and runs share; default: none")
 
-    def _written(
-        self,
-        model: Any,
-        data: Any,
-        run: Any,
-        check: Callable[[Backbone], None],
-        compute: Callable[..., dict[str, Tensor]],
-    ) -> FeatureSet | dict[str, FeatureSet]:
+    @hookimpl
+    def extract_feature(self, model: Any, data: Any, run: Any) -> FeatureSet | dict[str, FeatureSet]:
         """The feature set of a dataset, or one of each split of a mapping."""
         backbone = backbone_in(model).on(run.device)
-        check(backbone)
+        self._check(backbone)
         seed = self._seed(run)
         origin = self.origin(backbone, seed)
 
         def of(name: str, part: Any) -> FeatureSet:
             def batch(start: int, rows: Any) -> dict[str, Tensor]:
                 images = image_tensors(rows, origin.more["image_size"])
-                features = compute(backbone, images, range(start, start + len(rows)), seed, self._prompts(rows))
+                features = self._features(backbone, images, range(start, start + len(rows)), seed, self._prompts(rows))
                 return {key: stored(key, value, DTYPES[self.dtype]) for key, value in features.items()}
 
             return write_features(
@@ -119,9 +113,43 @@ class _Extractor:
     def origin(self, backbone: Backbone, seed: int) -> Origin:
         raise NotImplementedError
 
+    def _check(self, backbone: Backbone) -> None:
+        raise NotImplementedError
+
+    def _features(
+        self, backbone: Backbone, images: Tensor, rows: Sequence[int], seed: int, prompts: Sequence[str] | None
+    ) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class _OfOneTimestep(_Extractor):
+    """Features of passes at one timestep, averaged over draws of noise; a subclass has a field ``ensemble_size``."""
+
+    ensemble_size: int
+
+    def extraction(self, backbone: Backbone) -> Extraction:
+        raise NotImplementedError
+
+    def _check(self, backbone: Backbone) -> None:
+        self.extraction(backbone).check(backbone, self.batch_size)
+
+    def _features(
+        self, backbone: Backbone, images: Tensor, rows: Sequence[int], seed: int, prompts: Sequence[str] | None
+    ) -> dict[str, Tensor]:
+        extraction = self.extraction(backbone)
+        return gdf(
+            backbone,
+            images,
+            extraction=extraction,
+            rows=rows,
+            seed=seed,
+            ensemble_size=self.ensemble_size,
+            prompts=prompts,
+        )
+
 
 @attrs.frozen(kw_only=True)
-class GDF(_Extractor):
+class GDF(_OfOneTimestep):
     """Generic diffusion features (Meng et al., NeurIPS 2024): chosen activations of a diffusion model at little noise."""
 
     preset: Presets = field(
@@ -157,10 +185,6 @@ class GDF(_Extractor):
             raise ValueError(f"layers and preset {self.preset} are both given; give one")
         if (self.attn_min_side is None) != (self.attn_max_side is None):
             raise ValueError("attn_min_side and attn_max_side go together; give both or none")
-
-    @hookimpl
-    def extract_feature(self, model: Any, data: Any, run: Any) -> FeatureSet | dict[str, FeatureSet]:
-        return self._written(model, data, run, self._check, self._features)
 
     def extraction(self, backbone: Backbone) -> Extraction:
         """The algorithm's settings for a model."""
@@ -206,35 +230,14 @@ class GDF(_Extractor):
         }
         return self._origin(backbone, seed, float(self.timestep), **own)
 
-    def _check(self, backbone: Backbone) -> None:
-        self.extraction(backbone).check(backbone, self.batch_size)
-
-    def _features(
-        self, backbone: Backbone, images: Tensor, rows: Sequence[int], seed: int, prompts: Sequence[str] | None
-    ) -> dict[str, Tensor]:
-        extraction = self.extraction(backbone)
-        return gdf(
-            backbone,
-            images,
-            extraction=extraction,
-            rows=rows,
-            seed=seed,
-            ensemble_size=self.ensemble_size,
-            prompts=prompts,
-        )
-
 
 @attrs.frozen(kw_only=True)
-class Dift(_Extractor):
+class Dift(_OfOneTimestep):
     """DIFT (Tang et al., NeurIPS 2023): one block output at a late timestep, averaged over draws of noise."""
 
     layer: str = field(baselines.DIFT_LAYER, "activation")
     timestep: int = field(baselines.DIFT_TIMESTEP, "the network's own timestep", in_range(0))
     ensemble_size: int = field(baselines.DIFT_DRAWS, "draws of noise whose features are averaged", in_range(1))
-
-    @hookimpl
-    def extract_feature(self, model: Any, data: Any, run: Any) -> FeatureSet | dict[str, FeatureSet]:
-        return self._written(model, data, run, lambda backbone: self._check(backbone), self._features)
 
     def origin(self, backbone: Backbone, seed: int) -> Origin:
         """What the features come from."""
@@ -242,26 +245,10 @@ class Dift(_Extractor):
             backbone, seed, float(self.timestep), timestep_rule="exact", ensemble_size=self.ensemble_size
         )
 
-    def _extraction(self) -> Extraction:
+    def extraction(self, backbone: Backbone) -> Extraction:
+        """The algorithm's settings for a model."""
         options = {"prompt": self.prompt, "image_size": self.image_size, "cache": self.cache}
         return baselines.dift(self.layer, self.timestep, **options)
-
-    def _check(self, backbone: Backbone) -> None:
-        self._extraction().check(backbone, self.batch_size)
-
-    def _features(
-        self, backbone: Backbone, images: Tensor, rows: Sequence[int], seed: int, prompts: Sequence[str] | None
-    ) -> dict[str, Tensor]:
-        extraction = self._extraction()
-        return gdf(
-            backbone,
-            images,
-            extraction=extraction,
-            rows=rows,
-            seed=seed,
-            ensemble_size=self.ensemble_size,
-            prompts=prompts,
-        )
 
 
 @attrs.frozen(kw_only=True)
@@ -270,10 +257,6 @@ class DDPMSeg(_Extractor):
 
     blocks: tuple[int, ...] = field(baselines.DDPM_BLOCKS, "decoder blocks, from the lowest resolution on", in_range(0))
     timesteps: tuple[int, ...] = field(baselines.DDPM_TIMESTEPS, "the network's own timesteps", in_range(0))
-
-    @hookimpl
-    def extract_feature(self, model: Any, data: Any, run: Any) -> FeatureSet | dict[str, FeatureSet]:
-        return self._written(model, data, run, self._check, self._features)
 
     def origin(self, backbone: Backbone, seed: int) -> Origin:
         """What the features come from."""
