@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import dis
 import errno
 import os
 import traceback
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -143,6 +144,21 @@ def unwritable(error: BaseException) -> str | None:
         if os.strerror(code) in str(error):
             return os.strerror(code)
     return None
+
+
+@contextlib.contextmanager
+def writing(what: str, remedy: str, kind: type[PlaitError] = PlaitError) -> Iterator[None]:
+    """Where the system refuses to write inside, one sentence says what cannot be written, why, and what to do.
+
+    Raises:
+        PlaitError: of ``kind``; other exceptions pass as they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (reason := unwritable(error)) is None:
+            raise
+        raise kind(f"{what} cannot be written ({reason}); {remedy}") from error
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -11,14 +11,14 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from plait.configuration import plain
-from plait.errors import PlaitError
+from plait.errors import PlaitError, writing
 from plait.pipeline import Pipeline, Step
 from plait.plan import Plan, Task
 from plait.report.document import Repeat
@@ -41,14 +41,8 @@ def make_folder(out: Path, pipeline: Pipeline) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise PlaitError(
-            f"the run folder {folder} cannot be written ({error.strerror}); name another place with --out"
-        ) from error
+def _writing(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return writing(f"the run folder {folder}", "name another place with --out")
 
 
 def write_provenance(folder: Path, pipeline: Pipeline, plan: Plan, store: Store) -> None:

@@ -26,7 +26,7 @@ import attrs
 import xxhash
 from filelock import SoftFileLease, Timeout
 
-from plait.errors import StoreError, unwritable
+from plait.errors import StoreError, writing
 
 META = "meta.json"
 ARTIFACT = "artifact"  # the folder of the result itself in what is stored
@@ -308,16 +308,9 @@ class Store:
         with self.lock(key), self._explained():
             _remove(self.folder(key))
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if (reason := unwritable(error)) is None:
-                raise
-            raise StoreError(
-                f"the store {self.root} cannot be written ({reason}); name another place with --store or PLAIT_STORE, or free some space"
-            ) from error
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        remedy = "name another place with --store or PLAIT_STORE, or free some space"
+        return writing(f"the store {self.root}", remedy, StoreError)
 
 
 def _file_facts(path: Path) -> dict[str, Any]:
