@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
@@ -30,6 +34,13 @@ JSON = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=10,
 )
+
+
+def test_plain_values_import_no_library(workplace):
+    Path("p.yaml").write_text('plait: 1\nsteps: {numbers: {load-data: "./toy.py:Numbers"}}')
+    code = "import plait, sys; plait.run('p.yaml'); print(*{m.partition('.')[0] for m in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "datasets", "diffusers", "transformers", "PIL"} & set(done.stdout.split())
 
 
 @given(value=JSON)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,12 +51,9 @@ def _built_in() -> dict[str, Codec]:
 
 
 @functools.cache
-def _from_plugins() -> dict[str, Codec]:
-    codecs: dict[str, Codec] = {}
-    for ep in entry_points(GROUP):
-        codec: Any = load_entry_point(ep.value, f"codec {ep.name!r}")()
-        codecs[ep.name] = codec
-    return codecs
+def _of_plugin(name: str, target: str) -> Codec:
+    codec: Codec = load_entry_point(target, f"codec {name!r}")()
+    return codec
 
 
 def save(value: Any, folder: Path) -> None:
@@ -79,9 +77,15 @@ def save(value: Any, folder: Path) -> None:
     )
 
 
-def _candidates() -> list[tuple[str, Codec]]:
-    # A plugin's codec knows its own type best, so it is asked before the general ones.
-    return [*_from_plugins().items(), *_built_in().items()]
+def _candidates() -> Iterator[tuple[str, Codec]]:
+    # A plugin's codec knows its own type best, so it is asked before the general ones. A value of that type comes from
+    # the plugin itself as a rule: plugins that nothing has imported are asked last, and seldom have to be imported.
+    loaded, others = [], []
+    for ep in entry_points(GROUP):
+        (loaded if ep.value.partition(":")[0].partition(".")[0] in sys.modules else others).append(ep)
+    yield from ((ep.name, _of_plugin(ep.name, ep.value)) for ep in loaded)
+    yield from _built_in().items()
+    yield from ((ep.name, _of_plugin(ep.name, ep.value)) for ep in others)
 
 
 def load(folder: Path, part: tuple[str, ...] = ()) -> Any:
@@ -94,8 +98,12 @@ def load(folder: Path, part: tuple[str, ...] = ()) -> Any:
     content = folder / "content"
     if part:
         return _load_part(folder, content, part)
-    codec = _built_in().get(name) or _from_plugins().get(name)
-    if codec is None:
+    of_plugins = {ep.name: ep.value for ep in entry_points(GROUP)}
+    if name in _built_in():
+        codec = _built_in()[name]
+    elif name in of_plugins:
+        codec = _of_plugin(name, of_plugins[name])
+    else:
         raise PlaitError(
             f"the result was saved by codec {name!r}, which is not installed; install the package that has it"
         )
