@@ -18,11 +18,23 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._pending: type[KeyboardInterrupt] | None = None
+        self._waits = False
 
     def ask(self, signum: int, _: Any = None) -> None:
         """The signal handler."""
         self._pending = Terminated if signum == signal.SIGTERM else KeyboardInterrupt
-        raise self._pending
+        if not self._waits:
+            raise self._pending
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a signal waits for the end: for calls into libraries that an exception in their middle leaves locked."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+        self.check()
 
     def check(self) -> None:
         """Raise again what was swallowed where it was raised: in a destructor, or by a method that catches all."""

@@ -242,9 +242,9 @@ def run_pipeline(
             asked.check()
             emit(name, **facts)
 
-        executor = execution.start(emit_and_heed, plan, store, folder)
         emit("run_started", folder=folder, pipeline=plain(pipeline.data), steps=[task.label for task in plan.tasks])
         progress = _progress(plan, store, emit)
+        executor = execution.start(emit_and_heed, asked, plan, store, folder)
         ended_by: KeyboardInterrupt | None = None
         try:
             _carry_out_all(progress, pipeline, store, executor, emit_and_heed, asked, device)

@@ -14,6 +14,7 @@ from plait.executors import Executor
 from plait.executors.local import InProcess, Processes
 from plait.executors.ray import RayCluster
 from plait.executors.slurm import SlurmCluster
+from plait.interrupts import Interrupts
 from plait.plan import Plan
 from plait.resources import cores, sensible_jobs
 from plait.store import Store
@@ -52,7 +53,7 @@ class Execution:
                 f"--jobs is for processes of this machine; with --executor {self.executor} it has no meaning"
             )
 
-    def start(self, emit: Emit, plan: Plan, store: Store, folder: Path) -> Executor:
+    def start(self, emit: Emit, asked: Interrupts, plan: Plan, store: Store, folder: Path) -> Executor:
         """The executor, ready for jobs.
 
         Args:
@@ -62,7 +63,7 @@ class Execution:
             PlaitError: it cannot be reached, or would not compute the same.
         """
         if self.executor == "ray":
-            return RayCluster(emit, plan, store, address=self.address, retries=self.retries)
+            return RayCluster(emit, asked, plan, store, address=self.address, retries=self.retries)
         if self.executor == "slurm":
             return SlurmCluster(emit, folder / "slurm", self.slurm)
         jobs = sensible_jobs(len(plan.tasks)) if self.jobs == "auto" else self.jobs

@@ -11,6 +11,7 @@ from typing import Any
 
 from plait.errors import PlaitError
 from plait.executors.same_code import Differences, Look, look_around
+from plait.interrupts import Interrupts
 from plait.optional import require
 from plait.plan import Plan
 from plait.resources import Resources
@@ -39,35 +40,36 @@ class RayCluster:
     def __init__(
         self,
         emit: Emit,
+        asked: Interrupts,
         plan: Plan,
         store: Store,
         *,
         address: str | None = None,
         retries: int = 1,
-        num_cpus: int | None = None,
     ) -> None:
         self._ray = require("ray")
         self._emit = emit
+        self._asked = asked
         self._retries = retries
         self._running: dict[Any, tuple[Job, int]] = {}
         self._is_ours = not self._ray.is_initialized()
-        if self._is_ours:
-            self._connect(address, num_cpus)
         try:
-            _check_nodes(self._ray, plan, store)
-            self._events = require("ray.util.queue").Queue()
-            self._task = self._ray.remote(max_retries=0)(_carry_out)
-            self._room = max(4, 2 * int(self._ray.cluster_resources().get("CPU", 1)))
+            with asked.deferred():
+                if self._is_ours:
+                    self._connect(address)
+                _check_nodes(self._ray, plan, store)
+                self._events = require("ray.util.queue").Queue()
+                self._task = self._ray.remote(max_retries=0)(_carry_out)
+                self._room = max(4, 2 * int(self._ray.cluster_resources().get("CPU", 1)))
         except BaseException:
             self.close()
             raise
 
-    def _connect(self, address: str | None, num_cpus: int | None) -> None:
+    def _connect(self, address: str | None) -> None:
         before = signal.getsignal(signal.SIGTERM)
         try:
             self._ray.init(
                 address=address or "local",
-                num_cpus=num_cpus,
                 log_to_driver=False,
                 logging_level="ERROR",
                 include_dashboard=None if address else False,
@@ -84,7 +86,8 @@ class RayCluster:
 
     def submit(self, job: Job) -> None:
         """Hand a job to Ray."""
-        self._submit(job, self._retries)
+        with self._asked.deferred():
+            self._submit(job, self._retries)
 
     def _submit(self, job: Job, tries_left: int) -> None:
         asked = job.resources
@@ -96,12 +99,18 @@ class RayCluster:
     def next_done(self) -> Outcome:
         """Wait for a job's end and pass on events meanwhile."""
         while True:
-            done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=SLICE)
-            self._pass_on_events()
-            for reference in done:
-                job, tries_left = self._running.pop(reference)
-                if (outcome := self._outcome_of(reference, job, tries_left)) is not None:
-                    return outcome
+            outcome = None
+            with self._asked.deferred():
+                done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=SLICE)
+                size = self._events.size()
+                events = self._events.get_nowait_batch(size) if size else []
+                for reference in done:
+                    job, tries_left = self._running.pop(reference)
+                    outcome = self._outcome_of(reference, job, tries_left)
+            for name, facts in events:
+                self._emit(name, **facts)
+            if outcome is not None:
+                return outcome
 
     def _outcome_of(self, reference: Any, job: Job, tries_left: int) -> Outcome | None:
         """How a job ended; ``None`` where it is tried again."""
@@ -115,11 +124,6 @@ class RayCluster:
             self._submit(job, tries_left - 1)
             return None
         return outcome
-
-    def _pass_on_events(self) -> None:
-        size = self._events.size()
-        for name, facts in self._events.get_nowait_batch(size) if size else ():
-            self._emit(name, **facts)
 
     def close(self) -> None:
         """Stop what still runs, and the cluster if it was started for this run."""
