@@ -38,11 +38,11 @@ class Walk:
 """
 PIPELINE = """
 plait: 1
-matrix: {seed: [0, 1]}
+matrix: {seed: [0]}
 steps:
   numbers: {load-data: "./toy.py:Numbers"}
   walked:
-    each: {length: [9, 10, 11, 12]}
+    each: {length: [10, 12]}
     transform: ./walk.py:Walk
     from: {data: numbers.train}
     with: {length: "${each.length}"}
@@ -96,7 +96,7 @@ def test_kills(workplace, jobs):
     draw = random.Random(jobs)
     seed = killed = 0
     while killed < KILLS:
-        process = _start(f"[{2 * seed},{2 * seed + 1}]", store, jobs, log)
+        process = _start(f"[{seed}]", store, jobs, log)
         time.sleep(draw.uniform(0.3, 1.5))
         alive = _session(process.pid)
         if alive:
@@ -111,7 +111,7 @@ def test_kills(workplace, jobs):
         assert "Traceback" not in log.read_text(errors="replace") or code < 0, log.read_text(errors="replace")
         assert code in (0, 1, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
         seed += code == 0
-    seeds = list(range(2 * seed + 2))
+    seeds = list(range(seed + 1))
     assert _start(f"{seeds}".replace(" ", ""), store, 1, log).wait(timeout=300) == 0, log.read_text()
     assert _start(f"{seeds}".replace(" ", ""), workplace / "undisturbed", 1, log).wait(timeout=300) == 0, (
         log.read_text()
