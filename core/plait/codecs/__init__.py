@@ -80,12 +80,12 @@ def save(value: Any, folder: Path) -> None:
 def _candidates() -> Iterator[tuple[str, Codec]]:
     # A plugin's codec knows its own type best, so it is asked before the general ones. A value of that type comes from
     # the plugin itself as a rule: plugins that nothing has imported are asked last, and seldom have to be imported.
-    loaded, others = [], []
-    for ep in entry_points(GROUP):
-        (loaded if ep.value.partition(":")[0].partition(".")[0] in sys.modules else others).append(ep)
-    yield from ((ep.name, _of_plugin(ep.name, ep.value)) for ep in loaded)
+    found = [
+        (ep.name, ep.value, ep.value.partition(":")[0].partition(".")[0] in sys.modules) for ep in entry_points(GROUP)
+    ]
+    yield from ((name, _of_plugin(name, target)) for name, target, is_imported in found if is_imported)
     yield from _built_in().items()
-    yield from ((ep.name, _of_plugin(ep.name, ep.value)) for ep in others)
+    yield from ((name, _of_plugin(name, target)) for name, target, is_imported in found if not is_imported)
 
 
 def load(folder: Path, part: tuple[str, ...] = ()) -> Any:
