@@ -47,7 +47,6 @@ test_conformance_of_probe = conformance("feature-probe")
 test_conformance_of_segmentation = conformance("feature-segmentation")
 test_conformance_of_correspondence = conformance("feature-correspondence")
 test_conformance_of_spair = conformance("spair")
-test_conformance_of_draw_rows = conformance("draw-rows")
 
 ORIGIN = Origin(model="toy")
 

@@ -52,18 +52,6 @@ def score() -> Example:
     return _on_images(combinations=[{"content-shift": CONTROL}], num_panels=1)
 
 
-def captions() -> Example:
-    data = digits()
-    return Example(
-        arguments={"data": data},
-        fields={"shift": 5},
-        progress=False,
-        device=False,
-        empty={"data": data.select([])},
-        wrong={"data": data.remove_columns("label")},
-    )
-
-
 def buckets(count: int = 8) -> dict[str, FeatureSet]:
     """Two sets of the same rows."""
     rows = digits(count)

@@ -1,4 +1,4 @@
-"""``extract-feature: content-shift`` and ``transform: class-captions``."""
+"""``extract-feature: content-shift``."""
 
 from __future__ import annotations
 
@@ -228,24 +228,6 @@ class ContentShift:
         return attrs.evolve(
             plain, timestep=timestep, prompt=prompt, seed=seed, more={**plain.more, "techniques": techniques}
         )
-
-
-@attrs.frozen(kw_only=True)
-class ClassCaptions:
-    """Adds a column with the name of each row's class, or of another one: prompts for tests of what a prompt does."""
-
-    shift: int = field(0, "classes that the name is off by; 0: the right one")
-    column: str = field("caption", "name of the new column")
-    label_column: str = field("label", "column with the classes")
-
-    @hookimpl
-    def transform(self, data: Any, run: Run) -> datasets.Dataset:
-        if not isinstance(data, datasets.Dataset) or not len(data):
-            raise ValueError("class-captions needs a dataset with rows; name a split of the data")
-        names = _names_of_classes(data, self.label_column)
-        labels = data.with_format(None)[self.label_column]
-        captions = [names[(label + self.shift) % len(names)] for label in labels]
-        return data.add_column(self.column, captions)
 
 
 def _controlnet(source: str | None, backbone: Backbone) -> nn.Module:

@@ -29,19 +29,6 @@ def _digit_features(count: int = 40, first: int = 0) -> FeatureSet:
     return FeatureSet.of_tensors(data, {"pixels": images, "mean": images.mean((2, 3))}, ORIGIN)
 
 
-def draw_rows() -> Example:
-    data: Any = digits()
-    return Example(
-        arguments={"data": data},
-        fields={"count": 3},
-        random=True,
-        progress=False,
-        device=False,
-        empty={"data": data.select([])},
-        wrong={"data": {"train": data}},
-    )
-
-
 def probe() -> Example:
     features = _digit_features(60)
     without_labels = FeatureSet.of_tensors(features.rows.remove_columns("label"), features.read(), ORIGIN)

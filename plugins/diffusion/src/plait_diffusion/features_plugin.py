@@ -62,21 +62,6 @@ class SPair:
 
 
 @attrs.frozen(kw_only=True)
-class DrawRows:
-    """Some of the rows, drawn at random: as many as are labelled, or as are worth extracting features of."""
-
-    count: int = field(attrs.NOTHING, "rows", in_range(1))
-
-    @hookimpl
-    def transform(self, data: Any, run: Run) -> datasets.Dataset:
-        if not isinstance(data, datasets.Dataset):
-            raise ValueError(f"draw-rows takes one dataset, such as a split; the data is a {type(data).__name__}")
-        if self.count > len(data):
-            raise ValueError(f"count is {self.count}; the data has {len(data)} rows")
-        return data.select(sorted(run.numpy_generator().choice(len(data), self.count, replace=False).tolist()))
-
-
-@attrs.frozen(kw_only=True)
 class FeatureProbe:
     """Accuracy of logistic regression on pooled features, from few labels.
 
