@@ -690,22 +690,40 @@ def cache() -> None:
 
 @cache.command("ls")
 @_store_option
-def cache_ls(store: Path | None) -> None:
-    """List stored results with size and age."""
+@click.option(
+    "--by",
+    type=click.Choice(["result", "step", "method"]),
+    default="result",
+    show_default=True,
+    help="Add up what results of a step or of a method take.",
+)
+def cache_ls(store: Path | None, by: str) -> None:
+    """List what is in the store, the largest last."""
     import time
 
     from plait.listeners import duration
 
     place = _store(store)
-    total = 0
-    entries = sorted(place.entries(), key=lambda entry: entry.meta["created"])
-    for entry in entries:
-        total += entry.size
-        age = duration(time.time() - entry.meta["created"])
+    entries = sorted(place.entries(), key=lambda entry: entry.size)
+    if by == "result":
+        for entry in entries:
+            age = duration(time.time() - entry.meta["created"])
+            click.echo(
+                f"{entry.key[:12]}  {entry.size / 2**20:9.2f} MiB  {age:>14} ago  {entry.meta.get('label', '')}  {entry.meta.get('method', '')}"
+            )
+    else:
+        groups: dict[str, list[int]] = {}
+        for entry in entries:
+            name = entry.meta["method"] if by == "method" else entry.meta["label"].partition("[")[0].partition(".")[0]
+            groups.setdefault(name, []).append(entry.size)
+        for name, sizes in sorted(groups.items(), key=lambda item: sum(item[1])):
+            click.echo(f"{sum(sizes) / 2**20:9.2f} MiB  {len(sizes):6d} results  {name}")
+    click.echo(f"{len(entries)} results, {sum(entry.size for entry in entries) / 2**20:.2f} MiB in {place.root}")
+    steps, held = place.unfinished()
+    if steps:
         click.echo(
-            f"{entry.key[:12]}  {entry.size / 2**20:9.2f} MiB  {age:>14} ago  {entry.meta.get('label', '')}  {entry.meta.get('method', '')}"
+            f"{steps} steps that did not finish keep {held / 2**20:.2f} MiB for a resume; plait cache gc deletes old ones"
         )
-    click.echo(f"{len(entries)} results, {total / 2**20:.2f} MiB in {place.root}")
 
 
 @cache.command("gc")

@@ -197,6 +197,11 @@ class Store:
             if entry := self.entry(folder.name):
                 yield entry
 
+    def unfinished(self) -> tuple[int, int]:
+        """How many steps that did not finish keep a checkpoint for a resume, and its bytes in all."""
+        folders = self._folders("scratch/*")
+        return len(folders), sum(map(_size, folders))
+
     def collect(self, older_than: float) -> tuple[int, int]:
         """Delete results not used for ``older_than`` seconds, and what killed processes left.
 

@@ -348,7 +348,10 @@ class Look:
 
 def test_cache_commands(demo):
     plait.run("demo.yaml")
-    assert "15 results" in cli("cache", "ls").stdout
+    *results, total = cli("cache", "ls").stdout.splitlines()
+    assert "15 results" in total
+    sizes = [float(line.split()[1]) for line in results]
+    assert sizes == sorted(sizes)
     assert cli("cache", "verify").returncode == 0
     entry = next(Store().entries())
     victim = next(p for p in entry.folder.rglob("*.json") if p.name == "value.json" or p.name == "codec.json")
@@ -357,6 +360,25 @@ def test_cache_commands(demo):
     assert cli("cache", "verify", "--delete").returncode == 0
     assert "14 results" in cli("cache", "ls").stdout
     assert "deleted 14 results" in cli("cache", "gc", "--older-than", "0").stdout
+
+
+def test_what_takes_the_space(workplace):
+    Path("p.yaml").write_text(
+        'plait: 1\nmatrix: {size: [1, 1000]}\nsteps:\n  n: {load-data: "./toy.py:Numbers", with: {size: "${matrix.size}"}}\n'
+        '  small: {transform: "./toy.py:Add", from: {data: n.train}}\n  fails: {transform: "./m.py:Fails", from: {data: n.train}}'
+    )
+    Path("m.py").write_text(
+        "import attrs, plait\n@attrs.frozen\nclass Fails:\n    @plait.hookimpl\n    def transform(self, data, run):\n"
+        "        (run.folder / 'checkpoint').write_bytes(bytes(2**20))\n        raise ValueError('no')\n"
+    )
+    assert cli("run", "p.yaml").returncode == 1
+    lines = cli("cache", "ls", "--by", "step").stdout.splitlines()
+    assert [line.split()[2:] for line in lines[:2]] == [["2", "results", "small"], ["2", "results", "n"]]
+    by_method = cli("cache", "ls", "--by", "method").stdout.splitlines()
+    assert by_method[1].endswith("./toy.py:Numbers")
+    total = sum(entry.size for entry in Store().entries()) / 2**20
+    assert f"4 results, {total:.2f} MiB" in lines[2]
+    assert lines[3].startswith("2 steps that did not finish keep 2.00 MiB")
 
 
 def test_python_use():
