@@ -717,7 +717,7 @@ def cache_ls(store: Path | None, by: str) -> None:
             name = entry.meta["method"] if by == "method" else entry.meta["label"].partition("[")[0].partition(".")[0]
             groups.setdefault(name, []).append(entry.size)
         for name, sizes in sorted(groups.items(), key=lambda item: sum(item[1])):
-            click.echo(f"{sum(sizes) / 2**20:9.2f} MiB  {len(sizes):6d} results  {name}")
+            click.echo(f"{sum(sizes) / 2**20:9.2f} MiB in {len(sizes):6d}  {name}")
     click.echo(f"{len(entries)} results, {sum(entry.size for entry in entries) / 2**20:.2f} MiB in {place.root}")
     steps, held = place.unfinished()
     if steps:

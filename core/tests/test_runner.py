@@ -373,7 +373,7 @@ def test_what_takes_the_space(workplace):
     )
     assert cli("run", "p.yaml").returncode == 1
     lines = cli("cache", "ls", "--by", "step").stdout.splitlines()
-    assert [line.split()[2:] for line in lines[:2]] == [["2", "results", "small"], ["2", "results", "n"]]
+    assert [line.split()[2:] for line in lines[:2]] == [["in", "2", "small"], ["in", "2", "n"]]
     by_method = cli("cache", "ls", "--by", "method").stdout.splitlines()
     assert by_method[1].endswith("./toy.py:Numbers")
     total = sum(entry.size for entry in Store().entries()) / 2**20
