@@ -96,7 +96,10 @@ def start(*arguments):
     command = [sys.executable, "-m", "plait", "run", *arguments]
     # Ray's workers are nice by default, and would wait for whatever else this machine does.
     environment = {**os.environ, MARK: str(Path.cwd()), "RAY_worker_niceness": "0"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what it starts with &
+    )  # fmt: skip
 
 
 @pytest.mark.slow

@@ -80,7 +80,10 @@ def _start(seeds: str, store: Path, jobs: int, log: Path) -> subprocess.Popen[by
         "--quiet",
     ]
     with log.open("wb") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what it starts with &
+        )  # fmt: skip
 
 
 def _checksums(store: Path) -> dict[str, dict[str, str]]:

@@ -124,15 +124,19 @@ def test_a_proximal_step_that_overshoots_is_refused():
 
 @pytest.mark.slow
 def test_the_claim_over_three_seeds(digits):
-    """30 rounds: rounds to 80 %, accuracy of the last 5, consensus distance, against DFedAvg in the same order."""
-    for order, fields in (("sequential", {}), ("synchronous", {"as_released": False, "weights": "uniform"})):
+    """30 rounds: rounds to 80 %, accuracy of the last 5, consensus distance, against DFedAvg in the same order.
+
+    The synchronous order, which is not the default, is looked at with one seed.
+    """
+    variants = [("sequential", {}, range(3)), ("synchronous", {"as_released": False, "weights": "uniform"}, range(1))]
+    for order, fields, seeds in variants:
         results = {}
         for name, method in (
             ("dfedavg", DFedAvg(rounds=30, update_order=order, **COMMON)),
             ("dfedcata", DFedCata(rounds=30, **fields, **COMMON)),
         ):
             histories = [
-                method.aggregate(**problem(digits, seed), run=plait.Run(seed=seed))["history"] for seed in range(3)
+                method.aggregate(**problem(digits, seed), run=plait.Run(seed=seed))["history"] for seed in seeds
             ]
             accuracy = [[record["accuracy"] for record in history] for history in histories]
             results[name] = (
