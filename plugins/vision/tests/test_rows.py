@@ -132,6 +132,20 @@ def test_captions_of_the_right_and_of_another_class():
         make("caption", templates=["a photo"])
 
 
+@pytest.mark.parametrize("missing", [-1, None])
+@pytest.mark.parametrize(("method", "fields"), [("caption", {}), ("relabel", {"classes": {"cat": "pet"}})])
+def test_rows_without_a_class_are_refused(method, fields, missing):
+    features = Features({"label": ClassLabel(names=["cat", "dog"])})
+    data = Dataset.from_dict({"label": [0, missing, 1]}, features=features)
+    with pytest.raises(ValueError, match=r"row 1: label (-1|None) is not a class"):
+        transform(method, data, **fields)
+
+
+def test_a_split_that_would_be_empty_is_refused():
+    with pytest.raises(ValueError, match="test has no row of cat"):
+        transform("relabel", {"train": DATA, "test": DATA.select([1])}, classes={"cat": "pet"}, others="drop")
+
+
 @given(values=st.lists(st.integers(0, 3), min_size=1, max_size=8), shift=st.integers(-5, 5))
 def test_shifted_captions_are_never_the_right_ones(values, shift):
     features = Features({"label": ClassLabel(names=["p", "q", "r", "s"])})

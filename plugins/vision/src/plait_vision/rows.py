@@ -118,7 +118,11 @@ class Relabel:
             for number, name in enumerate(names)
             if name in self.classes or self.others == "keep"
         }
-        labels = _column(dataset, self.column)
+        labels = _labels(dataset, self.column, split)
+        if not any(label in new for label in labels):
+            raise ValueError(
+                f"{split or 'the data'} has no row of {', '.join(self.classes)}; others: keep takes the rest"
+            )
         kept = dataset.select([row for row, label in enumerate(labels) if label in new])
         texts = [new[label] for label in labels if label in new]
         order = kept.column_names
@@ -150,7 +154,7 @@ class Caption:
         written = [[template.replace("{}", name) for template in self.templates] for name in shifted]
         texts: list[Any] = [texts[0] for texts in written] if len(self.templates) == 1 else written
         kept = dataset.remove_columns([self.column] if self.column in dataset.column_names else [])
-        return kept.add_column(self.column, [texts[label] for label in _column(dataset, self.label_column)])
+        return kept.add_column(self.column, [texts[label] for label in _labels(dataset, self.label_column, split)])
 
 
 @attrs.frozen(kw_only=True)
@@ -228,6 +232,11 @@ def _class_names(dataset: Dataset, column: str) -> list[str]:
         raise ValueError(f"column {column!r} holds {feature}, not classes with names (ClassLabel)")
     names: list[str] = feature.names
     return names
+
+
+def _labels(dataset: Dataset, column: str, split: str) -> list[int]:
+    """The classes' numbers; a row without a class (missing, −1) is refused."""
+    return _column(with_class_labels({split: dataset}, column)[split], column)
 
 
 def _allowed(dataset: Dataset, column: str, wanted: Any) -> Collection[Any]:
