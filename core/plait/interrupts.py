@@ -28,7 +28,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a signal waits for the end: for calls into libraries that an exception in their middle leaves locked."""
+        """Inside, a signal waits for the end: for calls into libraries that an exception should not cut short."""
         self._waits = True
         try:
             yield
