@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from plait import completing
-from plait.errors import PipelineError, PlaitError
+from plait.errors import ConfigurationError, PipelineError, PlaitError
 
 
 class _Group(click.Group):
@@ -440,9 +440,8 @@ def _show_method(method: str, hook: str | None) -> None:
                 a + ("" if required else " (optional)") for a, required in arguments_of(found.cls, one).items()
             )
             click.echo(f"  hook     {one.replace('_', '-')}  from: {arguments or 'nothing'}")
-        for word, attribute in (("needs", "columns_needed"), ("makes", "columns_made"), ("splits", "splits")):
-            if names := getattr(found.cls, attribute, None):
-                click.echo(f"  {word:<8} {'columns ' if word != 'splits' else ''}{', '.join(names)}")
+        for word, said in _contract(found, implemented):
+            click.echo(f"  {word:<8} {said}")
         if found.package:
             entry = catalogue().get(found.package, {})
             click.echo(f"  package  {found.package} {found.version}")
@@ -465,6 +464,29 @@ def _show_method(method: str, hook: str | None) -> None:
             click.echo(f"    {example_step(attrs.evolve(found, hook=one))}")
     if not seen:
         raise PipelineError([f"{method!r} implements none of the hooks"])
+
+
+def _contract(found: Any, hooks: list[str]) -> Iterator[tuple[str, str]]:
+    """What a method, with the defaults of its fields, says of what it takes and gives."""
+    from plait.configuration import configure
+    from plait.contract import declared
+
+    try:
+        method = configure(found, {})
+    except ConfigurationError:  # a field without a default: what depends on fields is not known
+        method = found.cls
+    for hook in hooks:
+        says = declared(method, hook)
+        for argument, kinds in says.takes.items():
+            yield "takes", f"{argument}: {' or '.join(kinds)}"
+        if says.gives:
+            yield "gives", says.gives
+        for argument, columns in says.columns_needed.items():
+            yield "needs", f"columns of {argument}: {', '.join(columns)}"
+        if says.columns_made:
+            yield "makes", f"columns {', '.join(says.columns_made)}"
+        if says.splits:
+            yield "splits", ", ".join(says.splits)
 
 
 @main.command()

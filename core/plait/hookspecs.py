@@ -18,10 +18,22 @@ receives a list or a dict. Inputs are never modified; a hook returns a new objec
 
 Images are ``image`` columns (8-bit RGB); methods work on float tensors ``[N, 3, H, W]`` in [0, 1].
 
+A method may also say what it takes and gives; a pipeline in which two steps do not fit is then refused before anything
+runs, and ``plait show`` tells it. Each is a class attribute, or a property where fields decide; what is not said is not
+checked (:mod:`plait.contract`).
+
+* ``takes``: argument → a kind or several, ``{"model": "image-text-model"}``. Kinds are words that packages agree on. Models:
+  ``classifier`` (images → logits), ``image-text-model``, ``multi-task-model``, ``graph-network``, ``diffusion-model``, ``restorer``.
+  Data: ``dataset`` (one, or split → one), ``clients`` (the data sets of several), ``graph``, ``graph-tasks``, ``feature-set``;
+* ``gives``: the kind of the result. The name of an argument says that the result is like it: of its kind, with its columns and
+  splits. That is so without a word for the ``model`` of defend and optimize, and the ``data`` of attack and restore;
+* ``columns_needed``: the columns of ``data`` that it reads, or argument → columns;
+* ``columns_made``: the columns that the result has besides those of the argument that it is like (of a source: all);
+  ``columns_kept``: those of the argument that stay, where not all do;
+* ``splits``: the names of the parts of its result.
+
 A method may also have
 
-* ``splits``: the names of the parts of its result, so that a pipeline that takes another is refused;
-* ``columns_needed`` and ``columns_made``: the names of the columns that it reads and adds, for ``plait show``;
 * ``input_files()``: files beyond those that its fields name, such as the images of a list, so that the step
   runs again when one of them changes;
 * ``renamed_fields``: old name → new name of a field, so that a pipeline with the old one is told the new one;

@@ -13,11 +13,12 @@ from typing import Any
 import attrs
 
 from plait.configuration import configure
+from plait.contract import misfits
 from plait.document import MERGE, TEXT, Document, KeyPath, parse, read
 from plait.each import KEY as EACH
 from plait.each import EachError, Family, expanded, member_of
 from plait.errors import ConfigurationError, PipelineError, PlaitError, nearest
-from plait.hookspecs import HOOKS, hook_arguments, kinds_of
+from plait.hookspecs import HOOKS, hook_arguments
 from plait.methods import Method, find
 from plait.resources import Resources, parse_resources
 
@@ -65,7 +66,16 @@ class Step:
     def references(self) -> Iterator[Reference]:
         """All steps that this one takes something from."""
         for value in self.inputs.values():
-            yield from _references(value)
+            yield from self.references_in(value)
+
+    @classmethod
+    def references_in(cls, value: Any) -> Iterator[Reference]:
+        """All references in what an argument is given: one, a list or a mapping."""
+        if isinstance(value, Reference):
+            yield value
+        elif isinstance(value, (Mapping, list)):
+            for item in value.values() if isinstance(value, Mapping) else value:
+                yield from cls.references_in(item)
 
 
 @attrs.frozen
@@ -90,17 +100,6 @@ class Pipeline:
     data: Mapping[str, Any]
     folder: Path
     source: str
-
-
-def _references(value: Any) -> Iterator[Reference]:
-    if isinstance(value, Reference):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _references(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _references(item)
 
 
 def load_pipeline(path: Path | str, overrides: Sequence[str] = ()) -> Pipeline:
@@ -503,7 +502,8 @@ def _check_cell(
             known[text] = _check_step(name, body, cell, default_seed, folder, problems)
         if (step := known[text]) is not None:
             steps[name] = step
-    _check_kinds(steps, problems)
+    for step, argument, sentence in misfits(steps):
+        problems.add(("steps", step.name, "from", argument), f"step {step.name}: {sentence}")
     order = _order(steps, problems)
     return Cell(values, {name: steps[name] for name in order})
 
@@ -664,34 +664,6 @@ def _check_arguments(name: str, method: Method, inputs: Mapping[str, Any], probl
             problems.add(
                 ("steps", name), f"step {name}: {method.name} needs {argument!r}; add it to from: {{{argument}: step}}"
             )
-
-
-def _check_kinds(steps: Mapping[str, Step], problems: _Problems) -> None:
-    for step in steps.values():
-        for argument, value in step.inputs.items():
-            for reference in _references(value):
-                source = steps.get(reference.step)
-                if source is None or argument not in kinds_of(step.hook):
-                    continue
-                path = ("steps", step.name, "from", argument)
-                if sentence := _misfit(step, argument, reference, source):
-                    problems.add(path, f"step {step.name}: {sentence}")
-                splits = getattr(source.instance, "splits", None)
-                if reference.part and splits is not None and reference.part[0] not in splits:
-                    problems.add(
-                        path,
-                        f"step {step.name}: {source.name} has no split {reference.part[0]!r}{nearest(reference.part[0], splits)}; it has {', '.join(splits)}",
-                    )
-
-
-def _misfit(step: Step, argument: str, reference: Reference, source: Step) -> str | None:
-    wanted, given = kinds_of(step.hook)[argument].name, kinds_of(source.hook)["return"].name
-    if given == "report":
-        return f"{reference} is a report, which no step takes"
-    if reference.part or wanted in ("any", given):  # a part of a result may be of either kind
-        return None
-    shown = {"model": "a model", "data": "data"}
-    return f"{argument!r} wants {shown[wanted]}, and {reference} is {shown[given]} (a {source.hook.replace('_', '-')} step)"
 
 
 def _order(steps: Mapping[str, Step], problems: _Problems) -> list[str]:

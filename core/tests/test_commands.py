@@ -98,7 +98,7 @@ def test_a_method_is_shown_in_the_spelling_of_yaml(workplace):
     shown = cli("show", "./m.py:M")
     assert "on: true or false; default true" in shown
     assert "k: a whole number; required" in shown
-    assert "needs    columns image" in shown
+    assert "needs    columns of data: image" in shown
     assert "makes    columns target" in shown
     step = shown.splitlines()[-1].strip()
     text = f"plait: 1\nsteps:\n  DATA: {{load-data: './toy.py:Numbers'}}\n  {step.replace('K', '1')}\n"

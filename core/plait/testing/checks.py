@@ -16,6 +16,7 @@ from plait import codecs
 from plait.catalogue import offers
 from plait.configuration import configure, plain_fields
 from plait.context import Run
+from plait.contract import declared
 from plait.errors import PlaitError, sentence_of
 from plait.hookspecs import HOOKS, implemented_hooks, kinds_of
 from plait.methods import Method, find
@@ -225,6 +226,56 @@ def check_result(subject: Subject) -> None:
                 )
 
 
+def check_contract(subject: Subject) -> None:
+    """The columns and splits that the method says it makes are there, and it refuses data without one that it needs."""
+    says = declared(subject.instance(), subject.method.hook)
+    result, arguments = subject.result(), subject.example.arguments
+    if says.splits is not None and isinstance(result, Mapping) and set(result) != set(says.splits):
+        raise ConformanceError(f"splits says {', '.join(says.splits)}, and the result has {', '.join(result)}")
+    for part in _tables(result):
+        for column in says.columns_made or ():
+            if column not in part.column_names:
+                raise ConformanceError(
+                    f"columns_made says {column!r}, and the result lacks it; it has {', '.join(part.column_names)}"
+                )
+    for argument, columns in says.columns_needed.items():
+        for column in columns:
+            if argument in arguments:
+                _check_needed(subject, argument, column)
+
+
+def _check_needed(subject: Subject, argument: str, column: str) -> None:
+    given = subject.example.arguments[argument]
+    tables = _tables(given)
+    if not all(column in table.column_names for table in tables):
+        raise ConformanceError(
+            f"columns_needed says {column!r}, which the example's {argument!r} lacks: say what the method reads"
+        )
+    if not tables:
+        return
+    without = (
+        {name: part.remove_columns(column) for name, part in given.items()}
+        if isinstance(given, Mapping)
+        else [part.remove_columns(column) for part in given]
+        if isinstance(given, list)
+        else given.remove_columns(column)
+    )
+    try:
+        subject.call(subject.run(), **{argument: without})
+    except Exception as error:
+        _check_sentence(subject, error, f"{argument!r} without its column {column!r}")
+    else:
+        raise ConformanceError(
+            f"columns_needed says {column!r}, and without it the method runs: leave it out of columns_needed, or refuse the data"
+        )
+
+
+def _tables(value: Any) -> list[Any]:
+    """The datasets in what an argument or a result is: one, or several of them."""
+    several = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
+    return [one for one in several if hasattr(one, "column_names") and hasattr(one, "remove_columns")]
+
+
 def check_budget(subject: Subject) -> None:
     """After rounding to 8 bits, no pixel has moved further than the budget."""
     budget = subject.example.budget
@@ -349,21 +400,25 @@ def _check_refused(subject: Subject, inputs: Mapping[str, Any], kind: str) -> No
             continue
         try:
             subject.call(subject.run(), **{name: value})
-        except PlaitError as error:
-            if "\n" in str(error).strip():
-                raise ConformanceError(f"the message for {kind} {name!r} is more than one line: {error}") from error
-            continue
         except Exception as error:
-            if sentence_of(error, {*plait_modules(), subject.method.cls.__module__.partition(".")[0]}) is None:
-                raise ConformanceError(
-                    f"{kind} {name!r} ends in {type(error).__name__}: {error}; raise a ValueError that says what is wrong"
-                ) from error
-            continue
-        raise ConformanceError(f"{kind} {name!r} is not refused; raise a ValueError that says what is wrong")
+            _check_sentence(subject, error, f"{kind} {name!r}")
+        else:
+            raise ConformanceError(f"{kind} {name!r} is not refused; raise a ValueError that says what is wrong")
+
+
+def _check_sentence(subject: Subject, error: Exception, refused: str) -> None:
+    """Raise ConformanceError unless what a method raises is a sentence for its user."""
+    if isinstance(error, PlaitError):
+        if "\n" in str(error).strip():
+            raise ConformanceError(f"the message for {refused} is more than one line: {error}") from error
+    elif sentence_of(error, {*plait_modules(), subject.method.cls.__module__.partition(".")[0]}) is None:
+        raise ConformanceError(
+            f"{refused} ends in {type(error).__name__}: {error}; raise a ValueError that says what is wrong"
+        ) from error
 
 
 CHECKS: tuple[Callable[[Subject], None], ...] = (
-    check_configuration, check_documented, check_result, check_repeatable, check_inputs_untouched, check_budget, check_batch_sizes,
+    check_configuration, check_documented, check_result, check_contract, check_repeatable, check_inputs_untouched, check_budget, check_batch_sizes,
     check_device, check_saves, check_progress, check_resume, check_empty, check_wrong_inputs,
 )  # fmt: skip
 
