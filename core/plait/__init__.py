@@ -8,6 +8,7 @@ from plait.errors import ConfigurationError, MissingDependency, PipelineError, P
 from plait.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from plait.building import build_module
     from plait.context import Run
     from plait.loading import load
     from plait.report import Report
@@ -18,10 +19,16 @@ API = "0.1"
 
 __all__ = [
     "API", "ConfigurationError", "MissingDependency", "PipelineError", "PlaitError", "Report", "Run", "StoreError", "__version__",
-    "hookimpl", "load", "run",
+    "build_module", "hookimpl", "load", "run",
 ]  # fmt: skip
 
-_LAZY = {"Run": "plait.context", "Report": "plait.report", "load": "plait.loading", "run": "plait.runner"}
+_LAZY = {
+    "build_module": "plait.building",
+    "Run": "plait.context",
+    "Report": "plait.report",
+    "load": "plait.loading",
+    "run": "plait.runner",
+}
 
 
 def __getattr__(name: str) -> Any:

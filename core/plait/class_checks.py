@@ -55,8 +55,3 @@ def check_api(cls: type[Any], package: str, version: str) -> None:
             f"package {package} {version} is written for plait API {written_for}, and this is plait API {API};"
             f" install a {package} for this plait"
         )
-
-
-def _arguments(cls: type[Any], hook: str) -> dict[str, bool]:
-    parameters = list(inspect.signature(getattr(cls, hook)).parameters.values())[1:]
-    return {p.name: "None" not in str(p.annotation) for p in parameters}

@@ -5,16 +5,16 @@ of the hooks below, each marked with ``@plait.hookimpl``. A hook method names th
 wants, in any order and without defaults:
 
 * an argument that it names is required in the pipeline's ``from``;
-* annotated ``... | None`` it may be left out there, and is then ``None``;
+* annotated ``... | None`` it may be left out there, and in Python, and is then ``None``;
 * an argument that it does not name cannot be given.
 
 ``run`` (:class:`plait.Run`: seed, device, progress, curves, scratch folder) is always available.
 
 Kinds of argument, written as annotations below: ``Data`` is a Hugging Face ``Dataset``, a mapping split or
 name → ``Dataset``, a PyG ``Data`` or whatever the kit of the domain documents; ``Model`` is a
-``torch.nn.Module`` (or an object that saves itself with ``save_pretrained``); ``Models`` and ``DataSets``
-are several of them, by name or in order. Where a pipeline gives a list or a mapping of steps, the method
-receives a list or a dict. Inputs are never modified; a hook returns a new object.
+``torch.nn.Module`` (one that saves itself with ``save_pretrained``, or whose builder :func:`plait.build_module` noted);
+``Models`` and ``DataSets`` are several of them, by name or in order. Where a pipeline gives a list or a mapping of
+steps, the method receives a list or a dict. Inputs are never modified; a hook returns a new object.
 
 Images are ``image`` columns (8-bit RGB); methods work on float tensors ``[N, 3, H, W]`` in [0, 1].
 
@@ -44,15 +44,19 @@ A method may also have
 from __future__ import annotations
 
 import functools
+import inspect
 import typing
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import attrs
 import pluggy
 
 if TYPE_CHECKING:
     from plait.context import Run
+
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @attrs.frozen
@@ -71,7 +75,34 @@ ModelOrData = Annotated[Any, Kind("any")]
 Metrics = Annotated[Any, Kind("report")]
 
 hookspec = pluggy.HookspecMarker("plait")
-hookimpl = pluggy.HookimplMarker("plait")
+_mark = pluggy.HookimplMarker("plait")
+
+
+@typing.overload
+def hookimpl(function: F) -> F: ...
+@typing.overload
+def hookimpl(*, wrapper: bool = False, tryfirst: bool = False, trylast: bool = False) -> Callable[[F], F]: ...
+def hookimpl(function: Any = None, **options: Any) -> Any:
+    """Mark a hook of a method; called from plain Python, it may go without the arguments annotated ``| None``."""
+    if function is None:
+        return functools.partial(hookimpl, **options)
+    return _mark(_optional_arguments(function), **options)
+
+
+def _optional_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
+    # pluggy passes nothing to an argument with a default, so hooks have none.
+    parameters = inspect.signature(function).parameters
+    optional = [name for name, parameter in parameters.items() if "None" in str(parameter.annotation)]
+    if not optional:
+        return function
+    names = list(parameters)
+
+    @functools.wraps(function)
+    def hook(*given: Any, **named: Any) -> Any:
+        there = {*names[: len(given)], *named}
+        return function(*given, **named, **{name: None for name in optional if name not in there})
+
+    return hook
 
 
 class MethodHooks:

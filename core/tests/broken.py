@@ -24,6 +24,8 @@ class Good:
     """Adds a little noise."""
 
     batch_size: int = field(4, "images at a time", in_range(1))
+    takes = {"data": "dataset"}
+    columns_needed = ("image",)
 
     @hookimpl
     def restore(self, data, run):
@@ -51,6 +53,13 @@ class Result(Good):
     @hookimpl
     def restore(self, data, run):
         return noisy(data, run).select(range(len(data) - 1))
+
+
+@attrs.frozen(kw_only=True)
+class Contract(Good):
+    """Makes no such column."""
+
+    columns_made = ("captions",)
 
 
 @attrs.frozen(kw_only=True)

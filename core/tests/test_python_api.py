@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import nbclient
 import nbformat
 import plait
 import pytest
 from plait import PipelineError
+from plait.calling import hook_caller
 from plait.displays import TimeLeft
 from plait.plan import make_plan
 from plait.runner import load_any
@@ -201,3 +203,20 @@ def test_on_a_terminal(workplace):
     assert re.search(r"whole run .* so far, about .* left", shown)
     assert re.search(r"slow\[seed=0\]  counting .* so far", shown)
     assert re.search(r"\+ score\[seed=0.*\]  [0-9.]+ s  mean \d", shown)  # the main figure beside a finished evaluation
+
+
+def test_optional_arguments_of_a_hook_may_be_left_out_in_python():
+    @attrs.frozen
+    class Fuses:
+        """Fuses."""
+
+        @plait.hookimpl
+        def merge(self, base, experts, data: dict | None, run):
+            return base, experts, data, run
+
+    assert Fuses().merge(1, [2], run=3) == (1, [2], None, 3)
+    assert Fuses().merge(1, run=3, experts=[2]) == (1, [2], None, 3)
+    assert Fuses().merge(1, [2], {"a": 4}, 3) == (1, [2], {"a": 4}, 3)
+    with pytest.raises(TypeError, match="base"):
+        Fuses().merge(experts=[2], run=3)
+    assert hook_caller("merge", Fuses())(base=1, experts=2, data=None, run=4) == (1, 2, None, 4)

@@ -39,13 +39,14 @@ class Codec(Protocol):
 def _built_in() -> dict[str, Codec]:
     from plait.codecs.datasets import DatasetCodec
     from plait.codecs.graphs import GraphCodec
-    from plait.codecs.modules import ModuleCodec
+    from plait.codecs.modules import BuiltModuleCodec, ModuleCodec
     from plait.codecs.plain import JSONCodec, MappingCodec, SequenceCodec
     from plait.codecs.reports import ReportCodec
     from plait.codecs.tensors import ArrayCodec, TensorCodec
 
     codecs: list[Codec] = [
-        DatasetCodec(), ModuleCodec(), TensorCodec(), ArrayCodec(), GraphCodec(), ReportCodec(), JSONCodec(), MappingCodec(), SequenceCodec(),
+        DatasetCodec(), ModuleCodec(), BuiltModuleCodec(), TensorCodec(), ArrayCodec(), GraphCodec(), ReportCodec(), JSONCodec(),
+        MappingCodec(), SequenceCodec(),
     ]  # fmt: skip
     return {codec.name: codec for codec in codecs}
 
@@ -72,8 +73,7 @@ def save(value: Any, folder: Path) -> None:
             return
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     raise StoreError(
-        f"a result of type {kind} cannot be saved; return a datasets.Dataset, a module with save_pretrained and from_pretrained"
-        " (huggingface_hub.PyTorchModelHubMixin gives both), tensors, PyG data or JSON-like values, or add a codec (entry point plait.codecs)"
+        f"a result of type {kind} cannot be saved; return a datasets.Dataset, a torch.nn.Module, tensors, PyG data or JSON-like values, or add a codec (entry point plait.codecs)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Models that know their own configuration: ``save_pretrained`` and ``from_pretrained``."""
+"""Models: those that save themselves (``save_pretrained``), and any other module whose builder is known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from plait.errors import PlaitError, StoreError
+import attrs
+
+from plait.building import NOTE, Recipe, recipe_of
+from plait.errors import PlaitError, StoreError, shortened
 from plait.importing import FILE_ATTRIBUTE, reading_own_results, stored_object
 from plait.optional import require
 
@@ -43,31 +46,96 @@ class ModuleCodec:
         }
         is_module = hasattr(value, "state_dict") and hasattr(value, "named_modules")
         if is_module:
-            facts["training"] = [name for name, part in value.named_modules() if part.training]
-            facts["frozen"] = [name for name, parameter in value.named_parameters() if not parameter.requires_grad]
-            facts["dtypes"] = {name: _dtype(tensor) for name, tensor in _tensors(value).items()}
+            facts |= _state(value)
         (folder / "module.json").write_text(json.dumps(facts))
         with _refused(f"the model (a {kind}) cannot be built again from what it saved"):
             again = self.load(folder)
-        if is_module and (difference := next(_differences(value, again), None)):
-            raise StoreError(
-                f"the model cannot be stored: built again by {kind}.from_pretrained, {difference}. What its configuration"
-                " does not say is lost: let the configuration say it, merge adapters and remove parametrisations"
-                " before returning it, or return a class of its own with save_pretrained and from_pretrained"
-            )
+        if is_module:
+            _compare(
+                value, again, f"{kind}.from_pretrained",
+                "let the configuration say it, merge adapters and remove parametrisations before returning it, or return a"
+                " class of its own with save_pretrained and from_pretrained",
+            )  # fmt: skip
 
     def load(self, folder: Path) -> Any:
         facts = json.loads((folder / "module.json").read_text())
         with reading_own_results(), contextlib.redirect_stdout(io.StringIO()):  # PyTorchModelHubMixin prints
             model = _class(facts).from_pretrained(folder / "model")
         if "training" in facts:
-            training, frozen = set(facts["training"]), set(facts["frozen"])
-            for name, part in model.named_modules():
-                part.training = name in training
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name not in frozen)
-            _restore_dtypes(model, facts["dtypes"])
+            _restore_state(model, facts)
         return model
+
+
+class BuiltModuleCodec:
+    """Any other ``torch.nn.Module``: how it is built (:mod:`plait.building`), and its weights in safetensors.
+
+    Restores and compares as :class:`ModuleCodec`. Loads into memory at once.
+    """
+
+    name = "built-module"
+
+    def handles(self, value: Any) -> bool:
+        torch = sys.modules.get("torch")
+        return torch is not None and isinstance(value, torch.nn.Module)
+
+    def save(self, value: Any, folder: Path) -> None:
+        kind = f"{type(value).__module__}:{type(value).__qualname__}"
+        recipe = recipe_of(value)
+        if recipe is None:
+            raise StoreError(
+                f"the model (a {kind}) cannot be stored: it is not known how it is built; build it with"
+                " plait.build_module(builder, argument=value), or give it save_pretrained and from_pretrained"
+                " (huggingface_hub.PyTorchModelHubMixin gives both)"
+            )
+        (folder / "module.json").write_text(json.dumps({"recipe": attrs.asdict(recipe), **_state(value)}))
+        with _refused(f"the model (a {kind}) cannot be saved"):
+            require("safetensors.torch").save_model(value, str(folder / "model.safetensors"))
+        with _refused(f"the model (a {kind}) cannot be built again by {recipe.builder}"):
+            again = self.load(folder)
+        _compare(
+            value, again, recipe.builder,
+            "build it with plait.build_module(builder, argument=value), where the builder does all that is done to it",
+        )  # fmt: skip
+
+    def load(self, folder: Path) -> Any:
+        facts = json.loads((folder / "module.json").read_text())
+        recipe = Recipe(**facts["recipe"])
+        with reading_own_results():
+            try:
+                model = recipe.build()
+            except ValueError as error:
+                raise StoreError(f"the model cannot be built again by {recipe.builder}: {error}") from error
+        _restore_dtypes(model, facts["dtypes"])
+        require("safetensors.torch").load_model(model, str(folder / "model.safetensors"))
+        _restore_state(model, facts)
+        setattr(model, NOTE, facts["recipe"])
+        return model
+
+
+def _state(model: Any) -> dict[str, Any]:
+    """What a module's weights do not say: train/eval modes, frozen parameters, dtypes."""
+    return {
+        "training": [name for name, part in model.named_modules() if part.training],
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        "dtypes": {name: _dtype(tensor) for name, tensor in _tensors(model).items()},
+    }
+
+
+def _restore_state(model: Any, facts: dict[str, Any]) -> None:
+    training, frozen = set(facts["training"]), set(facts["frozen"])
+    for name, part in model.named_modules():
+        part.training = name in training
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    _restore_dtypes(model, facts["dtypes"])
+
+
+def _compare(model: Any, again: Any, builder: str, remedy: str) -> None:
+    if difference := next(_differences(model, again), None):
+        raise StoreError(
+            f"the model cannot be stored: built again by {builder}, {difference}. What its configuration does not say is"
+            f" lost: {remedy}"
+        )
 
 
 @contextlib.contextmanager
@@ -78,8 +146,8 @@ def _refused(what: str) -> Iterator[None]:
     except PlaitError:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise StoreError(f"{what}: {lines[0][:300]}") from error
+        sentence = " ".join(str(error).split()) or type(error).__name__
+        raise StoreError(f"{what}: {shortened(sentence)}") from error
 
 
 def _class(facts: dict[str, Any]) -> Any:

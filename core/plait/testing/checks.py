@@ -206,9 +206,9 @@ def check_result(subject: Subject) -> None:
     if hook == "evaluate" and not isinstance(result, Report):
         raise ConformanceError(f"evaluate returns a {type(result).__name__}; it has to return a plait.Report")
     is_model = kinds_of(hook)["return"].name == "model" and not isinstance(result, Mapping)
-    if is_model and not hasattr(result, "save_pretrained"):
+    if is_model and not (hasattr(result, "save_pretrained") or hasattr(result, "named_modules")):
         raise ConformanceError(
-            f"{hook} returns a {type(result).__name__}; it has to return a model with save_pretrained"
+            f"{hook} returns a {type(result).__name__}; it has to return a torch.nn.Module, or a model with save_pretrained"
         )
     if result is None:
         raise ConformanceError("the hook returns nothing: return its result")
