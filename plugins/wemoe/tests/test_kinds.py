@@ -254,7 +254,7 @@ def test_mixed_batches_score_every_sample_with_its_own_head(kind):
             assert torch.allclose(logits, merged.logits(take(inputs, places[task]), task), atol=1e-5)
 
 
-def test_a_merged_model_can_be_trained_and_a_mixture_outside_its_routed_layers(kind):
+def test_a_merged_model_can_be_trained_every_weight_of_it(kind):
     name, base, experts, data = kind
     arguments = {"base": base, "experts": experts, "data": data}
     methods = [plugin.SimpleAverage()] + [plugin.WEMoE(num_steps=0)] * (name not in CONVOLUTIONAL)
@@ -264,8 +264,7 @@ def test_a_merged_model_can_be_trained_and_a_mixture_outside_its_routed_layers(k
         moved = {name for name, p in merged.named_parameters() if p.grad is not None}
         still = {name for name, p in merged.named_parameters() if not p.requires_grad}
         assert moved
-        routed = [] if merged.mixture is None else merged.mixture.routed_parameters()
-        assert {id(dict(merged.named_parameters())[name]) for name in still} == {id(p) for p in routed}
+        assert not still
 
 
 def test_parameters_that_the_base_keeps_fixed_stay_so():

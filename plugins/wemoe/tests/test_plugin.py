@@ -248,6 +248,18 @@ def test_image_text_models_keep_being_image_text_models(tmp_path):
         assert torch.allclose(merged.heads["a"].weight, head, atol=1e-5)
         report = plugin.MultiTaskAccuracy().evaluate(model=merged, data=data, run=run)
         assert set(data) <= report.rows[0].keys()
+        # On it goes: trained on labels, and merged again with the heads that it has.
+        frozen = copy.deepcopy(merged).requires_grad_(False)
+        training = plugin.MultiTaskTraining(num_steps=1, batch_size=4)
+        trained = {t: training.optimize(model=frozen, data={t: data[t]}, run=run) for t in data}
+        again = plugin.SimpleAverage().merge(base=merged, experts=trained, data=None, run=run)
+        assert all(p.requires_grad for p in (*trained["a"].parameters(), *again.parameters()))
+        assert again.state_dict().keys() == merged.state_dict().keys()
+        before = merged.encode_image(images)
+        assert not torch.allclose(trained["a"].encode_image(images), before)
+        assert not torch.allclose(again.encode_image(images), before)
+        if merged.mixture is None:
+            assert set(plugin.Ties().merge(base=base, experts=trained, data=None, run=run).tasks) == set(data)
     mixture_blocks = {name for block in merged.mixture.blocks for name in block.modules}
     assert all("visual" in name for name in mixture_blocks)
     with pytest.raises(KeyError, match="has no class names"):
@@ -340,7 +352,11 @@ def test_refusals(toy):
         infinite.encoder.vit.norm.weight.fill_(float("inf"))
     merge_wrong(toy, "not finite", experts={**experts, "digits": infinite})
     merge_wrong(toy, "equals the base", experts={**experts, "digits": base}, method=plugin.SimpleAverage(strict=True))
-    merge_wrong(toy, "expert 'digits' is a", experts={**experts, "digits": torch.nn.Linear(1, 1)})
+    merge_wrong(
+        toy,
+        "expert 'digits', a Linear, has no classification head",
+        experts={**experts, "digits": torch.nn.Linear(1, 1)},
+    )
     merge_wrong(toy, "the base is a int; give a torch module", base=3, experts={"digits": torch.nn.ReLU()})
 
 
@@ -387,7 +403,7 @@ def test_wrong_training_and_evaluation(toy):
     run = plait.Run()
     with pytest.raises(ValueError, match="matches no parameter"):
         plugin.MultiTaskTraining(trainable="nothing").optimize(model=base, data=train, run=run)
-    with pytest.raises(ValueError, match="needs a MultiTaskModel"):
+    with pytest.raises(ValueError, match="a Linear has no classification head"):
         plugin.MultiTaskTraining().optimize(model=torch.nn.Linear(1, 1), data=train, run=run)
     with pytest.raises(ValueError, match="not a dataset with a column 'label'"):
         plugin.MultiTaskAccuracy().evaluate(model=base, data={"digits": pictures(2, 16)}, run=run)
@@ -395,7 +411,7 @@ def test_wrong_training_and_evaluation(toy):
         plugin.MultiTaskAccuracy().evaluate(model=base, data={"x": test["digits"]}, run=run)
     with pytest.raises(ValueError, match="give a mapping"):
         plugin.MultiTaskAccuracy().evaluate(model=base, data=test["digits"], run=run)
-    with pytest.raises(ValueError, match="models with heads"):
+    with pytest.raises(ValueError, match="give a model with heads"):
         plugin.MultiTaskAccuracy().evaluate(model=torch.nn.Linear(1, 1), data=test, run=run)
 
 

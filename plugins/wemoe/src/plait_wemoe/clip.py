@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from plait_clip import ImageTextModel, zero_shot_head
+from plait_clip import ImageTextModel, prompts, zero_shot_head
 from torch import Tensor, nn
 
 from plait_wemoe.heads import CosineHead
@@ -95,6 +95,26 @@ class MergedImageText(ImageTextModel, WithHeads):
     @classmethod
     def _load(cls, folder: Path, about: dict) -> MergedImageText:
         return cls.from_pretrained(folder)
+
+
+def tower_of(model: ImageTextModel) -> nn.Module:
+    """What is merged of an image-text model; of one that was merged before, what was merged then."""
+    return model.encoder if isinstance(model, MergedImageText) else ImageTower(model)
+
+
+def head_for(
+    model: ImageTextModel, task: str, class_names: Sequence[str] | None, templates: Sequence[str] | str
+) -> nn.Module:
+    """The head of an expert for its task: that which it has, else the zero-shot one.
+
+    Raises:
+        KeyError: neither is there.
+    """
+    if isinstance(model, MergedImageText) and task in model.tasks:
+        return model.heads[task]
+    if class_names is None:
+        raise KeyError(f"task {task!r} has no class names: give its data a ClassLabel column, or set class_names")
+    return head_from_names(model, class_names, prompts.templates(templates))
 
 
 def head_from_names(model: ImageTextModel, class_names: Sequence[str], templates: Sequence[str]) -> CosineHead:

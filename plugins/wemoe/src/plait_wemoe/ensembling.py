@@ -152,8 +152,8 @@ def store_deltas(deltas: Tensor, storage: str, rank: int | None = None) -> Delta
 class EnsembledLinear(nn.Linear):
     """An ``nn.Linear`` (weight and bias of the pre-trained model) plus the experts' task vectors.
 
-    ``weight`` and ``bias`` stay where code around the layer expects them; gradients reach the input and
-    the gate's coefficients, never the frozen weights.
+    ``weight`` and ``bias`` stay where code around the layer expects them; gradients reach the input, the gate's
+    coefficients, and weight and bias where these require them, never the task vectors.
     """
 
     def __init__(self, base: nn.Linear, weight_deltas: Deltas, bias_deltas: Tensor | None, gate: Gate) -> None:
@@ -213,7 +213,7 @@ class EnsembledLinear(nn.Linear):
             out = F.linear(x, self.weight.to(x.dtype))
             out = out + torch.einsum("bsto,bt->bso", projected, coefficients.to(x.dtype))
         else:
-            out = _MergedLinear.apply(x, coefficients, self)
+            out = _MergedLinear.apply(x, coefficients, self.weight, self)
         bias = self.merged_bias(coefficients)
         return out if bias is None else out + bias[:, None].to(out.dtype)
 
@@ -231,7 +231,7 @@ class _MergedLinear(torch.autograd.Function):
     """x W_nᵀ with W_n = W₀ + Σ_t R[n, t] Δ_t; saves x and R, merges the weights again for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, R: Tensor, layer: EnsembledLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, R: Tensor, weight: Tensor, layer: EnsembledLinear) -> Tensor:
         ctx.save_for_backward(x, R)
         ctx.layer = layer
         out = x.new_empty(*x.shape[:2], layer.out_features)
@@ -241,9 +241,9 @@ class _MergedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, R = ctx.saved_tensors
-        need_x, need_R, _ = ctx.needs_input_grad
+        need_x, need_R, need_W, _ = ctx.needs_input_grad
         grad_x = torch.zeros_like(x) if need_x else None
         grad_R = R.new_zeros(R.shape, dtype=ctx.layer.merge_dtype) if need_R else None
         for some, rows, W, D in _merged_tiles(ctx.layer, R):
@@ -253,7 +253,9 @@ class _MergedLinear(torch.autograd.Function):
             if grad_R is not None:  # dr[n, t] = ⟨dW_n, Δ_t⟩ with dW_n = g_nᵀ x_n
                 dW = torch.bmm(part.mT, x[some]).flatten(1).to(D.dtype)
                 grad_R[some].addmm_(dW, D.T)
-        return grad_x, None if grad_R is None else grad_R.to(R.dtype), None
+        # W₀ is in every sample's weight, so its gradient is that of a plain layer.
+        grad_W = (grad.flatten(0, 1).T @ x.flatten(0, 1)).to(ctx.layer.weight.dtype) if need_W else None
+        return grad_x, None if grad_R is None else grad_R.to(R.dtype), grad_W, None
 
 
 def _merged_tiles(layer: EnsembledLinear, R: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:

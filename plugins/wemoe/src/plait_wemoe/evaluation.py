@@ -56,9 +56,11 @@ def one_task_accuracy(model: WithHeads, tasks: Mapping[str, LabelledTask], batch
     """Top-1 accuracy (%) of each task; a batch holds one task, in the order of the data."""
     found = {}
     for name, task in tasks.items():
-        predictions = [
-            model.logits(_for(model, inputs), name).argmax(dim=1).cpu() for inputs in task.inputs.batches(batch_size)
-        ]
+        predictions = []
+        for inputs in task.inputs.batches(batch_size):
+            logits = model.logits(_for(model, inputs), name)
+            task.check_classes(logits, name)
+            predictions.append(logits.argmax(dim=1).cpu())
         found[name] = _percentage(torch.cat(predictions), task.labels)
     return found
 

@@ -152,6 +152,8 @@ def split_head(model: nn.Module, places: tuple[str, ...]) -> tuple[nn.Module, In
 def with_place_of_head(base: nn.Module, expert: nn.Module, places: tuple[str, ...]) -> nn.Module:
     """A base of transformers that has no head, inside a classifier of an expert's class; any other base as it is.
 
+    The expert may be whole, or split from its head.
+
     The classifier holds the base's own tensors. At the places of the head it has the expert's, which no merge reads.
 
     Raises:
@@ -170,9 +172,18 @@ def with_place_of_head(base: nn.Module, expert: nn.Module, places: tuple[str, ..
             "head; give a base of the experts' class"
         )
     model = with_state(expert, {name: inner[name] for name in wanted})
+    for place in places:
+        if isinstance(socket := model.get_submodule(place), Socket):
+            model.set_submodule(place, copy.deepcopy(socket.own))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable.get(name, True))
     return model
+
+
+def socket_places(model: nn.Module) -> tuple[str, ...]:
+    """Names of the places of the head of a model that has been split from it; empty where it has none."""
+    sockets = {name: module for name, module in model.named_modules() if isinstance(module, Socket)}
+    return tuple(sorted(sockets, key=lambda name: sockets[name].index))
 
 
 def has_places(model: nn.Module, places: tuple[str, ...]) -> bool:
@@ -183,8 +194,7 @@ def has_places(model: nn.Module, places: tuple[str, ...]) -> bool:
 @contextmanager
 def own_heads(model: nn.Module) -> Iterator[tuple[str, ...]]:
     """The model with its own heads in its sockets, for the time of the block; gives the names of the places."""
-    sockets = {name: module for name, module in model.named_modules() if isinstance(module, Socket)}
-    sockets = dict(sorted(sockets.items(), key=lambda item: item[1].index))
+    sockets = {name: model.get_submodule(name) for name in socket_places(model)}
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     try:
         for name, socket in sockets.items():

@@ -26,9 +26,9 @@ from plait_wemoe.upscaling import Block, UpscaleConfig, block_linears, first_ten
 class WeightEnsemblingMoE(nn.Module):
     """A backbone whose up-scaled linear layers merge their weights by routers; called like the backbone.
 
-    Made by :func:`~plait_wemoe.wemoe.upscale` or :meth:`from_pretrained`; only :meth:`router_parameters` require gradients then. The
-    weights of up-scaled layers never do, see :meth:`routed_parameters`. Cast to half precision it keeps weights in it,
-    while routers and merging compute in float32.
+    Made by :func:`~plait_wemoe.wemoe.upscale` or :meth:`from_pretrained`; only :meth:`router_parameters` require gradients then.
+    All other parameters can be trained too, θ₀ of the up-scaled layers among them; the task vectors are buffers, which stay.
+    Cast to half precision it keeps weights in it, while routers and merging compute in float32.
 
     Attributes:
         experts: names, in the order of the coefficients; blocks: what is up-scaled.
@@ -107,10 +107,6 @@ class WeightEnsemblingMoE(nn.Module):
 
     def router_parameters(self) -> list[nn.Parameter]:
         return list(self.routers.parameters())
-
-    def routed_parameters(self) -> list[nn.Parameter]:
-        """θ₀ of the up-scaled layers, which no gradient reaches."""
-        return [p for layer in self._linears.values() for p in (layer.weight, layer.bias) if p is not None]
 
     def set_routing(self, mode: str, weights: Tensor | None = None) -> Self:
         """Route by ``sample``, by ``batch``, or with ``fixed`` weights, (T,) or (K, T).

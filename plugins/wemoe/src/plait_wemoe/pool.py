@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from plait_wemoe.columns import Column, Reading, column_of
-from plait_wemoe.heads import has_places, head_places, split_head, with_place_of_head
+from plait_wemoe.heads import has_places, head_places, socket_places, split_head, with_place_of_head
 from plait_wemoe.mixture import WeightEnsemblingMoE
 from plait_wemoe.states import State, buffer_names, check_states, state_like, state_of
 from plait_wemoe.storing import Portable, check_storable, saves_itself
-from plait_wemoe.tasks import IndividualModels, MultiTaskModel
+from plait_wemoe.tasks import IndividualModels, MultiTaskModel, WithHeads
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,11 @@ class Pool:
 
     def merged(self, encoder: nn.Module) -> nn.Module:
         """The model to return, in evaluation mode; what could be trained in the base can be trained in it."""
-        flags = {name: parameter.requires_grad for name, parameter in self.base.named_parameters()}
-        backbone = encoder.backbone if isinstance(encoder, WeightEnsemblingMoE) else encoder
-        routed = {id(p) for p in encoder.routed_parameters()} if isinstance(encoder, WeightEnsemblingMoE) else set()
-        for name, parameter in backbone.named_parameters():
-            # A base that is frozen as a whole says nothing about which weights may move.
-            wanted = parameter.is_floating_point() and (flags.get(name, True) or not any(flags.values()))
-            parameter.requires_grad_(wanted and id(parameter) not in routed)
+        if isinstance(encoder, WeightEnsemblingMoE) and not isinstance(self.base, WeightEnsemblingMoE):
+            trainable_like(self.base, encoder.backbone)
+            encoder.routers.requires_grad_(True)
+        else:
+            trainable_like(self.base, encoder)
         model = self.wrap(encoder, self.heads)
         for head in self.heads.values():
             head.requires_grad_(True)
@@ -67,6 +65,8 @@ class Pool:
 
     def individual(self) -> IndividualModels:
         encoders = {task: copy.deepcopy(encoder) for task, encoder in self.encoders.items()}
+        for task, encoder in encoders.items():
+            trainable_like(self.encoders[task], encoder)
         return IndividualModels(encoders, {t: head.requires_grad_(True) for t, head in self.task_heads.items()}).eval()
 
     def to(self, device: torch.device) -> Pool:
@@ -96,75 +96,84 @@ def pool_of(
     """
     if not experts:
         raise ValueError("there is no expert to merge; give at least one fine-tuned model")
-    if isinstance(base, MultiTaskModel):
-        strange = [task for task, model in experts.items() if not isinstance(model, MultiTaskModel)]
-        if strange:
-            raise TypeError(
-                f"the base is a MultiTaskModel, expert {strange[0]!r} is a {type(experts[strange[0]]).__name__}"
-            )
-        for task, model in experts.items():
-            if task not in model.tasks:
-                raise KeyError(f"expert {task!r} has no head for its task; its heads are for {', '.join(model.tasks)}")
-        heads = {**base.heads, **{task: model.heads[task] for task, model in experts.items()}}
-        encoders = {task: model.encoder for task, model in experts.items()}
-        encoder = base.encoder
-        wrap: Callable[[nn.Module, Mapping[str, nn.Module]], nn.Module] = MultiTaskModel
-        size = getattr(encoder, "image_size", None)
-    elif hasattr(base, "encode_image") and hasattr(base, "encode_tokens"):
-        from plait_clip import prompts
+    if isinstance(base, IndividualModels):
+        raise TypeError("the base is several models (IndividualModels); give the one that the experts were made of")
+    experts = {task: _of_task(model, task) for task, model in experts.items()}
+    wrap: Callable[[nn.Module, Mapping[str, nn.Module]], nn.Module]
+    if hasattr(base, "encode_image") and hasattr(base, "encode_tokens"):
+        from plait_wemoe.clip import MergedImageText, head_for, tower_of
 
-        from plait_wemoe.clip import ImageTower, MergedImageText, head_from_names
-
-        missing = [task for task in experts if task not in class_names]
-        if missing:
-            raise KeyError(
-                f"task {missing[0]!r} has no class names: give its data a ClassLabel column, or set class_names"
-            )
-        heads = {
-            task: head_from_names(model, class_names[task], prompts.templates(templates))
-            for task, model in experts.items()
-        }
-        encoders = {task: ImageTower(model) for task, model in experts.items()}
-        encoder, wrap, size = ImageTower(base), MergedImageText, base.image_size
+        heads = {task: head_for(model, task, class_names.get(task), templates) for task, model in experts.items()}
+        encoder, encoders = tower_of(base), {task: tower_of(model) for task, model in experts.items()}
+        wrap, size = MergedImageText, base.image_size
     else:
         for name, model in {"the base": base, **{f"expert {t!r}": model for t, model in experts.items()}}.items():
             if not isinstance(model, nn.Module):
                 raise TypeError(f"{name} is a {type(model).__name__}; give a torch module")
-        encoder, encoders, heads = _without_heads(base, experts)
-        wrap, size = MultiTaskModel if any(heads.values()) else whole, None
-        if wrap is whole:
-            heads = {task: nn.Identity() for task in experts}
+        encoder, encoders, found = _without_heads(base, experts)
+        wrap, size = MultiTaskModel if found else whole, getattr(encoder, "image_size", None)
+        heads = found or {task: nn.Identity() for task in experts}
+    if isinstance(base, WithHeads):
+        heads = {**base.heads, **heads}
     check_storable(encoder)
     heads = {task: copy.deepcopy(head).requires_grad_(False) for task, head in heads.items()}
     states = {task: state_like(encoder, e) for task, e in encoders.items()}
     return Pool(encoder, encoders, heads, wrap, size, check_states(state_of(encoder), states))
 
 
+def _of_task(model: Any, task: str) -> Any:
+    """Of individual models, the one for the task."""
+    if not isinstance(model, IndividualModels):
+        return model
+    return MultiTaskModel(model.encoder(task), {task: model.heads[task]})
+
+
 def _without_heads(
     base: nn.Module, experts: Mapping[str, nn.Module]
-) -> tuple[nn.Module, dict[str, nn.Module], dict[str, nn.Module | None]]:
-    """Classifiers apart from their heads, which are ``None`` where any expert has none: those are merged whole.
+) -> tuple[nn.Module, dict[str, nn.Module], dict[str, nn.Module]]:
+    """Classifiers and models with a head per task apart from their heads; models without any are merged whole.
 
     Raises:
-        ValueError: experts whose heads are in different places. KeyError: a base without the place, or one without a head
-            that lacks more than it.
+        ValueError: experts whose heads are in different places. KeyError: an expert without a head for its task where
+            others have one; a base without the place, or one without a head that lacks more than it.
     """
-    places = {task: head_places(model) for task, model in experts.items()}
-    if not all(places.values()):
-        return base, dict(experts), dict.fromkeys(experts)
-    first = next(iter(places.values()))
-    if other := next((task for task, found in places.items() if found != first), None):
-        raise ValueError(
-            f"the head of expert {other!r} is {', '.join(places[other])}, that of another one {', '.join(first)}"
+    encoders, heads = {}, {}
+    for task, model in experts.items():
+        if isinstance(model, MultiTaskModel):
+            if task not in model.tasks:
+                raise KeyError(f"expert {task!r} has no head for its task; its heads are for {', '.join(model.tasks)}")
+            encoders[task], heads[task] = model.encoder, model.heads[task]
+        elif places := head_places(model):
+            encoders[task], heads[task] = split_head(model, places)
+    if not heads and not isinstance(base, MultiTaskModel):
+        return base, dict(experts), {}
+    if missing := [task for task in experts if task not in heads]:
+        raise KeyError(
+            f"expert {missing[0]!r}, a {type(experts[missing[0]]).__name__}, has no classification head, and other models have"
         )
-    base = with_place_of_head(base, next(iter(experts.values())), first)
+    task, example = next(iter(encoders.items()))
+    first = socket_places(example)
+    for other, encoder in encoders.items():
+        if (found := socket_places(encoder)) != first:
+            there, here = (", ".join(places) or "outside it" for places in (found, first))
+            raise ValueError(f"the head of expert {other!r} is {there}, that of another one {here}")
+    if isinstance(base, MultiTaskModel):
+        return base.encoder, encoders, heads
+    base = with_place_of_head(base, example, first)
     if not has_places(base, first):
         raise KeyError(
             f"the base is of another architecture than its experts: it has no module {first[0]!r}, where their heads are"
         )
-    parts = {task: split_head(model, first) for task, model in experts.items()}
-    heads: dict[str, nn.Module | None] = {task: head for task, (_, head) in parts.items()}
-    return split_head(base, first)[0], {task: encoder for task, (encoder, _) in parts.items()}, heads
+    return split_head(base, first)[0] if first else base, encoders, heads
+
+
+def trainable_like(origin: nn.Module, model: nn.Module) -> None:
+    """Let a model's parameters be trained that can be in the one it was made of; all, where that is frozen as a whole."""
+    flags = {name: parameter.requires_grad for name, parameter in origin.named_parameters()}
+    # A model that is frozen as a whole, for being a pre-trained one, says nothing about which weights may move.
+    frozen = not any(flags.values())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and (frozen or flags.get(name, True)))
 
 
 def whole(model: nn.Module, heads: Mapping[str, nn.Module]) -> nn.Module:

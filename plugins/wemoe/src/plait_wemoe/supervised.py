@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from plait_wemoe.columns import Column, Reading, ShuffledBatches, column_of, reading_of, tokenizer_of
 from plait_wemoe.inputs import input_dtype, placed
 from plait_wemoe.preprocessing import image_processor_of
-from plait_wemoe.tasks import IndividualModels, MultiTaskModel, WithHeads
+from plait_wemoe.tasks import IndividualModels, WithHeads
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,16 @@ class LabelledTask:
     inputs: Column
     labels: Tensor
 
+    def check_classes(self, logits: Tensor, task: str) -> None:
+        """Raise ValueError where labels have no logit."""
+        if (greatest := int(self.labels.max())) >= logits.shape[1]:
+            raise ValueError(
+                f"the data of task {task!r} has labels up to {greatest}, and its head answers for {logits.shape[1]} classes"
+            )
+
 
 def train_tasks(
-    model: MultiTaskModel,
+    model: WithHeads,
     tasks: Mapping[str, LabelledTask],
     *,
     num_steps: int,
@@ -40,27 +47,30 @@ def train_tasks(
     train_heads: bool = False,
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> MultiTaskModel:
+) -> WithHeads:
     """AdamW on the sum of the tasks' cross-entropies, one batch of every task in every step; a trained copy.
+
+    It is trained whether or not the model's parameters require gradients; those of the copy all do.
 
     Args:
         trainable: regular expression for names of encoder parameters; ``None`` trains them all.
 
     Raises:
-        ValueError: no encoder parameter matches ``trainable``.
+        ValueError: no encoder parameter matches ``trainable``; labels that a head has no class for.
         KeyError: a task without a head.
     """
     model = copy.deepcopy(model).train()
-    chosen = []
-    for name, parameter in model.named_parameters():
-        if name.startswith("encoder."):
-            wanted = trainable is None or re.search(trainable, name) is not None
-        else:
-            wanted = train_heads
-        parameter.requires_grad_(wanted)
-        chosen += [parameter] if wanted else []
-    if not any(p.requires_grad for p in model.encoder.parameters()):
+    weights = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    heads = [p for name, p in weights.items() if name.startswith("task_heads.")] if train_heads else []
+    encoder = [
+        p
+        for name, p in weights.items()
+        if not name.startswith("task_heads.") and (trainable is None or re.search(trainable, name))
+    ]
+    if not encoder:
         raise ValueError(f"trainable is {trainable!r}, which matches no parameter of the encoder")
+    model.requires_grad_(False)
+    chosen = [p.requires_grad_(True) for p in (*encoder, *heads)]
     device, dtype = chosen[0].device, input_dtype(model)
     streams = {
         name: ShuffledBatches(task.inputs, batch_size, seed + index) for index, (name, task) in enumerate(tasks.items())
@@ -71,6 +81,7 @@ def train_tasks(
         for name, task in tasks.items():
             rows = streams[name].rows(step)
             logits = model.logits(placed(task.inputs.read(rows), device, dtype), name)
+            task.check_classes(logits, name)
             losses.append(F.cross_entropy(logits, task.labels[rows].to(device)))
         loss = torch.stack(losses).sum()
         if not torch.isfinite(loss):
@@ -80,7 +91,9 @@ def train_tasks(
         optimizer.step()
         on_step(step, loss.item())
     model.zero_grad(set_to_none=True)
-    return model.requires_grad_(True).eval()
+    for parameter in weights.values():
+        parameter.requires_grad_(True)
+    return model.eval()
 
 
 def first_per_class(labels: Tensor, number: int) -> Tensor:
@@ -111,12 +124,20 @@ def labelled_tasks(
     for task, part in data.items():
         if "label" not in getattr(part, "column_names", ()):
             raise ValueError(f"the data of task {task!r} is not a dataset with a column 'label'")
-        labels = torch.tensor(part.with_format(None)["label"][:])
+        labels = _labels(part.with_format(None)["label"][:], task)
         if per_class is not None:
             rows = first_per_class(labels, per_class)
             part, labels = part.select(rows.tolist()), labels[rows]
         found[task] = LabelledTask(column_of(part, reading), labels)
     return found
+
+
+def _labels(cells: Sequence[Any], task: str) -> Tensor:
+    """int64 (N,). Raises ValueError for a cell that is no number of a class."""
+    for row, cell in enumerate(cells):
+        if isinstance(cell, bool) or not isinstance(cell, int) or cell < 0:
+            raise ValueError(f"row {row} of the data of task {task!r} has label {cell!r}; give the number of a class")
+    return torch.tensor(cells)
 
 
 def _reading(model: Any, tokenizer: Path | None, image_processor: Path | None, warn: Callable[[str], None]) -> Reading:

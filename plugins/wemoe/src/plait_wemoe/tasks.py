@@ -8,15 +8,16 @@ return are the logits of every task.
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from plait_wemoe.heads import CosineHead, Features, InnerHead, feature_tensor, logits_of
+from plait_wemoe.heads import CosineHead, Features, InnerHead, feature_tensor, head_places, logits_of, split_head
 from plait_wemoe.inputs import Inputs, call
 from plait_wemoe.mixture import WeightEnsemblingMoE
 from plait_wemoe.storing import load_module, save_module
@@ -108,10 +109,15 @@ class IndividualModels(WithHeads):
         self.encoders = nn.ModuleList(encoders.values())
         self.set_heads(heads)
 
-    def logits(self, inputs: Inputs, task: str) -> Tensor:
+    def encoder(self, task: str) -> nn.Module:
+        """The task's own one. Raises KeyError if there is none."""
         if task not in self.names:
             raise KeyError(f"there is no expert for task {task!r}; experts are there for {', '.join(self.names)}")
-        return logits_of(self.heads[task], Features(self.encoders[self.names.index(task)]), inputs)
+        return self.encoders[self.names.index(task)]
+
+    def logits(self, inputs: Inputs, task: str) -> Tensor:
+        encoder = Features(self.encoder(task))
+        return logits_of(self.heads[task], encoder, inputs)
 
     def forward(self, inputs: Inputs, task: str) -> Tensor:
         return self.logits(inputs, task)
@@ -126,6 +132,24 @@ class IndividualModels(WithHeads):
         config, heads = read_heads(folder)
         encoders = {name: load_module(Path(folder) / f"encoder-{i}") for i, name in enumerate(config["names"])}
         return cls(encoders, heads)
+
+
+def with_heads(model: Any, tasks: Iterable[str]) -> WithHeads:
+    """A model with a head per task; the head of a classifier that has but its own answers for all of ``tasks``.
+
+    Raises:
+        ValueError: a model without a head that is found by its name.
+    """
+    if isinstance(model, WithHeads):
+        return model
+    places = head_places(model) if isinstance(model, nn.Module) else ()
+    if not places:
+        raise ValueError(
+            f"a {type(model).__name__} has no classification head that is known by its name; give a model with heads, as a "
+            "merge returns it, or a classifier"
+        )
+    encoder, head = split_head(model, places)
+    return MultiTaskModel(encoder, {task: copy.deepcopy(head) for task in tasks})
 
 
 # ---------------------------------------------------------------------------------------------- files

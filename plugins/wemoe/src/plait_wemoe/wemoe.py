@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from plait_wemoe.adaptation import History, UnlabelledBatches, minimise_entropy
+from plait_wemoe.ensembling import EnsembledLinear
 from plait_wemoe.heads import feature_tensor
 from plait_wemoe.inputs import Inputs, call
 from plait_wemoe.mixture import WeightEnsemblingMoE
@@ -145,6 +146,8 @@ def upscale(
         KeyError, ValueError, TypeError: experts that do not fit (see :func:`~plait_wemoe.states.check_states`),
             a pattern that matches no module, modules that cannot be up-scaled.
     """
+    if any(isinstance(module, EnsembledLinear) for module in base.modules()):
+        raise ValueError("the base is a mixture of experts already; up-scale one of its export_static() models")
     base_state = state_of(base)
     expert_states = {name: state_like(base, source) for name, source in experts.items()}
     check_states(base_state, expert_states)

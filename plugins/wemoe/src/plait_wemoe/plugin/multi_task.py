@@ -18,7 +18,7 @@ from plait_wemoe.mixture import WeightEnsemblingMoE
 from plait_wemoe.plugin.merging import ReadsData
 from plait_wemoe.pool import label_names
 from plait_wemoe.supervised import LabelledTask, labelled_tasks, train_tasks
-from plait_wemoe.tasks import MultiTaskModel, WithHeads
+from plait_wemoe.tasks import MultiTaskModel, WithHeads, with_heads
 from plait_wemoe.vit import seeded_vit
 
 
@@ -82,9 +82,8 @@ class MultiTaskTraining(ReadsData):
     examples_per_class: int | None = field(None, "use the first ones of every class only; default: all", in_range(1))
 
     @hookimpl
-    def optimize(self, model: Any, data: Any, run: Any) -> MultiTaskModel:
-        if not isinstance(model, MultiTaskModel):
-            raise ValueError(f"multi-task training needs a MultiTaskModel, not a {type(model).__name__}")
+    def optimize(self, model: Any, data: Any, run: Any) -> WithHeads:
+        model = with_heads(model, data if isinstance(data, Mapping) else ())
         tasks = labelled_tasks(data, model, self.tokenizer, self.image_processor, run.warn, self.examples_per_class)
         return train_tasks(
             model.to(run.device),
@@ -119,8 +118,7 @@ class MultiTaskAccuracy(ReadsData):
         models = model if isinstance(model, Mapping) else {"": model}
         rows, panels = [], []
         for name, one in models.items():
-            if not isinstance(one, WithHeads):
-                raise ValueError(f"evaluate: multi-task needs models with heads, not a {type(one).__name__}")
+            one = with_heads(one, data if isinstance(data, Mapping) else ())
             tasks = labelled_tasks(data, one, self.tokenizer, self.image_processor, run.warn)
             one = one.to(run.device).eval()
             size = {"parameters": stored_numbers(one), "bytes on disk": bytes_on_disk(one)}
