@@ -573,27 +573,28 @@ def record(run: str, file: Path, out: Path) -> None:
 
 
 @main.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.argument("names", metavar="RECORD_OR_PACKAGE...", nargs=-1, required=True)
 @click.option("--quick", is_flag=True, help="The first seed only.")
 @click.option("--write", is_flag=True, help="Put the new figures on record.")
 @_store_option
 @_out_option
-def reproduce(files: tuple[Path, ...], quick: bool, write: bool, store: Path | None, out: Path) -> None:
+def reproduce(names: tuple[str, ...], quick: bool, write: bool, store: Path | None, out: Path) -> None:
     """Run the pipelines behind recorded figures again; exit code 1 where one lies outside the recorded spread.
 
-    FILES are records, or folders of them. Their commands are run from the current folder.
+    Named are records, folders of them, or packages: the records in the folder figures that these had a part in. The
+    commands are run from the current folder.
     """
     import attrs
 
     from plait.pipeline import load_pipeline
-    from plait.recording import again, read_record, record_of, to_text
+    from plait.recording import again, read_record, record_of, records_named, to_text
     from plait.runner import run_pipeline
     from plait.runs import open_run
 
     if quick and write:
         raise click.UsageError("figures of one seed are not put on record; leave out --quick or --write")
     outside = 0
-    for file in [inner for path in files for inner in (sorted(path.glob("*.csv")) if path.is_dir() else [path])]:
+    for file in [file for name in names for file in records_named(name, Path("figures"))]:
         old = read_record(file)
         context = run.make_context("run", list(old.command), resilient_parsing=False)
         overrides = [*context.params["overrides"]]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import attrs
 
-from plait.errors import PlaitError
+from plait.errors import PlaitError, nearest
 from plait.report.tables import Number, Table
 from plait.run_folder import command_of, read_provenance
 from plait.runs import PastRun
@@ -88,6 +89,7 @@ def record_of(run: PastRun) -> Record:
         "versions": ", ".join(f"{name} {versions[name]}" for name in ("plait", *LIBRARIES) if name in versions),
         "hardware": str(run.results.get("hardware", "")),
         "seeds": ", ".join(map(str, sorted({step["seed"] for step in provenance["steps"]}))),
+        "packages": ", ".join(sorted({step.get("package") or "none" for step in provenance["steps"]} - {"none"})),
     }
     return Record(facts, figures_of(run.tables))
 
@@ -135,6 +137,28 @@ def read_record(file: Path) -> Record:
     facts = {name: text for name, _, text in (line.partition(": ") for line in comments)}
     rows = csv.DictReader(line for line in lines if not line.startswith("#"))
     return Record(facts, [_read_figure(row) for row in rows])
+
+
+def records_named(name: str, folder: Path) -> list[Path]:
+    """The records that a user means: a file, all files of a folder, or those in ``folder`` that a package had a part in.
+
+    Args:
+        name: a path, or a package with or without ``plait-``.
+
+    Raises:
+        PlaitError: there is nothing of that name.
+    """
+    if os.path.isfile(name):
+        return [Path(name)]
+    if os.path.isdir(name):
+        return sorted(Path(name).glob("*.csv"))
+    packages = {file: read_record(file).facts.get("packages", "").split(", ") for file in sorted(folder.glob("*.csv"))}
+    found = [file for file, names in packages.items() if {name, f"plait-{name}"} & set(names)]
+    if not found:
+        known = {one for names in packages.values() for one in names if one}
+        has = f"those in {folder} are of {', '.join(sorted(known))}" if known else f"there are none in {folder}"
+        raise PlaitError(f"{name!r} is neither a record of figures nor a package with one{nearest(name, known)}; {has}")
+    return found
 
 
 def _read_figure(row: Mapping[str, str]) -> Figure:

@@ -64,6 +64,7 @@ def write_provenance(folder: Path, pipeline: Pipeline, plan: Plan, store: Store)
                 "label": t.label,
                 "key": t.key,
                 "method": t.step.method.name,
+                "package": t.step.method.package,
                 "version": t.step.method.version,
                 "seed": t.step.seed,
             }

@@ -23,6 +23,7 @@ from typing import Any
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
+from plait.errors import PlaitError
 from plait.importing import FILE_ATTRIBUTE, digest_of_sources, local_sources
 
 LIBRARIES = (
@@ -80,6 +81,8 @@ def version_of(package: str) -> str:
     if folder is None:
         return f"{distribution.version}+{_content_of_wheel(distribution)}"
     files = sorted({file for root in _import_roots(distribution, folder) for file in _sources_below(root)})
+    if not files:  # a key that depends on none would never change
+        raise PlaitError(f"package {package} is installed from {folder}, and there are no sources; install it again")
     return f"{distribution.version}+{digest_of_sources(files)[:12]}"
 
 

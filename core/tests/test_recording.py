@@ -5,7 +5,7 @@ import pytest
 from click.testing import CliRunner
 from plait import PlaitError
 from plait.cli import main
-from plait.recording import again, read_record
+from plait.recording import Record, again, read_record, records_named, to_text
 
 PIPELINE = """\
 plait: 1
@@ -34,7 +34,7 @@ def recorded(workplace, monkeypatch):
 
 def test_a_record_says_where_its_figures_come_from(recorded):
     record = read_record(Path("demo.csv"))
-    assert set(record.facts) == {"command", "date", "versions", "hardware", "seeds"}
+    assert set(record.facts) == {"command", "date", "versions", "hardware", "seeds", "packages"}
     assert record.command == ["demo.yaml"]
     assert record.facts["seeds"] == "0, 1, 2"
     (figure,) = record.figures
@@ -53,6 +53,32 @@ def test_figures_are_given_again(recorded):
     assert read_record(Path("demo.csv")).command == ["demo.yaml"]
     assert "1 of 1 figures lie within" in cli("reproduce", "demo.csv")
     assert "leave out --quick" in cli("reproduce", "demo.csv", "--write", "--quick", code=2)
+
+
+def test_the_figures_of_a_package(workplace, monkeypatch):
+    (workplace / "figures").mkdir()
+    facts = {"command": "plait run demo.yaml", "date": "d", "versions": "v", "hardware": "h", "seeds": "0"}
+    (workplace / "demo.yaml").write_text(PIPELINE)
+    figures = read_record_of(workplace, monkeypatch)
+    for name, packages in (("a", "plait-ensir, plait-imaging"), ("b", "plait-imaging"), ("c", "")):
+        made = Record({**facts, "packages": packages}, figures)
+        (workplace / "figures" / f"{name}.csv").write_text(to_text(made))
+    assert [file.stem for file in records_named("imaging", Path("figures"))] == ["a", "b"]
+    assert [file.stem for file in records_named("plait-ensir", Path("figures"))] == ["a"]
+    assert [file.stem for file in records_named("figures", Path("figures"))] == ["a", "b", "c"]
+    assert "figures/a.csv: plait run demo.yaml" in cli("reproduce", "ensir")
+    with pytest.raises(
+        PlaitError,
+        match=r"'ensi' is neither a record of figures nor a package with one.*; those in figures are of plait-ensir, plait-imaging",
+    ):
+        records_named("ensi", Path("figures"))
+
+
+def read_record_of(workplace, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["plait", "run", "demo.yaml"])
+    cli("run", "demo.yaml")
+    cli("record", "last", "demo.csv")
+    return read_record(Path("demo.csv")).figures
 
 
 def test_a_figure_that_is_gone_is_told(recorded):
