@@ -5,12 +5,14 @@ Methods declare it (see :mod:`plait.hookspecs`). What is not declared is not kno
 
 from __future__ import annotations
 
+import itertools
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 
+from plait.document import MERGE
 from plait.errors import nearest
 from plait.hookspecs import hook_arguments, kinds_of
 
@@ -175,13 +177,24 @@ class _Known:
         """Of what an argument is given: one result, or several, whose names are then the splits."""
         if value is None:
             return Given()
-        if not isinstance(value, (Mapping, list)):
+        if isinstance(value, list):
+            return _together([self._value(one) for one in value])
+        if not isinstance(value, Mapping):
             return self.reference(value)
-        several = [self._value(one) for one in (value.values() if isinstance(value, Mapping) else value)]
-        kinds, columns = {one.kind for one in several}, [one.columns for one in several]
-        known = [names for names in columns if names is not None]
-        return Given(
-            kinds.pop() if len(kinds) == 1 else None,
-            frozenset.intersection(*known) if known and len(known) == len(columns) else None,
-            tuple(value) if isinstance(value, Mapping) else None,
+        whole = [self.reference(one) for one in value.get(MERGE, ())]
+        named = {name: self._value(one) for name, one in value.items() if name != MERGE}
+        splits = [*(one.splits for one in whole), tuple(named)]
+        together = _together([*(one.part() for one in whole), *named.values()])
+        return attrs.evolve(
+            together, splits=None if None in splits else tuple(dict.fromkeys(itertools.chain(*filter(None, splits))))
         )
+
+
+def _together(several: Sequence[Given]) -> Given:
+    """What several results have in common."""
+    kinds, columns = {one.kind for one in several}, [one.columns for one in several]
+    known = [names for names in columns if names is not None]
+    return Given(
+        kinds.pop() if len(kinds) == 1 else None,
+        frozenset.intersection(*known) if known and len(known) == len(columns) else None,
+    )

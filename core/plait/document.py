@@ -7,6 +7,7 @@ booleans and floats (``1e-3`` is a number, ``on`` is a text); duplicate keys are
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,17 @@ def _build_mapping(
         places[(*path, key)] = (line, column)
         result[key] = _build(loader, value_node, (*path, key), places, problems, name)
     return {**merged, **result}
+
+
+def merged_in_place(named: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping with ``parts`` where its ``<<`` stands; a name that is given besides replaces its part."""
+    result: dict[str, Any] = {}
+    for name, item in named.items():
+        if name == MERGE:
+            result |= {n: part if n == MERGE else named.get(n, part) for n, part in parts.items() if n not in result}
+        else:
+            result.setdefault(name, item)
+    return result
 
 
 def _are_texts(node: yaml.Node) -> bool:

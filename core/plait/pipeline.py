@@ -14,7 +14,7 @@ import attrs
 
 from plait.configuration import configure
 from plait.contract import misfits
-from plait.document import MERGE, TEXT, Document, KeyPath, parse, read
+from plait.document import MERGE, TEXT, Document, KeyPath, merged_in_place, parse, read
 from plait.each import KEY as EACH
 from plait.each import EachError, Family, expanded, member_of
 from plait.errors import ConfigurationError, PipelineError, PlaitError, nearest
@@ -605,13 +605,13 @@ def _parse_reference(name: str, value: Any, cell: _Resolved, path: KeyPath, prob
     if isinstance(value, list) and value:
         return [_parse_reference(name, item, cell, (*path, i), problems) for i, item in enumerate(value)]
     if isinstance(value, dict) and value:
-        made: dict[str, Any] = {}
-        for key, item in value.items():
-            if key == MERGE:
-                made |= _parse_merged(name, item, cell, (*path, key), problems)
-            else:
-                made[str(key)] = _parse_reference(name, item, cell, (*path, key), problems)
-        return made
+        named = {
+            str(key): None if key == MERGE else _parse_reference(name, item, cell, (*path, key), problems)
+            for key, item in value.items()
+        }
+        if MERGE not in value:
+            return named
+        return merged_in_place(named, _parse_merged(name, value[MERGE], cell, (*path, MERGE), problems))
     if not isinstance(value, str) or not all(value.split(".")):
         problems.add(path, f"step {name}: {value!r} names no step; write step or step.split")
         return Reference("")
@@ -625,14 +625,17 @@ def _parse_reference(name: str, value: Any, cell: _Resolved, path: KeyPath, prob
 
 
 def _parse_merged(name: str, value: Any, cell: _Resolved, path: KeyPath, problems: _Problems) -> dict[str, Any]:
-    """``<<: noisy`` or ``<<: [noisy, dark.*.test]`` in a mapping: all members of steps with ``each``."""
+    """``<<: noisy`` or ``<<: [noisy, digits]`` in a mapping: the members of steps with ``each``, the parts of others.
+
+    Parts are known when the result is there; their references stay under ``<<``.
+    """
     found: dict[str, Any] = {}
     for item in value if isinstance(value, list) else [value]:
         members = _parse_reference(name, item, cell, path, problems)
         if isinstance(members, dict):
             found |= members
         else:
-            problems.add(path, f"step {name}: << merges the members of steps with each, and {item} is a single result")
+            found.setdefault(MERGE, []).append(members)
     return found
 
 

@@ -18,6 +18,7 @@ from plait import codecs
 from plait.calling import hook_caller
 from plait.configuration import configure, plain_fields
 from plait.context import Run
+from plait.document import MERGE, merged_in_place
 from plait.errors import PlaitError, located, sentence_of, unwritable
 from plait.hardware import hardware
 from plait.hookspecs import hook_arguments
@@ -195,10 +196,21 @@ def _run(job: Job, store: Store, emit: Emit) -> None:
 def load_input(value: Any, store: Store) -> Any:
     """The stored results behind an argument: one, a list or a mapping."""
     if isinstance(value, Mapping):
-        return {name: load_input(item, store) for name, item in value.items()}
+        named = {name: None if name == MERGE else load_input(item, store) for name, item in value.items()}
+        whole = [_parts(item, store) for item in value.get(MERGE, ())]
+        return merged_in_place(named, {name: part for parts in whole for name, part in parts.items()})
     if isinstance(value, list):
         return [load_input(item, store) for item in value]
     return load_result(value, store)
+
+
+def _parts(wanted: Input, store: Store) -> Mapping[str, Any]:
+    parts = load_result(wanted, store)
+    if not isinstance(parts, Mapping):
+        raise PlaitError(
+            f"<<: {wanted.label} is one whole; << takes the parts of a result that has some, or steps with each"
+        )
+    return parts
 
 
 def load_result(wanted: Input, store: Store) -> Any:

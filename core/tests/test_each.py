@@ -130,7 +130,6 @@ STEP = 'plait: 1\nsteps:\n  n:\n    each: {%s}\n    load-data: "./toy.py:Numbers
         ("size: [2, 0]", "n", "q.yaml:6:12: step n.0: size is 0; allowed is [1, 1000]"),
         ("size: [2, 3]", "m", "step t: there is no step 'm'"),
         ("size: '${matrix.none}'", "n", "none"),
-        ("size: [2, 3]", "{<<: n.2}", "step t: << merges the members of steps with each, and n.2 is a single result"),
     ],
 )
 def test_mistakes_have_their_place(workplace, each, data, sentence):
@@ -143,3 +142,33 @@ def test_each_in_the_schema_and_in_plan(place):
     from plait.schema import pipeline_schema
 
     jsonschema.validate(parse(PIPELINE).data, pipeline_schema())
+
+
+def test_one_part_of_a_result_is_replaced(workplace):
+    text = """
+plait: 1
+steps:
+  numbers: {load-data: "./toy.py:Numbers", with: {size: 3}}
+  changed: {transform: "./toy.py:Add", from: {data: numbers.train}, with: {amount: 5}}
+  again: {transform: "./together.py:Same", from: {data: {<<: numbers, train: changed}}}
+  more: {transform: "./together.py:Same", from: {data: {<<: [numbers, again], other: again.test}}}
+  wrong: {transform: "./together.py:Same", from: {data: {<<: changed, x: numbers.test}}}
+"""
+    (workplace / "together.py").write_text(
+        "import attrs\nfrom plait import hookimpl\n@attrs.frozen\nclass Same:\n    'Gives it back.'\n    gives = 'data'\n"
+        "    @hookimpl\n    def transform(self, data, run): return dict(data)\n"
+    )
+    result = plait.run(text, to=["more"])
+    numbers, again, more = (result.output(name) for name in ("numbers", "again", "more"))
+    assert again == {"train": [n + 5 for n in numbers["train"]], "test": numbers["test"]}
+    assert list(again) == ["train", "test"]
+    assert more == {**again, "other": numbers["test"]}
+    failed = plait.run(text).failed
+    assert "<<: changed is one whole; << takes the parts of a result that has some" in str(failed)
+    with pytest.raises(PipelineError, match="numbers has no split 'tset'"):
+        plait.run(text.replace("x: numbers.test", "x: numbers.tset"))
+    with pytest.raises(PipelineError, match="again has no split 'third'"):
+        plait.run(text.replace("again.test", "again.third"))
+    # What is replaced is part of the key.
+    other = plait.run(text.replace("amount: 5", "amount: 6"), to=["again"])
+    assert other.output("again")["train"] == [n + 6 for n in numbers["train"]]
