@@ -19,6 +19,7 @@ test_ensemble_pixel_median = conformance("plait-imaging/pixel-median", hook="ens
 test_ensemble_zzpm = conformance("plait-imaging/zzpm", hook="ensemble")
 test_ensemble_inverse_mse = conformance("plait-imaging/inverse-mse", hook="ensemble")
 test_ensemble_least_squares = conformance("plait-imaging/least-squares", hook="ensemble")
+test_ensemble_range_least_squares = conformance("plait-imaging/range-least-squares", hook="ensemble")
 test_ensemble_best_single = conformance("plait-imaging/best-single", hook="ensemble")
 test_ensemble_regressor = conformance("plait-imaging/regressor", hook="ensemble")
 test_restore_median = conformance("plait-imaging/median", hook="restore")

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from plait import Run
 from plait.report import Report
 from plait_imaging.ensembles import (
@@ -15,6 +17,7 @@ from plait_imaging.ensembles import (
     InverseMSE,
     LeastSquares,
     PixelMedian,
+    RangeLeastSquares,
     Regressor,
     Scenes,
     make_regressor,
@@ -138,6 +141,28 @@ class TestByHand:
         )
         assert unrounded(result).allclose(torch.tensor(110.0), atol=1e-3)
 
+    def test_range_least_squares(self):
+        # Dark: 10 a + 20 b = 30 and 30 a + 10 b = 40, both weights 1. Bright: 200 a + 100 b = 200 and
+        # 100 a + 200 b = 250, weights 1/2 and 1. Means 15, 20 and 150, 150; of 45 and 150 in the test.
+        reference = {"a": flat(10, 30, 200, 100), "b": flat(20, 10, 100, 200), "target": flat(30, 40, 200, 250)}
+        candidates = {"a": flat(50, 140), "b": flat(40, 160)}
+        run = Run()
+        method = RangeLeastSquares(bin_width=128, min_samples=1)
+        dark, bright = unrounded(method.ensemble(candidates=candidates, reference=reference, run=run))
+        assert dark.allclose(torch.tensor(90.0), atol=1e-3)
+        assert bright.allclose(torch.tensor(230.0), atol=1e-3)
+        assert run.reports[0].rows[1] == {
+            "levels": "128–255", "samples": 96, "learned from": "its own samples",
+            "a": pytest.approx(0.5), "b": pytest.approx(1),
+        }  # fmt: skip
+
+    def test_ranges_are_half_open(self):
+        levels = [0, 31, 32, 255]
+        images = torch.tensor([levels, levels], dtype=torch.float32)
+        assert RangeLeastSquares()._ranges(images).tolist() == [0, 0, 1, 7]
+        # The mean of 31 and 32 lies below 32, that of 32 and 32 does not.
+        assert RangeLeastSquares()._ranges(torch.tensor([[31, 32], [32, 32]])).tolist() == [0, 1]
+
     def test_best_single(self):
         reference = {"a": flat(11, 60), "b": flat(12, 52), "target": flat(10, 50)}
         result = BestSingle().ensemble(candidates={"a": flat(1), "b": flat(2)}, reference=reference, run=Run())
@@ -160,7 +185,70 @@ class TestLearning:
         assert errors[LeastSquares()] == min(errors.values())
         assert errors[LeastSquares()] < errors[LeastSquares(sum_to_one=True)] < errors[Average()]
 
-    @pytest.mark.parametrize("method", [LeastSquares(), LeastSquares(sum_to_one=True), InverseMSE(), BestSingle()])
+    def test_one_range_is_plain_least_squares(self):
+        candidates, reference, _ = problem(0)
+        plain, ranges = (
+            unrounded(method.ensemble(candidates=candidates, reference=reference, run=Run()))
+            for method in (LeastSquares(), RangeLeastSquares(bin_width=256))
+        )
+        torch.testing.assert_close(ranges, plain, atol=1e-3, rtol=0)
+
+    @settings(max_examples=20, deadline=None)
+    @given(seed=st.integers(0, 10**6), width=st.integers(1, 256), least=st.integers(1, 300))
+    def test_ranges_are_never_worse_than_one_on_the_reference_itself(self, seed, width, least):
+        candidates, reference, truth = problem(seed)
+        method = RangeLeastSquares(bin_width=width, min_samples=least)
+        plain, ranges = (
+            mse(one.ensemble(candidates=candidates, reference=reference, run=Run()), truth)
+            for one in (LeastSquares(), method)
+        )
+        assert ranges <= plain * (1 + 1e-5)
+
+    def test_models_that_fail_in_different_ranges(self):
+        truth = rough(0)
+        models = {
+            "dark": torch.where(truth < 128, truth, noisy(truth, 20, 1)),
+            "bright": torch.where(truth < 128, noisy(truth, 20, 2), truth),
+        }
+        candidates = {name: dataset(images) for name, images in models.items()}
+        reference = {**candidates, "target": dataset(truth)}
+        plain, ranges = (
+            mse(method.ensemble(candidates=candidates, reference=reference, run=Run()), truth)
+            for method in (LeastSquares(), RangeLeastSquares(min_samples=1))
+        )
+        assert ranges < plain / 2
+
+    def test_ranges_without_enough_of_their_own_have_the_weights_of_all(self):
+        # All reference samples lie below 64, and a is b between 32 and 63.
+        reference = {"a": flat(10, 20, 40), "b": flat(20, 10, 40), "target": flat(18, 12, 44)}
+        plain, ranges = Run(), Run()
+        candidates = {"a": flat(200), "b": flat(220)}
+        expected = LeastSquares().ensemble(candidates=candidates, reference=reference, run=plain)
+        method = RangeLeastSquares(min_samples=1)
+        result = method.ensemble(candidates=candidates, reference=reference, run=ranges)
+        torch.testing.assert_close(unrounded(result), unrounded(expected), atol=1e-3, rtol=0)
+        learned = [row["learned from"] for row in ranges.reports[0].rows]
+        assert learned == ["its own samples"] + ["all samples"] * 7
+        assert ranges.reports[0].rows[1]["samples"] == 48
+        few = Run()
+        RangeLeastSquares().ensemble(candidates=candidates, reference=reference, run=few)
+        assert {row["learned from"] for row in few.reports[0].rows} == {"all samples"}
+
+    def test_scenes_are_added_up_one_at_a_time(self):
+        truth = (rough(0, num=3) // 2) + 64
+        models = [noisy(truth, 10, 1), noisy(truth, 20, 2)]
+        one, two = ({"a": dataset(models[0][s]), "b": dataset(models[1][s]), "target": dataset(truth[s])}
+                    for s in ([0, 1, 2], [2, 0, 1]))  # fmt: skip
+        candidates = {"a": one["a"], "b": one["b"]}
+        first, second = (
+            unrounded(RangeLeastSquares().ensemble(candidates=candidates, reference=known, run=Run())) for known in (one, two)
+        )  # fmt: skip
+        assert torch.equal(first, second)
+
+    @pytest.mark.parametrize(
+        "method",
+        [LeastSquares(), LeastSquares(sum_to_one=True), RangeLeastSquares(), InverseMSE(), BestSingle()],
+    )
     def test_perfect_and_equal_models(self, method):
         truth = rough(1)
         reference = {"perfect": dataset(truth), "poor": dataset(noisy(truth, 20, 0)), "target": dataset(truth)}
@@ -273,6 +361,8 @@ class TestInput:
     def test_fields(self):
         with pytest.raises(ValueError, match="max_samples is 0"):
             Regressor(max_samples=0)
+        with pytest.raises(ValueError, match="bin_width is 257"):
+            RangeLeastSquares(bin_width=257)
 
     def test_weights_are_reported(self):
         candidates, reference, _ = problem(9)

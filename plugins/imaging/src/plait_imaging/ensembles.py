@@ -159,15 +159,94 @@ class LeastSquares(_GlobalWeights):
         """``argmin ‖Xᵀw − y‖²``; with ``sum_to_one`` ``w ∝ E⁻¹ 1``, E the products of the errors."""
         sums = products.sums.sum(dim=0)
         if not self.sum_to_one:
-            # Models that are equal share a weight: the driver finds the shortest of all solutions.
-            least: Tensor = torch.linalg.lstsq(sums[:-1, :-1], sums[:-1, -1], driver="gelsd").solution
-            return least
+            return least_squares(sums)
         errors = _errors(sums)
         floor = 1e-12 * errors.trace() + 1e-6  # equal or perfect models make E singular
         weight: Tensor = torch.linalg.solve(
             errors + floor * torch.eye(len(errors)), torch.ones(len(errors), dtype=errors.dtype)
         )
         return weight.div(weight.sum())
+
+
+def least_squares(sums: Tensor) -> Tensor:
+    """``argmin ‖Xᵀw − y‖²`` of products ``[M + 1, M + 1]``, as :class:`Products` has them → ``[M]`` float64."""
+    # Models that are equal share a weight: the driver finds the shortest of all solutions.
+    weight: Tensor = torch.linalg.lstsq(sums[:-1, :-1], sums[:-1, -1], driver="gelsd").solution
+    return weight
+
+
+@attrs.frozen(kw_only=True)
+class RangeLeastSquares:
+    """One weight per model and range of brightness: the least squares of the reference samples of that range.
+
+    The brightness of a colour sample is the mean of its candidates. A range with fewer than ``min_samples`` reference
+    samples, or with models that cannot be told apart there, has the weights of all samples together.
+    """
+
+    bin_width: int = field(32, "width of a range, in 8-bit levels; 256: plain least squares", in_range(1, 256))
+    min_samples: int = field(100, "ranges with fewer reference samples take the weights of all", in_range(1))
+
+    @hookimpl
+    def ensemble(self, candidates: Any, reference: Any, run: Run) -> Dataset:
+        """The weighted sum, every sample with the weights of its range."""
+        scenes = Scenes.of_candidates(candidates)
+        sums, counts = self._products(Scenes.of_reference(reference, scenes.models), run)
+        weights, fitted = self.weights(sums, counts)
+        self._report(run, scenes.models, weights, fitted, counts)
+        by_model = weights.T.float().to(run.device)
+
+        def fuse(images: Tensor) -> Tensor:
+            ranges = self._ranges(images)
+            fused = torch.zeros_like(images[0])
+            for weight, image in zip(by_model, images, strict=True):
+                fused += weight[ranges] * image
+            return fused
+
+        return _fused(run, scenes, fuse)
+
+    def weights(self, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of every range.
+
+        Args:
+            sums: products of the samples of each range, ``[T, M + 1, M + 1]`` float64, as :class:`Products` has them.
+            counts: samples of each range, ``[T]``.
+
+        Returns:
+            weights ``[T, M]`` float64, and ``[T]`` bool: whether a range has its own.
+        """
+        spread = torch.linalg.eigvalsh(sums[:, :-1, :-1])
+        fitted = (counts >= self.min_samples) & (spread[:, 0] > 1e-9 * spread[:, -1])
+        weights = least_squares(sums.sum(dim=0)).repeat(len(sums), 1)
+        for number in fitted.nonzero().flatten().tolist():
+            weights[number] = least_squares(sums[number])
+        return weights, fitted
+
+    def _ranges(self, images: Tensor) -> Tensor:
+        """Number of the range of every sample; ``images`` ``[M, …]``, whole levels 0–255."""
+        return images.sum(dim=0).long() // (len(images) * self.bin_width)
+
+    def _products(self, scenes: Scenes, run: Run) -> tuple[Tensor, Tensor]:
+        num_ranges, size = -(-256 // self.bin_width), len(scenes.models) + 1
+        sums = torch.zeros(num_ranges, size, size, dtype=torch.float64)
+        counts = torch.zeros(num_ranges, dtype=torch.long)
+        for images in run.track(scenes, "reference"):
+            z = torch.stack(images).to(run.device).flatten(1).double()
+            ranges = self._ranges(z[:-1])
+            in_scene = torch.bincount(ranges, minlength=num_ranges).cpu()
+            parts = z[:, ranges.argsort()].split(in_scene.tolist(), dim=1)
+            sums += torch.stack([part @ part.T for part in parts]).cpu()
+            counts += in_scene
+        return sums, counts
+
+    def _report(self, run: Run, models: tuple[str, ...], weights: Tensor, fitted: Tensor, counts: Tensor) -> None:
+        rows: list[dict[str, Any]] = []
+        for number, (weight, own, count) in enumerate(zip(weights.tolist(), fitted, counts, strict=True)):
+            first = number * self.bin_width
+            levels = f"{first}–{min(first + self.bin_width, 256) - 1}"
+            learned = "its own samples" if own else "all samples"
+            row = {"levels": levels, "samples": int(count), "learned from": learned}
+            rows.append(row | dict(zip(models, weight, strict=True)))
+        run.add(Report(title="weights by brightness", rows=rows, formats=dict.fromkeys(models, ".3f")))
 
 
 @attrs.frozen(kw_only=True)
