@@ -29,7 +29,9 @@ class Reading:
         image_size: side that images are brought to; ``None`` takes them as they are.
         preprocessing: of a library, in place of that.
         tokenizer: of transformers, for columns of texts.
-        max_length: tokens that the model takes at most; pad_id, vocabulary: see :class:`TokenColumn`.
+        max_length: tokens that the model takes at most.
+        pad_id: token that the model takes for padding; ``None``: that of the tokenizer, else 0.
+        vocabulary: see :class:`TokenColumn`.
         accepts: names of token columns that the model has arguments for.
         warn: called with how many texts are cut.
     """
@@ -38,7 +40,7 @@ class Reading:
     preprocessing: Preprocessing | None = None
     tokenizer: Any = None
     max_length: int | None = None
-    pad_id: int = 0
+    pad_id: int | None = None
     vocabulary: int | None = None
     accepts: tuple[str, ...] = TOKEN_COLUMNS
     warn: Callable[[str], None] = lambda sentence: None
@@ -65,7 +67,7 @@ def reading_of(
         preprocessing=preprocessing if preprocessing or image_size else preprocessing_of(model),
         tokenizer=tokenizer,
         max_length=min(limits, default=None),
-        pad_id=getattr(config, "pad_token_id", None) or 0,
+        pad_id=getattr(config, "pad_token_id", None),
         vocabulary=getattr(config, "vocab_size", None),
         accepts=tuple(name for name in TOKEN_COLUMNS if anything or name in arguments),
         warn=warn,
@@ -110,12 +112,14 @@ def column_of(dataset: Any, reading: Reading) -> Column:
     if "input_ids" in names:
         kept = [name for name in TOKEN_COLUMNS if name in names and name in reading.accepts]
         columns = dataset.with_format(None).select_columns(kept)[:]
-        return TokenColumn(columns, reading.pad_id, reading.vocabulary)
+        return TokenColumn(columns, reading.pad_id or 0, reading.vocabulary)
     if "text" in names:
         if reading.tokenizer is None:
             raise ValueError("the data holds texts; set tokenizer to a folder with the model's tokenizer")
         texts = dataset.with_format(None)["text"][:]
-        column, cut = TokenColumn.of_texts(texts, reading.tokenizer, reading.max_length, reading.vocabulary)
+        column, cut = TokenColumn.of_texts(
+            texts, reading.tokenizer, reading.max_length, reading.vocabulary, reading.pad_id
+        )
         if cut:
             reading.warn(f"{cut} of {len(texts)} texts are longer than {reading.max_length} tokens and are cut")
         return column

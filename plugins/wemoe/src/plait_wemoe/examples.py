@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from functools import partial
 from typing import Any
 
@@ -58,6 +59,33 @@ def four_tasks() -> Example:
 
 def multi_task_vit() -> Example:
     return Example(arguments={"data": _tasks()}, fields={"embed_dim": 8}, random=True, progress=False, outputs=_logits)
+
+
+def text_classifier() -> Example:
+    """A tiny BERT in a folder, and texts of three classes."""
+    from datasets import ClassLabel, Dataset
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = tempfile.mkdtemp(prefix="plait-example-")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertForSequenceClassification(BertConfig(vocab_size=10, **sizes)).save_pretrained(folder)
+    texts = Dataset.from_dict({"text": ["red", "green", "blue"], "label": [0, 1, 2]})
+    data = texts.cast_column("label", ClassLabel(names=["red", "green", "blue"]))
+
+    def logits(model: Any) -> Any:
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([[1, 2, 3]])).logits
+
+    return Example(
+        arguments={"data": data},
+        fields={"source": folder},
+        random=True,
+        progress=False,
+        outputs=logits,
+        wrong={"data": texts},
+    )
 
 
 def multi_task_training() -> Example:

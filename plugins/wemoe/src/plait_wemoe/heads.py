@@ -112,7 +112,16 @@ class Features(nn.Module):
 
 
 def head_places(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules that are the model's classification head; empty where there is none."""
+    """Names of the modules that are the model's classification head; empty where there is none.
+
+    Of a classifier of transformers, all that stands beside its pre-trained body belongs to it.
+    """
+    body = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
+    if isinstance(body, nn.Module) and body is not model:
+        parts = {name: part for name, part in model.named_children() if part is not body}
+        beside = [name for name, part in parts.items() if next(part.parameters(), None) is not None]
+        known = {name for names in HEAD_NAMES for name in names}
+        return tuple(_head_place(model, name) or name for name in beside) if known.intersection(beside) else ()
     for names in HEAD_NAMES:
         places = [_head_place(model, name) for name in names]
         if all(places):

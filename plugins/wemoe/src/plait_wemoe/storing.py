@@ -2,7 +2,8 @@
 
 A folder has ``module.json`` (class, types of the tensors, places of heads) beside the class's own files or
 ``module.pt``. The latter is a whole module as ``torch.save`` writes it. It is read with ``weights_only=True``,
-and only classes of modules, enumerations and functions of ``torch.nn.functional`` may be named in it.
+and only classes of modules, enumerations, configurations of transformers and functions of ``torch.nn.functional`` may be
+named in it.
 """
 
 from __future__ import annotations
@@ -170,12 +171,19 @@ def _allowed(file: Path | io.BytesIO) -> list[Any]:
     found = []
     for path in torch.serialization.get_unsafe_globals_in_checkpoint(file):
         value = _named(path)
-        is_class = isinstance(value, type) and issubclass(value, (nn.Module, enum.Enum))
+        is_class = isinstance(value, type) and (issubclass(value, (nn.Module, enum.Enum)) or _is_configuration(value))
         is_function = path.startswith(("torch.nn.functional.", "torch._C._nn."))
         if not (is_class or is_function or value is functools.partial or value is set):
-            raise TypeError(f"it holds {path}, which is neither a module nor an enumeration")
+            raise TypeError(f"it holds {path}, which is neither a module nor an enumeration nor a configuration")
         found.append(value)
     return found
+
+
+def _is_configuration(cls: type) -> bool:
+    """Whether these are the values that a model of transformers was built by; some of their heads hold them."""
+    return cls.__module__.startswith("transformers.models.") and any(
+        base.__module__ == "transformers.configuration_utils" for base in cls.__mro__
+    )
 
 
 def _named(path: str) -> Any:

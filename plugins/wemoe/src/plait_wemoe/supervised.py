@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from plait_wemoe.columns import Column, Reading, ShuffledBatches, column_of, reading_of, tokenizer_of
 from plait_wemoe.inputs import input_dtype, placed
 from plait_wemoe.preprocessing import image_processor_of
-from plait_wemoe.tasks import IndividualModels, WithHeads
+from plait_wemoe.tasks import IndividualModels, WithHeads, with_heads
+
+ONLY = "accuracy"  # what the task of a classifier's own head is called, where its data set has no name
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,25 @@ def first_per_class(labels: Tensor, number: int) -> Tensor:
     return torch.cat(rows).sort().values
 
 
+def of_tasks(model: Any, data: Any) -> tuple[WithHeads, Mapping[str, Any]]:
+    """A model with heads, and the labelled data of its tasks; a data set by itself is that of the only one.
+
+    Raises:
+        ValueError: a model without a head, or with several of them for one data set.
+    """
+    if isinstance(data, Mapping):
+        return with_heads(model, data), data
+    model = with_heads(model, (ONLY,))
+    if len(model.tasks) != 1:
+        raise ValueError(
+            f"data is one {type(data).__name__}, and the model has heads for {', '.join(model.tasks)}; give a mapping from "
+            "task to labelled data"
+        )
+    return model, {model.tasks[0]: data}
+
+
 def labelled_tasks(
-    data: Any,
+    data: Mapping[str, Any],
     model: WithHeads,
     tokenizer: Path | None = None,
     image_processor: Path | None = None,
@@ -116,10 +135,8 @@ def labelled_tasks(
         tokenizer, image_processor: folders with those of transformers, where a text or image model needs them.
 
     Raises:
-        ValueError: not a mapping of datasets with a column ``label``, or inputs that the model does not take.
+        ValueError: not datasets with a column ``label``, or inputs that the model does not take.
     """
-    if not isinstance(data, Mapping):
-        raise ValueError(f"data is a {type(data).__name__}; give a mapping from task to labelled data")
     reading, found = _reading(model, tokenizer, image_processor, warn), {}
     for task, part in data.items():
         if "label" not in getattr(part, "column_names", ()):

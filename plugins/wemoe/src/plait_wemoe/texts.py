@@ -1,15 +1,50 @@
-"""Token columns of datasets as padded batches: what a text model is called with."""
+"""Text models: classifiers of transformers, and token columns of datasets as the padded batches that these are called with."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from plait_wemoe.heads import head_places
 
 TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def text_classifier(source: str, names: Sequence[str] | None = None, seed: int = 0) -> nn.Module:
+    """A classifier of transformers, in evaluation mode.
+
+    Args:
+        source: a local folder, or a name on the hub.
+        names: of the classes of a fresh head; ``None``: the head is the one that is stored, if there is one.
+        seed: of the fresh head.
+
+    Raises:
+        ValueError: no classifier of texts can be read there, or not all of its body.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    options: dict[str, Any] = {"output_loading_info": True}
+    if names is not None:
+        labels = dict(enumerate(names))
+        options |= {"num_labels": len(names), "id2label": labels, "label2id": {v: k for k, v in labels.items()}}
+        options |= {"ignore_mismatched_sizes": True}
+    place = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, found = AutoModelForSequenceClassification.from_pretrained(place, **options)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{source} holds no classifier of texts that transformers can read ({error})") from error
+    fresh = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
+    heads = tuple(f"{place}." for place in head_places(model))
+    if lacking := sorted(name for name in fresh if not name.startswith(heads)):
+        raise ValueError(f"{source} lacks {lacking[0]}, or has it in another shape than its configuration says")
+    return model.eval()
 
 
 class TokenColumn:
@@ -47,7 +82,12 @@ class TokenColumn:
 
     @classmethod
     def of_texts(
-        cls, texts: Sequence[Any], tokenizer: Any, max_length: int | None, vocabulary: int | None = None
+        cls,
+        texts: Sequence[Any],
+        tokenizer: Any,
+        max_length: int | None,
+        vocabulary: int | None = None,
+        pad_id: int | None = None,
     ) -> tuple[TokenColumn, int]:
         """Tokenise; also the number of texts that are longer than ``max_length`` tokens and were cut.
 
@@ -62,7 +102,8 @@ class TokenColumn:
         whole = tokenizer(list(texts))["input_ids"]
         cut = 0 if max_length is None else sum(len(tokens) > max_length for tokens in whole)
         found = tokenizer(list(texts), truncation=cut > 0, max_length=max_length if cut else None)
-        pad = tokenizer.pad_token_id
+        # Models that read their answer at the last token find it by their own padding token.
+        pad = tokenizer.pad_token_id if pad_id is None else pad_id
         return cls(dict(found), 0 if pad is None else pad, vocabulary), cut
 
     def __len__(self) -> int:

@@ -14,11 +14,11 @@ from plait_wemoe.ensembling import COMPUTE, STORAGE
 from plait_wemoe.inputs import Inputs, call
 from plait_wemoe.states import State
 
-_BLOCK = r"(?P<block>(?:.*\.)?(?:layers|resblocks|blocks|layer|block|h)\.(?:encoder_layer_)?\d+(?:\.layer\.\d+)?)\."
-# Module names of known families: CLIP, ViT (transformers, timm, open_clip, torchvision), T5, BERT. Modules with the same
+_BLOCK = r"(?P<block>(?:.*\.)?(?:layers|resblocks|blocks|layer|block|h|albert_layers)\.(?:encoder_layer_)?\d+(?:\.layer\.\d+)?)\."
+# Module names of known families: CLIP, ViT (transformers, timm, open_clip, torchvision), T5, BERT and its like, Llama. Modules with the same
 # ``block`` share coefficients; the router reads what enters the first of them.
 PATTERNS = {
-    "mlp": _BLOCK + r"(?:mlp|ffn|feed_forward|DenseReluDense|intermediate\.dense|output\.dense)",
+    "mlp": _BLOCK + r"(?:mlp|ffn|ffn_output|feed_forward|DenseReluDense|intermediate\.dense|output\.dense)",
     "attention": _BLOCK + r"(?:self_attn|attn|attention|SelfAttention)",
 }
 GRANULARITY = ("tensor", "block", "model")

@@ -9,7 +9,13 @@ from plait_wemoe.plugin.merging import (
     TaskArithmetic,
     Ties,
 )
-from plait_wemoe.plugin.multi_task import FourTasks, MultiTaskAccuracy, MultiTaskTraining, MultiTaskViT
+from plait_wemoe.plugin.multi_task import (
+    FourTasks,
+    MultiTaskAccuracy,
+    MultiTaskTraining,
+    MultiTaskViT,
+    TextClassifier,
+)
 from plait_wemoe.plugin.training import (
     AdaMerging,
     Concrete,
@@ -36,6 +42,7 @@ __all__ = [
     "RegMean",
     "SimpleAverage",
     "TaskArithmetic",
+    "TextClassifier",
     "Ties",
     "WEMoE",
     "WEMoEIcml",

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import attrs
 import torch
 from plait import Report, hookimpl
-from plait.fields import REQUIRED, field, in_range
+from plait.fields import REQUIRED, field, in_range, path_or_name_field
 from plait.report import Image, Panel, png
 
 from plait_wemoe.evaluation import bytes_on_disk, routing_figure, scores, stored_numbers, task_routing
@@ -17,8 +17,9 @@ from plait_wemoe.heads import CosineHead
 from plait_wemoe.mixture import WeightEnsemblingMoE
 from plait_wemoe.plugin.merging import ReadsData
 from plait_wemoe.pool import label_names
-from plait_wemoe.supervised import LabelledTask, labelled_tasks, train_tasks
-from plait_wemoe.tasks import MultiTaskModel, WithHeads, with_heads
+from plait_wemoe.supervised import LabelledTask, labelled_tasks, of_tasks, train_tasks
+from plait_wemoe.tasks import MultiTaskModel, WithHeads
+from plait_wemoe.texts import text_classifier
 from plait_wemoe.vit import seeded_vit
 
 
@@ -68,6 +69,20 @@ class MultiTaskViT:
 
 
 @attrs.frozen(kw_only=True)
+class TextClassifier:
+    """A classifier of texts, of transformers; ``data``, one labelled data set, gives it a head for its classes."""
+
+    source: str = path_or_name_field(REQUIRED, "local folder of save_pretrained, or owner/name on the Hugging Face hub")
+
+    @hookimpl
+    def load_model(self, data: Any | None, run: Any) -> torch.nn.Module:
+        names = None if data is None else label_names({"": data}).get("")
+        if data is not None and names is None:
+            raise ValueError("data declares no class names; give one data set whose label is a ClassLabel")
+        return text_classifier(self.source, names, run.derived_seed("head")).to(run.device)
+
+
+@attrs.frozen(kw_only=True)
 class MultiTaskTraining(ReadsData):
     """Supervised training on the tasks of ``data``: pre-training, one expert, or joint training."""
 
@@ -83,7 +98,7 @@ class MultiTaskTraining(ReadsData):
 
     @hookimpl
     def optimize(self, model: Any, data: Any, run: Any) -> WithHeads:
-        model = with_heads(model, data if isinstance(data, Mapping) else ())
+        model, data = of_tasks(model, data)
         tasks = labelled_tasks(data, model, self.tokenizer, self.image_processor, run.warn, self.examples_per_class)
         return train_tasks(
             model.to(run.device),
@@ -116,10 +131,13 @@ class MultiTaskAccuracy(ReadsData):
     @hookimpl
     def evaluate(self, model: Any, data: Any, run: Any) -> Report:
         models = model if isinstance(model, Mapping) else {"": model}
-        rows, panels = [], []
+        if not models:
+            raise ValueError("there is no model to evaluate; give one, or a mapping from name to model")
+        rows, panels, metrics = [], [], dict[str, None]()
         for name, one in models.items():
-            one = with_heads(one, data if isinstance(data, Mapping) else ())
-            tasks = labelled_tasks(data, one, self.tokenizer, self.image_processor, run.warn)
+            one, labelled = of_tasks(one, data)
+            tasks = labelled_tasks(labelled, one, self.tokenizer, self.image_processor, run.warn)
+            metrics |= dict.fromkeys([*tasks, "mean"])
             one = one.to(run.device).eval()
             size = {"parameters": stored_numbers(one), "bytes on disk": bytes_on_disk(one)}
             label = {"method": name} if name else {}
@@ -127,7 +145,6 @@ class MultiTaskAccuracy(ReadsData):
             rows += [{**label, **row, **size} for row in measured]
             if self.pictures and one.mixture is not None:
                 panels += self._panels(name, one.mixture, tasks)
-        metrics = [*tasks, "mean"]
         better: dict[str, Literal["higher", "lower"]] = {**dict.fromkeys(metrics, "higher"), "bytes on disk": "lower"}
         return Report(
             rows=rows,
