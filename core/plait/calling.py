@@ -20,7 +20,8 @@ def hook_caller(hook: str, instance: Any) -> pluggy.HookCaller:
     manager = pluggy.PluginManager("plait")
     manager.add_hookspecs(MethodHooks)
     for name, _, plugin in wrappers():
-        manager.register(plugin, name)
+        if hook in implemented_hooks(type(plugin)):
+            manager.register(plugin, name)
     try:
         manager.register(instance)
     except pluggy.PluginValidationError as error:

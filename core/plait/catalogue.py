@@ -30,17 +30,18 @@ def _all_entry_points() -> Any:
     return importlib.metadata.entry_points()  # reads a file of every installed distribution
 
 
-def entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
+@functools.cache
+def entry_points(group: str) -> tuple[importlib.metadata.EntryPoint, ...]:
     """The entry points of a group, by name."""
     from stevedore.named import NamedExtensionManager
 
     # No names: stevedore lists the group from its cache and loads nothing.
     listed = NamedExtensionManager(group, names=[]).list_entry_points()
     if not listed:
-        return []
+        return ()
     # stevedore's cache drops the distribution that an entry point belongs to.
     owned = _all_entry_points().select(group=group)
-    return sorted(set(owned), key=lambda ep: (ep.name, ep.dist.name if ep.dist else ""))
+    return tuple(sorted(set(owned), key=lambda ep: (ep.name, ep.dist.name if ep.dist else "")))
 
 
 @functools.cache
