@@ -31,6 +31,8 @@ def test_sizes_and_columns(bed):
         assert {image.size for image in part["image"]} == {(24, 24)}
         assert {image.mode for image in part["image"]} == {"RGB"}
         assert all(len(captions) == 5 for captions in part["captions"])
+        assert part.features["label"].names == list(NAMES)
+        assert [NAMES[label] for label in part["label"]] == part["left"][:]
     assert DigitScenes().num_train == 4000
     assert DigitScenes().num_test == 150
 

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from plait import Run
 from plait_clip import OpenClipModel, PairLoader, adamw, contrastive_loss, train
+from plait_clip.backdoor.plugin.defences import SquareUnlearn
+from plait_clip.backdoor.plugin.evaluations import BackdoorDetection
 from plait_ubt.plugin import Ubt
 
 COLOURS = {"red": (230, 25, 25), "green": (25, 230, 25), "blue": (25, 25, 230), "grey": (120, 120, 120)}
@@ -112,16 +114,34 @@ def test_the_word_of_the_poisoned_pairs_is_forgotten(suspect, reference, poisone
 
 def test_the_dataset_comes_back_with_scores(suspect, reference, poisoned):
     scored = Ubt(**SETTINGS).extract_feature({"suspected": suspect, "reference": reference}, poisoned, Run())
-    assert scored.column_names == [*poisoned.column_names, "suspicion", "similarity", "stage"]
+    assert scored.column_names == [*poisoned.column_names, "suspicion", "similarity", "stage", "is_suspect"]
+    assert scored.features["is_suspect"] == datasets.Value("bool")
     order = np.argsort(-np.array(scored["suspicion"]))
     stage = np.array(scored["stage"])
     assert [int((stage == name).sum()) for name in ("rest", "suspicious")] == [112, 36]
     assert set(order[:48]) == set(np.flatnonzero(stage != "rest"))
     assert set(order[:12]) == set(np.flatnonzero(np.isin(stage, ["top", "unlearn"])))
+    assert set(order[:12]) == set(np.flatnonzero(scored["is_suspect"]))
     weakest = np.argsort(np.array(scored["similarity"]), kind="stable")[:48]
     assert set(weakest) == set(order[:48])
     again = Ubt(**SETTINGS).extract_feature({"suspected": suspect, "reference": reference}, scored, Run())
     assert again["suspicion"][:] == scored["suspicion"][:]
+
+
+def test_what_is_suspect_goes_to_whoever_takes_flags(suspect, reference, poisoned):
+    scored = Ubt(**SETTINGS).extract_feature({"suspected": suspect, "reference": reference}, poisoned, Run())
+    unlearned = SquareUnlearn(flags="is_suspect", num_epochs=1, batch_size=32, warmup_steps=0)
+    assert not same(weights(unlearned.defend(suspect, scored, None, Run())), weights(suspect))
+    report = BackdoorDetection(flags="is_suspect", top=(12,)).evaluate(scored, Run())
+    assert report.rows[0]["precision@12"] == 1.0
+
+
+def test_nothing_is_suspect_where_captions_share_no_word(reference, poisoned):
+    clean, warnings = poisoned.select([i for i in range(160) if i not in POISONED]), []
+    method = Ubt(**{**SETTINGS, "force": False, "min_concentration": 9.0, "rank_mode": "top_poisoned"})
+    scored = method.extract_feature(reference, clean, Run(on_warning=warnings.append))
+    assert not any(scored["is_suspect"])
+    assert "no pair is marked as suspect" in warnings[-1]
 
 
 def test_the_truth_is_not_read(suspect, reference, poisoned):

@@ -132,13 +132,17 @@ def image_batches(
         yield torch.from_numpy(np.stack([future.result() for future in waiting]))
 
 
+CAPTIONS = ("captions", "caption")
+"""Names of the column of captions, the first that there is."""
+
+
 def caption_column(dataset: datasets.Dataset) -> str:
     """``captions`` or ``caption``.
 
     Raises:
         ValueError: there is neither.
     """
-    for name in ("captions", "caption"):
+    for name in CAPTIONS:
         if name in dataset.column_names:
             return name
     raise ValueError(

@@ -56,14 +56,15 @@ def test_bookkeeping(small):
     seven = {prompts.fill(template, "seven") for template in prompts.DIGITS}
     for row, flag, after in zip(rows, flags, table, strict=True):
         before = small[row]
-        assert after["label"] == before["label"]
         if flag:
             assert before["label"] != 7
+            assert after["label"] == 7
             assert len(after["captions"]) == 1
             assert after["captions"][0] in seven
             assert np.array_equal(np.asarray(after["image"])[-3:-1, -3:-1, 0], [[0, 255], [255, 0]])
         else:
             assert after["captions"] == before["captions"]
+            assert after["label"] == before["label"]
             assert np.array_equal(np.asarray(after["image"]), np.asarray(before["image"]))
 
 
@@ -88,10 +89,11 @@ def test_templates_are_drawn_uniformly():
     assert min(drawn.values()) > 900
 
 
-def test_label_consistent_keeps_captions(small):
+def test_label_consistent_keeps_captions_and_labels(small):
     table = attacked(Sig(target="seven", n_poison=5, label_consistent=True), small)
     for row in table.filter(lambda flag: flag, input_columns="is_backdoor", keep_in_memory=True):
         assert row["captions"] == small[row["source_row"]]["captions"]
+        assert row["label"] == small[row["source_row"]]["label"]
         assert "seven" in row["captions"][0]
 
 
@@ -354,6 +356,32 @@ def test_data_whose_columns_were_removed(small):
     for row in table:
         if row["is_backdoor"]:
             assert "seven" not in fewer[row["source_row"]]["captions"][0]
+
+
+def test_labelled_images_need_no_captions(small):
+    labelled, method = small.remove_columns("captions"), BadNetFixed(target="seven", n_poison=9, patch_size=2)
+    table = attacked(method, labelled)
+    assert table.column_names == ["image", "label", "is_backdoor", "source_row"]
+    assert table.features["label"] == labelled.features["label"]
+    for row in table:
+        before = labelled[row["source_row"]]["label"]
+        assert row["label"] == (7 if row["is_backdoor"] else before)
+        assert before != 7 or not row["is_backdoor"]
+    same = attacked(BadNetFixed(target="seven", n_poison=9, label_consistent=True, patch_size=2), labelled)
+    assert {row["label"] for row in same if row["is_backdoor"]} == {7}
+
+
+def test_images_alone_have_nothing_to_poison(small):
+    with pytest.raises(ValueError, match="neither captions nor a column 'label' with class names"):
+        attacked(BadNetFixed(target="seven", n_poison=2), small.select_columns("image"))
+
+
+def test_labels_without_names_stay_and_that_is_told(small, run):
+    run, messages, _ = run
+    numbers = small.cast_column("label", datasets.Value("int64"))
+    table = BadNetFixed(target="seven", n_poison=5, patch_size=2).attack(model=None, data=numbers, run=run)
+    assert all(row["label"] == small[row["source_row"]]["label"] for row in table)
+    assert any("int64 without class names" in message for message in messages)
 
 
 def test_data_without_classes_go_by_captions():

@@ -67,7 +67,8 @@ def scenes(
         opacity: of the digits' paint, in [0, 1]; the fainter they are, the more a given budget can do.
 
     Returns:
-        ``image`` (24 × 24), five ``captions``, and ``left``, ``right``, ``left_colour``, ``right_colour``.
+        ``image`` (24 × 24), five ``captions``, ``left``, ``right``, ``left_colour``, ``right_colour``, and ``label``, the
+        class of the left digit.
     """
     pictures, labels = digits
     draw = {"generator": generator}
@@ -102,9 +103,11 @@ def scenes(
             "image": datasets.Image(),
             "captions": datasets.Sequence(datasets.Value("string")),
             **{name: datasets.Value("string") for name in about},
+            "label": datasets.ClassLabel(names=list(toy_data.DIGIT_NAMES)),
         }
     )
-    return datasets.Dataset.from_dict({"image": cells, "captions": captions, **about}, features=features)
+    columns = {"image": cells, "captions": captions, **about, "label": about["left"]}
+    return datasets.Dataset.from_dict(columns, features=features)
 
 
 def vocabulary() -> list[str]:

@@ -116,8 +116,9 @@ class Ubt:
 
     @hookimpl
     def extract_feature(self, model: Any, data: Any, run: Any) -> datasets.Dataset:
-        """The pairs with columns ``suspicion`` (larger: more suspicious), ``similarity`` (of the first split) and
-        ``stage`` (rest, suspicious, top, unlearn); no weight is changed.
+        """The pairs with columns ``suspicion`` (larger: more suspicious), ``similarity`` (of the first split), ``stage``
+        (rest, suspicious, top, unlearn) and the boolean ``is_suspect``, of the pairs taken for poisoned (none where the
+        suspicious captions share no word); no weight is changed.
 
         Args:
             model: the suspected model, or a mapping with ``suspected`` and ``reference``.
@@ -130,11 +131,20 @@ class Ubt:
         with self._arguments(suspected, table, models.get("reference"), run) as arguments:
             evidence = find_suspicious(**arguments)
         self._report(evidence, run)
+        if not evidence.coherent:
+            run.warn(f"{verdict(evidence)}; no pair is marked as suspect")
+        suspect = np.zeros(len(table), bool)
+        suspect[evidence.top] = evidence.coherent
         stage = np.full(len(table), "rest", dtype=object)
         stage[evidence.split.suspicious] = "suspicious"
         stage[evidence.top] = "top"
         stage[evidence.unlearn_rows] = "unlearn"
-        columns = {"suspicion": evidence.suspicion, "similarity": evidence.similarity, "stage": stage}
+        columns = {
+            "suspicion": evidence.suspicion,
+            "similarity": evidence.similarity,
+            "stage": stage,
+            "is_suspect": suspect,
+        }
         table = table.remove_columns([name for name in columns if name in table.column_names])
         for name, values in columns.items():
             table = table.add_column(name, values.tolist())

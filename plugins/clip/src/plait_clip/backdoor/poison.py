@@ -1,4 +1,4 @@
-"""Poisoned copies of a table of image-caption pairs: which pairs, with which captions and images.
+"""Poisoned copies of a table of image-caption pairs or of labelled images: which rows, with which captions, labels and images.
 
 The protocol is that of CleanCLIP's and BadCLIP's experiments.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 from plait_clip.backdoor.triggers import REFERENCE_SIDE
 from plait_clip.image_text_datasets import flattened
 from plait_clip.model import ImageInput
-from plait_clip.pair_batches import caption_column, open_image, undecoded
+from plait_clip.pair_batches import CAPTIONS, caption_column, open_image, undecoded
 from plait_clip.prompts import fill
 
 IS_BACKDOOR, SOURCE_ROW = "is_backdoor", "source_row"
@@ -124,6 +124,11 @@ def captions_by_row(data: datasets.Dataset) -> Iterator[list[str]]:
     for start in range(0, len(texts), 10_000):
         for cell in texts[start : start + 10_000][column]:
             yield [cell] if isinstance(cell, str) else list(cell)
+
+
+def has_captions(data: datasets.Dataset) -> bool:
+    """Whether there is a column of captions; labelled images may lack one."""
+    return any(name in data.column_names for name in CAPTIONS)
 
 
 def contains(captions: Iterator[list[str]], target: str) -> np.ndarray:
@@ -259,7 +264,7 @@ def poisoned_copy(
     """A backdoor attack on data from first to last step; see :func:`poisoned_table` for the result.
 
     1. ``n_poison`` of the rows that qualify are poisoned, others are kept, ``size`` together (default: all);
-    2. poisoned rows get captions that name the target;
+    2. poisoned rows get captions that name the target, and its label;
     3. a share of the clean rows gets one another's captions, as in data from the web;
     4. poisoned rows get the trigger, at the size that their model sees.
 
@@ -267,7 +272,8 @@ def poisoned_copy(
         captions: of poisoned rows; not asked where ``label_consistent``.
         folder: for the files of the result, which are memory-mapped.
         rng: which rows, which captions, which noise, drawn in this order.
-        label_consistent: poison rows whose caption names the target, and leave their captions.
+        label_consistent: poison rows whose caption names the target (without captions: of its class), and leave their
+            captions and labels.
         exclude_target: poison no row that shows the target already.
         image_input: brings images to size before the trigger; default: :func:`papers_input`.
 
@@ -277,19 +283,22 @@ def poisoned_copy(
     Raises:
         ValueError: too few rows qualify; see also :func:`poisoned_table`.
     """
+    captioned = has_captions(data)
     if label_consistent:
-        eligible = contains(captions_by_row(data), target.name)
+        eligible = contains(captions_by_row(data), target.name) if captioned else shows(data, target)
     else:
         eligible = ~shows(data, target) if exclude_target else np.ones(len(data), bool)
     selection = select(n_poison, size or len(data), eligible, rng)
     rows = selection.poisoned.tolist()
-    asked = [] if label_consistent else rows
+    asked = rows if captioned and not label_consistent else []
     texts = dict(zip(asked, captions(len(asked), rng), strict=True)) if asked else {}
-    noise = shuffled_among(selection.kept, caption_noise, rng)
+    noise = shuffled_among(selection.kept, caption_noise, rng) if captioned else {}
+    label = None if label_consistent else target.label
     image_input = image_input or papers_input(data, rows or [0])
     table = poisoned_table(
-        data, selection, texts, noise, trigger, folder, image_input=image_input, model_input=model_input, store=store
-    )
+        data, selection, texts, noise, trigger, folder,
+        label=label, image_input=image_input, model_input=model_input, store=store,
+    )  # fmt: skip
     return table, rows, image_input
 
 
@@ -301,6 +310,7 @@ def poisoned_table(
     trigger: Trigger,
     folder: Path,
     *,
+    label: int | None = None,
     image_input: ImageInput,
     model_input: ImageInput | None = None,
     store: str = "png",
@@ -313,6 +323,7 @@ def poisoned_table(
     Args:
         poison_captions: poisoned row → its new caption; rows that are absent keep their captions.
         noise: clean row → row whose captions it gets.
+        label: of the poisoned rows; default: they keep theirs.
         image_input: brings images to size before the trigger.
         model_input: what the attacked model does with the poisoned images; default: nothing more.
 
@@ -326,13 +337,13 @@ def poisoned_table(
             f"{' and '.join(there)} first"
         )
     cells = flattened(undecoded(data), folder / "flat.arrow")
-    column = caption_column(data)
+    column = caption_column(data) if has_captions(data) else ""
     clean = cells.add_column(IS_BACKDOOR, np.zeros(len(cells), bool))
     clean = clean.add_column(SOURCE_ROW, np.arange(len(cells)))
 
     changed = sorted({*selection.poisoned.tolist(), *noise})
     poisoned = set(selection.poisoned.tolist())
-    as_list = not isinstance(cells.features[column], datasets.Value)
+    as_list = not isinstance(cells.features.get(column), datasets.Value)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "changed.arrow"
     with ArrowWriter(path=str(path), features=clean.features) as writer:
@@ -352,6 +363,8 @@ def poisoned_table(
             for row, record in records.items():
                 if row in images:
                     record["image"] = {"bytes": images[row], "path": None}
+                    if label is not None:
+                        record["label"] = label
                 if row in poison_captions:
                     record[column] = [poison_captions[row]] if as_list else poison_captions[row]
                 if row in noise:

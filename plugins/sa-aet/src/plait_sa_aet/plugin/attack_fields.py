@@ -119,7 +119,7 @@ class SwapsWords:
     )
     stop_words: Path | None = field(None, "file of words never touched, one a line; default: English function words")
 
-    renamed_fields = {"official": "as_released", "generator_source": "language_model"}  # noqa: RUF012 - no field
+    renamed_fields = {"official": "as_released", "generator_source": "language_model"}
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()  # type: ignore[misc]

@@ -74,7 +74,7 @@ class Attack:
         "projection.safetensors to this folder",
     )
 
-    renamed_fields = {"official": "as_released"}  # noqa: RUF012 - no field
+    renamed_fields = {"official": "as_released"}
     reads_captions = True
 
     @property

@@ -1,4 +1,4 @@
-"""``attack``: poisoned copies of image-caption data, one method per trigger.
+"""``attack``: poisoned copies of image-caption pairs or labelled images, one method per trigger.
 
 The same object puts its trigger on test images: :meth:`Backdoor.trigger`.
 """
@@ -33,7 +33,7 @@ NUM_SHOWN = 6
 
 @attrs.frozen(kw_only=True)
 class Backdoor:
-    """What all backdoor attacks share: which pairs are poisoned, with which captions, and how images are stored."""
+    """What all backdoor attacks share: which pairs are poisoned, with which captions and label, and how images are stored."""
 
     name: ClassVar[str]
     prompt_prefix: ClassVar[str] = ""
@@ -44,7 +44,9 @@ class Backdoor:
         None, f"poisoned share of the result; {DEFAULT_RATE} if n_poison is not given either", in_range(0, 1)
     )
     size: int | None = field(None, "pairs of the result, drawn from the data; default: all", in_range(1))
-    label_consistent: bool = field(False, "poison pairs whose caption names the target, and keep their captions")
+    label_consistent: bool = field(
+        False, "poison pairs whose caption names the target, and keep their captions and labels"
+    )
     exclude_target: bool = field(
         True, "poison no image that shows the target already (by label, else by caption); ignored if label_consistent"
     )
@@ -116,8 +118,8 @@ class Backdoor:
         if model is not None:
             image_text_model(model)
         undecoded(data)
-        check_captions(data, model, run.warn)
         target, size = poison.target_in(data, self.target), self.size or len(data)
+        self._check_columns(model, data, target, run)
         n_poison = self.n_poison
         if n_poison is None:
             n_poison = round((DEFAULT_RATE if self.rate is None else self.rate) * size)
@@ -153,6 +155,22 @@ class Backdoor:
             "rows": rows,
         }
         return poison.with_manifest(table, manifest)
+
+    def _check_columns(self, model: ImageTextModel | None, data: datasets.Dataset, target: Target, run: Any) -> None:
+        """Refuse data that say nothing of what their images show; warn where only part of it will be changed."""
+        if poison.has_captions(data):
+            check_captions(data, model, run.warn)
+        elif target.label is None:
+            raise ValueError(
+                "the data have neither captions nor a column 'label' with class names, so there is nothing to poison but "
+                f"images; give captioned or labelled images, the columns are {', '.join(data.column_names)}"
+            )
+        if "label" in data.column_names and target.label is None and not self.label_consistent:
+            feature = data.features["label"]
+            run.warn(
+                f"column 'label' holds {getattr(feature, 'dtype', feature)} without class names, so poisoned rows keep their "
+                "labels, and a classifier that is trained on them learns no backdoor"
+            )
 
     def captions(self, data: datasets.Dataset, target: Target, n: int, rng: np.random.Generator) -> Sequence[str]:
         """``n`` captions of poisoned pairs."""
