@@ -1,4 +1,4 @@
-"""What every kit needs that handles images: one decoder, one reader of folders and archives, one of tables.
+"""What every kit needs that handles images: one decoder, one reader of folders and archives, one of tables; classifiers.
 
 For authors of methods and kits, stable:
 
@@ -8,10 +8,16 @@ For authors of methods and kits, stable:
   :class:`Sample`, :func:`tar_samples`, :func:`tar_shards`, :func:`composed`, :data:`SUFFIXES`;
 * tables – :func:`read_table`;
 * datasets – :func:`is_saved_dataset`, :func:`read_saved`, :func:`with_class_labels`;
-* datasets on disk in bounded memory – :func:`write_rows`, :func:`write_tables`.
+* datasets on disk in bounded memory – :func:`write_rows`, :func:`write_tables`;
+* classifiers, which import torch – :func:`as_classifier`, :func:`as_logits`, :func:`on_device`, :func:`evaluating`,
+  :class:`AnyClassifier`, :class:`Classifier`, :class:`Preparation`, :class:`ClassifierFields`; for methods that attack
+  images :class:`ImageRows`, :func:`with_attacked_images`, :func:`to_eight_bits`.
 
 What they refuse is a ``ValueError``: one sentence that names the file. Weights are read by :func:`plait.weights.read_weights`.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from plait_vision.columns import is_saved_dataset, read_saved, with_class_labels
 from plait_vision.files import (
@@ -29,27 +35,75 @@ from plait_vision.rules import ImageRules
 from plait_vision.tables import read_table
 from plait_vision.writing import write_rows, write_tables
 
+if TYPE_CHECKING:
+    from plait_vision.adversarial import to_eight_bits
+    from plait_vision.attacking import with_attacked_images
+    from plait_vision.classifiers import (
+        AnyClassifier,
+        Classifier,
+        Preparation,
+        as_classifier,
+        as_logits,
+        evaluating,
+        on_device,
+    )
+    from plait_vision.labelled import ImageRows
+    from plait_vision.recognition import ClassifierFields
+
+# Whoever only reads images does without torch.
+_WITH_TORCH = {
+    "AnyClassifier": "classifiers",
+    "Classifier": "classifiers",
+    "ClassifierFields": "recognition",
+    "ImageRows": "labelled",
+    "Preparation": "classifiers",
+    "as_classifier": "classifiers",
+    "as_logits": "classifiers",
+    "evaluating": "classifiers",
+    "on_device": "classifiers",
+    "to_eight_bits": "adversarial",
+    "with_attacked_images": "attacking",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)
+
+
 __all__ = [
     "SUFFIXES",
+    "AnyClassifier",
+    "Classifier",
+    "ClassifierFields",
     "Files",
+    "ImageRows",
     "ImageRules",
+    "Preparation",
     "Sample",
     "Transparency",
     "as_cell",
+    "as_classifier",
+    "as_logits",
     "by_stem",
     "check_rules",
     "class_folders",
     "composed",
     "decode",
     "encode_png",
+    "evaluating",
     "is_image_name",
     "is_saved_dataset",
     "labels_from_table",
+    "on_device",
     "read_saved",
     "read_table",
     "size",
     "tar_samples",
     "tar_shards",
+    "to_eight_bits",
+    "with_attacked_images",
     "with_class_labels",
     "write_rows",
     "write_tables",

@@ -25,6 +25,9 @@ _TEXTS = Features({"image": Image(), "label": Value("string"), "name": Value("st
 class LabelledImages(ImageRules):
     """Images with classes: class folders, a table of labels, WebDataset tars, or a saved Hugging Face dataset."""
 
+    gives = "dataset"
+    columns_made = ("image", "label", "name")
+
     source: Path = field(
         REQUIRED,
         "a folder, zip or tar with <class>/<image> or <split>/<class>/<image>; a WebDataset .tar with cls, or a folder "

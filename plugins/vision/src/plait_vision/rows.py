@@ -17,10 +17,15 @@ from plait_vision.columns import with_class_labels
 from plait_vision.images import decode, encode_png
 from plait_vision.writing import write_rows
 
+DATA = ("dataset", "clients")
+
 
 @attrs.frozen(kw_only=True)
 class Select:
     """Some of the rows, and some of the columns, of a dataset or of each of its splits."""
+
+    takes = {"data": DATA}
+    gives = "data"
 
     where: dict[str, Any] = field(
         attrs.Factory(dict), "column: a value, or a list of values, that a row must have; classes by name or number"
@@ -32,6 +37,14 @@ class Select:
     def __attrs_post_init__(self) -> None:
         if self.first is not None and self.draw is not None:
             raise ValueError("first and draw are two ways to take fewer rows; give one of them")
+
+    @property
+    def columns_needed(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*self.where, *(self.columns or ())]))
+
+    @property
+    def columns_kept(self) -> tuple[str, ...] | None:
+        return self.columns
 
     @hookimpl
     def transform(self, data: Any, run: Any) -> Any:
@@ -67,7 +80,14 @@ class Select:
 class Concat:
     """Several datasets one below the other."""
 
+    takes = {"data": DATA}
+    gives = "data"
+
     origin: str | None = field(None, "a new column with this name says from which dataset a row is")
+
+    @property
+    def columns_made(self) -> tuple[str, ...]:
+        return () if self.origin is None else (self.origin,)
 
     @hookimpl
     def transform(self, data: Any, run: Any) -> Dataset:
@@ -99,9 +119,16 @@ class Concat:
 class Relabel:
     """Other classes: renamed, joined where several get one name, or left out."""
 
+    takes = {"data": DATA}
+    gives = "data"
+
     classes: dict[str, str] = field(REQUIRED, "name of a class now: its new name")
     others: Literal["keep", "drop"] = field("keep", "what becomes of the rows of other classes")
     column: str = field("label", "column with the classes")
+
+    @property
+    def columns_needed(self) -> tuple[str, ...]:
+        return (self.column,)
 
     @hookimpl
     def transform(self, data: Any, run: Any) -> Any:
@@ -134,6 +161,9 @@ class Relabel:
 class Caption:
     """Writes captions: templates with the name of each row's class, or of another class."""
 
+    takes = {"data": DATA}
+    gives = "data"
+
     templates: tuple[str, ...] = field(("a photo of a {}",), "texts with {} where the name of the class goes")
     shift: int = field(0, "classes that the name is off by, for captions that are wrong; 0: the right one")
     column: str = field("caption", "name of the new column; it takes the place of one that has it")
@@ -142,6 +172,14 @@ class Caption:
     def __attrs_post_init__(self) -> None:
         if not self.templates or any("{}" not in template for template in self.templates):
             raise ValueError("templates are texts with {} in each, and at least one; write 'a photo of a {}'")
+
+    @property
+    def columns_needed(self) -> tuple[str, ...]:
+        return (self.label_column,)
+
+    @property
+    def columns_made(self) -> tuple[str, ...]:
+        return (self.column,)
 
     @hookimpl
     def transform(self, data: Any, run: Any) -> Any:
@@ -161,12 +199,19 @@ class Caption:
 class Resize:
     """Images of another size, by Pillow's bicubic interpolation with anti-aliasing."""
 
+    takes = {"data": DATA}
+    gives = "data"
+
     size: int | tuple[int, int] = field(REQUIRED, "height and width in pixels; one number: the shorter side")
     columns: tuple[str, ...] = field(("image",), "columns with images")
 
     def __attrs_post_init__(self) -> None:
         if min(self.size if isinstance(self.size, tuple) else (self.size,)) < 1:
             raise ValueError(f"size is {self.size}; allowed is 1 or more")
+
+    @property
+    def columns_needed(self) -> tuple[str, ...]:
+        return self.columns
 
     @hookimpl
     def transform(self, data: Any, run: Any) -> Any:
