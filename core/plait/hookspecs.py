@@ -129,7 +129,7 @@ class MethodHooks:
 
     @hookspec(firstresult=True)
     def defend(self, model: Model, data: Data, reference: Model, run: Run) -> Model:
-        """A cleaned or hardened copy of the model; ``reference`` is a model trusted to be clean."""
+        """A cleaned or hardened copy of the model, as trainable as it came; ``reference`` is trusted to be clean."""
 
     @hookspec(firstresult=True)
     def ensemble(self, candidates: DataSets, reference: DataSets, run: Run) -> Data:
@@ -144,7 +144,7 @@ class MethodHooks:
 
     @hookspec(firstresult=True)
     def optimize(self, model: Model, data: Data, run: Run) -> Model:
-        """Train: a trained copy of the model."""
+        """Train: a trained copy of the model; one that is frozen is thawed (:func:`plait.freezing.thawed`)."""
 
     @hookspec(firstresult=True)
     def extract_feature(self, model: Model, data: Data, run: Run) -> Data:

@@ -1,5 +1,6 @@
 """One method that keeps every promise, and for every check one that breaks just it."""
 
+import copy
 import random
 
 import attrs
@@ -179,3 +180,55 @@ class WrongInputs(Good):
             raise PlaitError("the data has no rows; give at least one")
         data["image"]
         return noisy(data, run)
+
+
+def trained(model, data, run):
+    model = copy.deepcopy(model)
+    for _ in run.track(range(2), "training"):
+        loss = model(images_of(data).to(run.device)).square().mean()
+        loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0 if parameter.grad is None else parameter.grad
+            parameter.grad = None
+    return model
+
+
+@attrs.frozen(kw_only=True)
+class GivesFrozen:
+    """Trains, and freezes."""
+
+    @hookimpl
+    def optimize(self, model, data, run):
+        return trained(model, data, run).requires_grad_(False)
+
+
+@attrs.frozen(kw_only=True)
+class FreezesSome:
+    """Trains, and freezes a part."""
+
+    @hookimpl
+    def optimize(self, model, data, run):
+        model = trained(model, data, run)
+        model.layers[1].bias.requires_grad_(False)
+        return model
+
+
+@attrs.frozen(kw_only=True)
+class NeedsThawed:
+    """Trains what it is given as it is."""
+
+    @hookimpl
+    def optimize(self, model, data, run):
+        return trained(model, data, run)
+
+
+@attrs.frozen(kw_only=True)
+class SkipsFrozen:
+    """Trains what is not frozen."""
+
+    @hookimpl
+    def optimize(self, model, data, run):
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            return model
+        return trained(model, data, run)

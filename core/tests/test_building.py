@@ -9,6 +9,7 @@ import pytest
 import torch
 from plait import StoreError, build_module, codecs
 from plait.building import Recipe, recipe_of
+from plait.freezing import thawed
 
 
 class Sees(torch.nn.Module):
@@ -161,3 +162,19 @@ def test_in_a_pipeline_from_a_file_of_the_user(workplace):
     recipe = Recipe(**json.loads(folder.read_text())["recipe"])
     with pytest.raises(ValueError, match="names and the pipeline does not"):
         recipe.build()
+
+
+def test_a_frozen_model_is_thawed_and_one_that_is_frozen_in_part_is_not():
+    net = tied().append(torch.nn.Linear(2, 1))
+    net[2].requires_grad_(False)
+    assert thawed(net) is net
+    net.requires_grad_(False)
+    again = thawed(net)
+    assert again is not net
+    assert again[0].weight is again[1].weight
+    assert [p.requires_grad for p in again.parameters()] == [True] * 3
+    assert [p.requires_grad for p in net.parameters()] == [False] * 3
+    numbers = torch.nn.Module()
+    numbers.register_parameter("n", torch.nn.Parameter(torch.ones(1, dtype=torch.int64), requires_grad=False))
+    with pytest.raises(ValueError, match=r"\(a Module\) has no weights that could be trained"):
+        thawed(numbers)

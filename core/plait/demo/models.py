@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+from plait.freezing import thawed
 from plait.optional import require
 
 torch: Any = require("torch")
@@ -57,7 +58,7 @@ def labels_of(data: Any) -> Any:
 
 def train(model: Any, images: Any, labels: Any, steps: Iterable[int], learning_rate: float, device: Any) -> Any:
     """A trained copy of a model: full-batch Adam on the cross-entropy."""
-    trained = copy.deepcopy(model).to(device).train()
+    trained = copy.deepcopy(thawed(model)).to(device).train()
     images, labels = images.to(device), labels.to(device)
     optimizer = torch.optim.Adam(trained.parameters(), lr=learning_rate)
     for _ in steps:

@@ -349,6 +349,52 @@ def check_saves(subject: Subject) -> None:
             )
 
 
+def check_goes_on(subject: Subject) -> None:
+    """What defends, trains, merges or aggregates returns can be trained on, and takes frozen models as it takes others."""
+    if subject.method.hook not in ("defend", "optimize", "merge", "aggregate"):
+        raise NotApplicable("it returns no model that was made from others")
+    results, given = _modules(subject.result()), _modules(dict(subject.example.arguments))
+    if not results:
+        raise NotApplicable("it returns no torch.nn.Module")
+    trainable = {name for model in given for name, weight in model.named_parameters() if weight.requires_grad}
+    for model in results:
+        weights = dict(model.named_parameters())
+        if trainable and weights and not any(weight.requires_grad for weight in weights.values()):
+            raise ConformanceError("the model comes back frozen: give back requires_grad as it came in")
+        for name, weight in weights.items():
+            if name in trainable and not weight.requires_grad:
+                raise ConformanceError(
+                    f"{name} comes back frozen, and it was not: give back requires_grad as it came in"
+                )
+    if given:
+        _check_frozen_inputs(subject, results)
+
+
+def _check_frozen_inputs(subject: Subject, results: list[Any]) -> None:
+    arguments = copy.deepcopy(dict(subject.example.arguments))
+    for model in _modules(arguments):
+        model.requires_grad_(False)
+    try:
+        again = _modules(subject.call(subject.run(), **arguments))
+    except Exception as error:
+        raise ConformanceError(
+            f"a model whose weights are frozen ends in {type(error).__name__}: {error}; set requires_grad of what is trained"
+        ) from error
+    for one, other in zip(results, again, strict=True):
+        if different := subject.differences(one.state_dict(), other.state_dict()):
+            raise ConformanceError(
+                f"a model whose weights are frozen gives another result: {different[0]}: set requires_grad of what is trained"
+            )
+
+
+def _modules(value: Any) -> list[Any]:
+    """The ``torch.nn.Module``s in what an argument or a result is, at any depth of mappings and lists."""
+    if hasattr(value, "named_parameters"):
+        return [value]
+    several = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return [module for one in several for module in _modules(one)]
+
+
 def check_progress(subject: Subject) -> None:
     """Progress is reported with ``run.track`` or ``run.log``."""
     if not subject.example.progress:
@@ -419,7 +465,7 @@ def _check_sentence(subject: Subject, error: Exception, refused: str) -> None:
 
 CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_configuration, check_documented, check_result, check_contract, check_repeatable, check_inputs_untouched, check_budget, check_batch_sizes,
-    check_device, check_saves, check_progress, check_resume, check_empty, check_wrong_inputs,
+    check_device, check_saves, check_goes_on, check_progress, check_resume, check_empty, check_wrong_inputs,
 )  # fmt: skip
 
 

@@ -408,7 +408,7 @@ def rows(**changes):
             lambda: train_on(rows(), model=torch.nn.Linear(5, 2)),
             r"fails on inputs of shape \(1, 4\) \(RuntimeError: mat1",
         ),
-        (lambda: train_on(rows(), model=torch.nn.Unflatten(1, (2, 2))), "no trainable parameter"),
+        (lambda: train_on(rows(), model=torch.nn.Unflatten(1, (2, 2))), "has no weights that could be trained"),
         (lambda: train_on(rows(), model=torch.nn.LSTM(4, 2)), "the model gives a tuple for inputs of shape"),
         (lambda: train_on(rows(), topology="random"), "nobody would have a neighbour"),
         (lambda: train_on(rows(client=[0] * 4)), "at least 2"),

@@ -16,6 +16,7 @@ import attrs
 import torch
 from plait import hookimpl
 from plait.fields import field, in_range
+from plait.freezing import thawed
 from torch import nn
 
 from plait_federated.client_data import (
@@ -207,6 +208,7 @@ def train(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a torch module")
+    model = thawed(model)
     if run.seed >= 2**31:
         raise ValueError(f"seed is {run.seed}; federated methods need one below 2**31")
     clients = with_numbered_classes(joined(clients))

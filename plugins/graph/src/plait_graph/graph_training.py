@@ -10,6 +10,7 @@ import torch
 from plait import Run, hookimpl
 from plait.errors import ConfigurationError
 from plait.fields import field, in_range
+from plait.freezing import thawed
 from torch import nn
 
 from plait_graph import tasks
@@ -63,8 +64,7 @@ class GraphTraining:
     @hookimpl
     def optimize(self, model: Any, data: Any, run: Run) -> nn.Module:
         check_is_module(model)
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ValueError("no tensor of the model requires a gradient; unfreeze what is to be trained")
+        model = thawed(model)
         # The seed is the same for every optimizer and step, so that gains over a baseline are paired.
         surroundings = Run(seed=run.seed)
         seed = surroundings.derived_seed("training")
