@@ -76,6 +76,16 @@ def test_training_learns_and_leaves_its_input_alone(model, digits, run):
     assert any(not torch.equal(a, b) for a, b in zip(after.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("tower", ["both", "image"])
+def test_a_frozen_model_is_trained_as_another_and_comes_back_frozen(model, small, tower):
+    thawed = short(train=tower).optimize(model=model, data=small, run=Run(seed=0))
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    after = short(train=tower).optimize(model=frozen, data=small, run=Run(seed=0))
+    same(thawed, after)
+    assert all(parameter.requires_grad for parameter in thawed.parameters())
+    assert not any(parameter.requires_grad for parameter in after.parameters())
+
+
 class StoppedError(Exception):
     pass
 

@@ -90,6 +90,16 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(make_model, pairs, tmp_p
     assert same(method.defend(make_model(), pairs, None, Run(step="ta", folder=tmp_path)), whole)
 
 
+@pytest.mark.parametrize("method", [TaCleaner(**TRAINING, **RULES), FtHardNegatives(**TRAINING, **RULES)])
+def test_a_frozen_model_is_cleaned_as_another_and_comes_back_frozen(make_model, pairs, method):
+    frozen = make_model().requires_grad_(False)
+    thawed, cleaned = (method.defend(model, pairs, None, Run()) for model in (make_model(), frozen))
+    assert same(thawed, cleaned)
+    assert all(p.requires_grad for p in thawed.parameters())
+    assert not any(p.requires_grad for p in cleaned.parameters())
+    assert not same(method.defend(cleaned, pairs, None, Run()), cleaned)
+
+
 @pytest.mark.parametrize(
     "change",
     [

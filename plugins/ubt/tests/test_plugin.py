@@ -1,3 +1,4 @@
+import copy
 import json
 
 import attrs
@@ -126,6 +127,16 @@ def test_the_dataset_comes_back_with_scores(suspect, reference, poisoned):
     assert set(weakest) == set(order[:48])
     again = Ubt(**SETTINGS).extract_feature({"suspected": suspect, "reference": reference}, scored, Run())
     assert again["suspicion"][:] == scored["suspicion"][:]
+
+
+def test_a_frozen_model_is_cleaned_as_another_and_comes_back_frozen(suspect, reference, poisoned):
+    frozen = copy.deepcopy(suspect).requires_grad_(False)
+    thawed, cleaned = (Ubt(**SETTINGS).defend(model, poisoned, reference, Run()) for model in (suspect, frozen))
+    assert same(weights(thawed), weights(cleaned))
+    assert [p.requires_grad for p in thawed.parameters()] == [p.requires_grad for p in suspect.parameters()]
+    assert not any(p.requires_grad for p in cleaned.parameters())
+    again = Ubt(**SETTINGS).defend(cleaned, poisoned, cleaned, Run())
+    assert not same(weights(again), weights(cleaned))
 
 
 def test_what_is_suspect_goes_to_whoever_takes_flags(suspect, reference, poisoned):

@@ -15,7 +15,8 @@ Data (Hugging Face datasets with the columns ``image`` and ``captions``)
     :func:`flattened` and :func:`png_bytes` make datasets.
 
 Training
-    :func:`train`, :func:`adamw`, :func:`warmup_cosine`, :func:`contrastive_loss`, :func:`check_weights`;
+    :func:`train`, :func:`adamw`, :func:`warmup_cosine`, :func:`contrastive_loss`, :func:`check_weights`; a method that
+    trains a copy (thawed by :func:`plait.freezing.thawed`) hands it back by :func:`as_given`;
     :class:`Checkpoint` is where a loop resumes from; :class:`DivergedError`. Losses: :func:`clip_loss`,
     :func:`sigmoid_loss`, :func:`cosines`.
 
@@ -70,6 +71,7 @@ from plait_clip.training import (
     Checkpoint,
     DivergedError,
     adamw,
+    as_given,
     check_weights,
     contrastive_loss,
     train,
@@ -94,6 +96,7 @@ __all__ = [
     "WordTokenizer",
     "adamw",
     "architectures",
+    "as_given",
     "caption_column",
     "captions_of",
     "check_captions",

@@ -7,7 +7,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from plait_clip.pair_batches import PairBatch
 
 MAX_LOG_SCALE = 4.6052  # ln 100
 
+Module = TypeVar("Module", bound=nn.Module)
 LossFn = Callable[[Any, Any], "Tensor | Mapping[str, Tensor]"]
 
 
@@ -80,18 +81,27 @@ def clamp_logit_scale(model: nn.Module, maximum: float = MAX_LOG_SCALE) -> None:
             scale.clamp_(0, maximum)
 
 
+def as_given(trained: Module, given: nn.Module) -> Module:
+    """A trained copy as it is handed back: in evaluation mode, and frozen where ``given``, the original, is."""
+    for ours, theirs in zip(trained.parameters(), given.parameters(), strict=True):
+        ours.requires_grad_(theirs.requires_grad)
+    return trained.eval()
+
+
 def learn_only(model: ImageTextModel, tower: str) -> None:
-    """Let one tower learn (``image`` or ``text``), or ``both``; logit scale and bias always do.
+    """Freeze what is in the other tower than ``image`` or ``text``; logit scale and bias learn with either. ``both``: nothing.
 
     Raises:
         ValueError: the model does not tell its towers apart.
     """
-    if tower != "both" and not model.image_prefixes:
+    if tower == "both":
+        return
+    if not model.image_prefixes:
         raise ValueError(f"train is {tower!r}, but a {type(model).__name__} does not tell its towers apart")
     for name, parameter in model.named_parameters():
         belongs = name.startswith(model.image_prefixes) == (tower == "image")
-        shared = name.endswith(("logit_scale", "logit_bias", "log_scale"))
-        parameter.requires_grad_(tower == "both" or belongs or shared)
+        if not belongs and not name.endswith(("logit_scale", "logit_bias", "log_scale")):
+            parameter.requires_grad_(False)
 
 
 def check_weights(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import plait
 import pytest
 import torch
+from plait_clip import tiny_model
 from plait_clip.backdoor import baselines
 from plait_clip.backdoor.clean_clip import FineTuning
 from plait_clip.backdoor.losses import one_way_loss
@@ -11,6 +12,7 @@ from plait_clip.backdoor.plugin.defences import Abl, CleanClip, DropTop, FineTun
 from plait_clip.backdoor.plugin.evaluations import ClipBackdoor
 from plait_clip.model import ImageTextModel
 from plait_clip.pair_batches import PairLoader
+from plait_clip.plugin.training import ClipContrastive
 
 TOY = {"learning_rate": 1e-3, "warmup_steps": 0.1}
 QUICK = {"num_epochs": 1, "batch_size": 64, **TOY}
@@ -69,6 +71,34 @@ def test_a_defence_changes_a_copy_and_depends_on_the_seed(method, victim, parts)
     assert not equal(before, after)
     assert equal(after, defended(method, victim, parts))
     assert not equal(after, defended(method, victim, parts, seed=1))
+
+
+def learning(model):
+    return [parameter.requires_grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("method", [*ALL, SquareUnlearn(**QUICK)], ids=name)
+def test_frozen_models_are_defended_as_others_and_come_back_frozen(method, parts, tmp_path):
+    few = {part: rows.select(range(80)) for part, rows in parts.items()}
+    thawed, frozen = (defended(method, tiny_model().requires_grad_(learns), few) for learns in (True, False))
+    assert equal(thawed, frozen)
+    assert all(learning(thawed))
+    assert not any(learning(frozen))
+    # What comes back goes on: it is stored, trained and defended again.
+    frozen.save_pretrained(tmp_path / "stored")
+    stored = ImageTextModel.from_pretrained(tmp_path / "stored").requires_grad_(False)
+    trained = ClipContrastive(num_epochs=1, batch_size=32).optimize(model=stored, data=few["clean"], run=plait.Run())
+    assert not equal(trained, stored)
+    assert equal(defended(method, trained, few), trained) == isinstance(method, NoDefence)
+
+
+def test_what_is_frozen_beside_others_stays_as_it_is(small):
+    model = tiny_model()
+    model.model.visual.requires_grad_(False)
+    after = defended(FineTune(**QUICK), model, small)
+    assert equal(after.model.visual, model.model.visual)
+    assert not equal(after, model)
+    assert learning(after) == learning(model)
 
 
 def test_no_defence_gives_the_same_model(victim):

@@ -12,7 +12,7 @@ import datasets
 from plait import Report, hookimpl
 from plait.fields import code_field, field, in_range, path_or_name_field
 from plait.importing import named_object
-from plait_clip import first_captions
+from plait_clip import as_given, first_captions
 from plait_clip.backdoor import (
     CLEAN,
     SUSPICIOUS,
@@ -175,13 +175,13 @@ class TaCleaner(SubtextFields, CleanClipFields):
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> Any:
         """A cleaned copy of the model, from the trusted pairs in ``data`` (a dataset, or its part ``clean``)."""
-        model, pairs = model_and_pairs(model, data, CLEAN, "ta-cleaner", run.device, run.warn)
+        trained, pairs = model_and_pairs(model, data, CLEAN, "ta-cleaner", run.device, run.warn)
         notes = self._overlap_notes(data)
-        captions, training, seed = first_captions(pairs), self.options_for(model), run.derived_seed()
+        captions, training, seed = first_captions(pairs), self.options_for(trained), run.derived_seed()
         draw = self._draw(pairs, captions, run)
-        with run.loop(self, "TA-Cleaner", inputs=(model, pairs), total=self.num_steps(len(pairs))) as loop:
+        with run.loop(self, "TA-Cleaner", inputs=(trained, pairs), total=self.num_steps(len(pairs))) as loop:
             algorithm.ta_cleaner(
-                model,
+                trained,
                 pairs,
                 draw,
                 training,
@@ -204,7 +204,7 @@ class TaCleaner(SubtextFields, CleanClipFields):
                 "of the captions and the tagger"
             )
         run.add(Report(title="TA-Cleaner", rows=[counts], notes=[*notes, *_examples(shown)]))
-        return model.eval()
+        return as_given(trained, model)
 
     def _draw(self, pairs: datasets.Dataset, captions: Sequence[str], run: Any) -> Draw:
         if self.subcaptions == "columns":
@@ -229,11 +229,11 @@ class FtHardNegatives(SubtextFields, FineTuningFields):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> Any:
-        model, pairs = model_and_pairs(model, data, CLEAN, "ft-hard-negatives", run.device, run.warn)
+        trained, pairs = model_and_pairs(model, data, CLEAN, "ft-hard-negatives", run.device, run.warn)
         source = self.source(first_captions(pairs), run)
-        with run.loop(self, "fine-tuning", inputs=(model, pairs), total=self.num_steps(len(pairs))) as loop:
+        with run.loop(self, "fine-tuning", inputs=(trained, pairs), total=self.num_steps(len(pairs))) as loop:
             fine_tune_with_hard_negatives(
-                model,
+                trained,
                 pairs,
                 source.draw,
                 self.n_subtext,
@@ -243,7 +243,7 @@ class FtHardNegatives(SubtextFields, FineTuningFields):
                 checkpoint=loop,
                 on_step=loop.done,
             )
-        return model.eval()
+        return as_given(trained, model)
 
 
 def _tagger(name: str, words: WordList) -> Tagger:

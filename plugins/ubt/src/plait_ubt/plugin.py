@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 from plait import hookimpl
 from plait.fields import field, in_range, output_field
-from plait_clip import PairLoader, first_captions
+from plait_clip import PairLoader, as_given, first_captions
 from plait_clip.backdoor import SUSPICIOUS, flags_of, model_and_pairs, sound_copy
 
 from plait_ubt.embeddings import CaptionedImages
@@ -106,13 +106,13 @@ class Ubt:
             data: the pairs that the model was trained on, or a mapping with them as ``suspicious``.
             reference: a clean model; needed unless ``rank_mode`` is ``top_poisoned``.
         """
-        model, table = model_and_pairs(model, data, SUSPICIOUS, "ubt", run.device, run.warn)
-        with self._arguments(model, table, reference, run) as arguments:
+        suspected, table = model_and_pairs(model, data, SUSPICIOUS, "ubt", run.device, run.warn)
+        with self._arguments(suspected, table, reference, run) as arguments:
             cleaned, evidence = ubt(**arguments)
         self._report(evidence, run)
         if not evidence.coherent:
             run.warn(f"{verdict(evidence)}; the model is returned unchanged")
-        return cleaned
+        return as_given(cleaned, model)
 
     @hookimpl
     def extract_feature(self, model: Any, data: Any, run: Any) -> datasets.Dataset:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import attrs
 import datasets
 from plait.fields import field, in_range, path_or_name_field
+from plait.freezing import thawed
 from plait.weights import read_checkpoint
 
 from plait_clip import toy_data
@@ -58,7 +59,7 @@ def sound_copy(model: Any, device: Any) -> ImageTextModel:
 
 
 def trainable_copy(model: Any, device: Any) -> ImageTextModel:
-    """A copy of the model on the device, to be trained with CLIP's loss.
+    """A copy of the model on the device, to be trained with CLIP's loss; of one that comes frozen, every weight learns.
 
     Raises:
         TypeError: it is not an image-text model.
@@ -70,13 +71,16 @@ def trainable_copy(model: Any, device: Any) -> ImageTextModel:
             "the model has a logit bias, as SigLIP's, which are trained with the sigmoid loss; this defence trains with "
             "CLIP's softmax loss and would make another model of it; give a model without a logit bias"
         )
-    return copied
+    learning: ImageTextModel = thawed(copied)
+    return learning
 
 
 def model_and_pairs(
     model: Any, data: Any, part: str, method: str, device: Any, warn: Callable[[str], None]
 ) -> tuple[ImageTextModel, datasets.Dataset]:
     """What every defence that trains begins with: a copy of the model, and its part of the data with checked captions.
+
+    It ends with :func:`plait_clip.as_given`.
 
     Args:
         method: name of the defence, for messages.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def train_in_processes(method: Any, model: ImageTextModel, data: Any, run: Any, 
     model.save_pretrained(folder / "start")
     context = torch.multiprocessing.get_context("spawn")
     messages = context.SimpleQueue()
-    job = (method, data, folder, run.seed, run.step, device, _free_port(), messages)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    job = (method, data, folder, frozen, run.seed, run.step, device, _free_port(), messages)
     workers = torch.multiprocessing.spawn(_work, job, nprocs=method.num_processes, join=False)
     diverged: DivergedError | None = None
 
@@ -64,6 +66,7 @@ def _work(
     method: Any,
     data: Any,
     folder: Path,
+    frozen: Collection[str],
     seed: int,
     step: str,
     device: str,
@@ -81,6 +84,8 @@ def _work(
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     model = ImageTextModel.from_pretrained(folder / "start")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
     both_towers_only = model.kind == "contrastive" and not isinstance(model, CallableModel)
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=not both_towers_only)]
     accelerator = Accelerator(cpu=device != "cuda", kwargs_handlers=handlers)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import attrs
 from plait import hookimpl
 from plait.fields import field, in_range
+from plait.freezing import thawed
 
 from plait_clip import training
 from plait_clip.model import ImageTextModel, image_text_model
@@ -47,21 +48,22 @@ class ClipContrastive:
 
     @hookimpl
     def optimize(self, model: Any, data: Any, run: Any) -> ImageTextModel:
-        model = copy.deepcopy(image_text_model(model)).to(run.device)
+        trained: ImageTextModel = thawed(copy.deepcopy(image_text_model(model))).to(run.device)
         # Fails before anything is decoded.
         num_steps = self.num_epochs * self.steps_per_epoch(len(undecoded(data)))
         with run.loop(self, "training", inputs=(model, data), total=num_steps) as loop:
             try:
                 if self.num_processes > 1:
-                    train_in_processes(self, model, data, run, loop)
+                    train_in_processes(self, trained, data, run, loop)
                 else:
-                    pairs = PairLoader(data, model, held_bytes=int(self.held_gigabytes * 2**30), workers=self.workers)
-                    self.train_here(model, pairs, run, checkpoint=loop, on_step=loop.done)
+                    held = int(self.held_gigabytes * 2**30)
+                    pairs = PairLoader(data, trained, held_bytes=held, workers=self.workers)
+                    self.train_here(trained, pairs, run, checkpoint=loop, on_step=loop.done)
             except training.DivergedError as error:
                 if self.on_divergence == "raise":
                     raise
                 run.warn(str(error))
-        return model.requires_grad_(True).eval()
+        return training.as_given(trained, model)
 
     def steps_per_epoch(self, num_rows: int) -> int:
         """Optimizer steps in a pass over ``num_rows`` pairs; the rest of the rows is left out.

@@ -26,6 +26,7 @@ from plait_clip.backdoor.defence import (
 from plait_clip.backdoor.poison import IS_BACKDOOR, flags_of
 from plait_clip.model import ImageTextModel
 from plait_clip.pair_batches import PairLoader
+from plait_clip.training import as_given
 
 
 @attrs.frozen(kw_only=True)
@@ -43,17 +44,17 @@ class FineTune(FineTuningFields):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
-        model, pairs = model_and_pairs(model, data, CLEAN, "fine-tune", run.device, run.warn)
-        with run.loop(self, "fine-tuning", inputs=(model, pairs), total=self.num_steps(len(pairs))) as loop:
+        trained, pairs = model_and_pairs(model, data, CLEAN, "fine-tune", run.device, run.warn)
+        with run.loop(self, "fine-tuning", inputs=(trained, pairs), total=self.num_steps(len(pairs))) as loop:
             baselines.plain_fine_tuning(
-                model,
-                PairLoader(pairs, model, workers=self.workers),
+                trained,
+                PairLoader(pairs, trained, workers=self.workers),
                 self.options(),
                 seed=run.derived_seed(),
                 checkpoint=loop,
                 on_step=loop.done,
             )
-        return model.eval()
+        return as_given(trained, model)
 
 
 @attrs.frozen(kw_only=True)
@@ -62,11 +63,11 @@ class CleanClip(CleanClipFields):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
-        model, pairs = model_and_pairs(model, data, CLEAN, "clean-clip", run.device, run.warn)
-        options = self.options_for(model)
-        with run.loop(self, "CleanCLIP", inputs=(model, pairs), total=self.num_steps(len(pairs))) as loop:
+        trained, pairs = model_and_pairs(model, data, CLEAN, "clean-clip", run.device, run.warn)
+        options = self.options_for(trained)
+        with run.loop(self, "CleanCLIP", inputs=(trained, pairs), total=self.num_steps(len(pairs))) as loop:
             clean_clip(
-                model,
+                trained,
                 pairs,
                 synonyms_of(self.synonyms),
                 options,
@@ -78,7 +79,7 @@ class CleanClip(CleanClipFields):
                 checkpoint=loop,
                 on_step=loop.done,
             )
-        return model.eval()
+        return as_given(trained, model)
 
 
 @attrs.frozen(kw_only=True)
@@ -101,14 +102,14 @@ class Abl(FineTuningFields):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
-        model, table = model_and_pairs(model, data, SUSPICIOUS, "abl", run.device, run.warn)
-        pairs = PairLoader(table, model, workers=self.workers)
-        similarities = baselines.pair_similarities(model, pairs, precision=self.precision)
+        trained, table = model_and_pairs(model, data, SUSPICIOUS, "abl", run.device, run.warn)
+        pairs = PairLoader(table, trained, workers=self.workers)
+        similarities = baselines.pair_similarities(trained, pairs, precision=self.precision)
         isolated = baselines.top_share(similarities, self.isolation_share)
         steps = self.num_steps(len(pairs) - len(isolated), self.batch_size - self.num_isolated)
-        with run.loop(self, "ABL", inputs=(model, table), total=steps) as loop:
+        with run.loop(self, "ABL", inputs=(trained, table), total=steps) as loop:
             baselines.anti_backdoor_learning(
-                model,
+                trained,
                 pairs,
                 isolated,
                 self.num_isolated,
@@ -117,7 +118,7 @@ class Abl(FineTuningFields):
                 checkpoint=loop,
                 on_step=loop.done,
             )
-        return model.eval()
+        return as_given(trained, model)
 
 
 @attrs.frozen(kw_only=True)
@@ -129,11 +130,11 @@ class DropTop(FineTuningFields):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
-        model, table = model_and_pairs(model, data, SUSPICIOUS, "drop-top", run.device, run.warn)
-        with run.loop(self, "drop-top", inputs=(model, table), total=self.num_steps(len(table))) as loop:
+        trained, table = model_and_pairs(model, data, SUSPICIOUS, "drop-top", run.device, run.warn)
+        with run.loop(self, "drop-top", inputs=(trained, table), total=self.num_steps(len(table))) as loop:
             removed = baselines.drop_top(
-                model,
-                PairLoader(table, model, workers=self.workers),
+                trained,
+                PairLoader(table, trained, workers=self.workers),
                 [epoch - 1 for epoch in self.removal_epochs],
                 self.removal_share,
                 self.options(),
@@ -142,7 +143,7 @@ class DropTop(FineTuningFields):
                 on_step=loop.done,
             )
         run.log(removed=len(removed))
-        return model.eval()
+        return as_given(trained, model)
 
 
 @attrs.frozen(kw_only=True)
@@ -159,13 +160,13 @@ class SquareUnlearn(FineTuningFields):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
-        model, table = model_and_pairs(model, data, SUSPICIOUS, "square-unlearn", run.device, run.warn)
+        trained, table = model_and_pairs(model, data, SUSPICIOUS, "square-unlearn", run.device, run.warn)
         if self.unlearn_target < 0:
             run.warn(f"unlearn_target is {self.unlearn_target}: below 0 flagged pairs are pulled together, not apart")
-        with run.loop(self, "square-unlearn", inputs=(model, table), total=self.num_steps(len(table))) as loop:
+        with run.loop(self, "square-unlearn", inputs=(trained, table), total=self.num_steps(len(table))) as loop:
             baselines.square_unlearning(
-                model,
-                PairLoader(table, model, workers=self.workers),
+                trained,
+                PairLoader(table, trained, workers=self.workers),
                 flags_of(table, self.flags),
                 self.unlearn_weight,
                 self.unlearn_target,
@@ -174,7 +175,7 @@ class SquareUnlearn(FineTuningFields):
                 checkpoint=loop,
                 on_step=loop.done,
             )
-        return model.eval()
+        return as_given(trained, model)
 
 
 @attrs.frozen(kw_only=True)
@@ -191,10 +192,10 @@ class Par(FineTuningFields):
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
-        model, pairs = model_and_pairs(model, data, CLEAN, "par", run.device, run.warn)
-        with run.loop(self, "PAR", inputs=(model, pairs), total=self.num_steps(len(pairs))) as loop:
+        trained, pairs = model_and_pairs(model, data, CLEAN, "par", run.device, run.warn)
+        with run.loop(self, "PAR", inputs=(trained, pairs), total=self.num_steps(len(pairs))) as loop:
             baselines.perturb_and_recover(
-                model,
+                trained,
                 pairs,
                 self.limit,
                 self.options(),
@@ -203,4 +204,4 @@ class Par(FineTuningFields):
                 checkpoint=loop,
                 on_step=loop.done,
             )
-        return model.eval()
+        return as_given(trained, model)
