@@ -245,3 +245,22 @@ def test_datasets_without_rows(tmp_path, how):
     assert loaded.features == features
     with pytest.raises(StoreError, match="without columns"):
         codecs.save(datasets.Dataset.from_dict({}), tmp_path / "b")
+
+
+def test_the_image_processor_of_transformers_stays_with_the_model(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    transformers.ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.1, 0.2, 0.3]).save_pretrained(
+        tmp_path / "vit"
+    )
+    model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "vit")
+    codecs.save(model, tmp_path / "a")
+    once = codecs.load(tmp_path / "a")
+    codecs.save(once, tmp_path / "b")
+    again = codecs.load(tmp_path / "b")
+    processor = transformers.AutoImageProcessor.from_pretrained(again.config.name_or_path)
+    assert list(processor.image_mean) == [0.1, 0.2, 0.3]
+    assert Path(again.config.name_or_path).is_relative_to(tmp_path / "b")

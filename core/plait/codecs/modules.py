@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from plait.errors import PlaitError, StoreError, shortened
 from plait.importing import FILE_ATTRIBUTE, reading_own_results, stored_object
 from plait.optional import require
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 SIMPLE = (bool, int, float, str, type(None))
 # Attributes that say where a model came from or how it is run, not what it computes.
 INCIDENTAL = ("training", "name_or_path", "is_compiled", "warnings_issued", "hf_device_map", "loss_type")
@@ -40,6 +42,7 @@ class ModuleCodec:
         kind = f"{type(value).__module__}:{type(value).__qualname__}"
         with _refused(f"the model (a {kind}) cannot be saved"):
             value.save_pretrained(folder / "model")
+        _take_along(value, folder / "model")
         facts: dict[str, Any] = {
             "class": kind,
             "file": getattr(sys.modules[type(value).__module__], FILE_ATTRIBUTE, None),
@@ -110,6 +113,14 @@ class BuiltModuleCodec:
         _restore_state(model, facts)
         setattr(model, NOTE, facts["recipe"])
         return model
+
+
+def _take_along(model: Any, folder: Path) -> None:
+    """The image processor of a model of transformers lies beside it, and its ``save_pretrained`` leaves it behind."""
+    source = getattr(getattr(model, "config", None), "name_or_path", None)
+    for name in PROCESSORS:
+        if isinstance(source, str) and source and (Path(source) / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(Path(source) / name, folder / name)
 
 
 def _state(model: Any) -> dict[str, Any]:
