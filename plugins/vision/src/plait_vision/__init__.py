@@ -11,7 +11,8 @@ For authors of methods and kits, stable:
 * datasets on disk in bounded memory – :func:`write_rows`, :func:`write_tables`;
 * classifiers, which import torch – :func:`as_classifier`, :func:`as_logits`, :func:`on_device`, :func:`evaluating`,
   :class:`AnyClassifier`, :class:`Classifier`, :class:`Preparation`, :class:`ClassifierFields`; for methods that attack
-  images :class:`ImageRows`, :func:`with_attacked_images`, :func:`to_eight_bits`.
+  images :class:`ImageRows`, :func:`with_attacked_images`, :func:`loss_gradient`, :func:`to_eight_bits`, :func:`over_splits`,
+  :func:`class_number`, :func:`class_names_of`, :data:`CLASSIFIERS` and :data:`DATA` (the kinds that they take).
 
 What they refuse is a ``ValueError``: one sentence that names the file. Weights are read by :func:`plait.weights.read_weights`.
 """
@@ -36,8 +37,8 @@ from plait_vision.tables import read_table
 from plait_vision.writing import write_rows, write_tables
 
 if TYPE_CHECKING:
-    from plait_vision.adversarial import to_eight_bits
-    from plait_vision.attacking import with_attacked_images
+    from plait_vision.adversarial import loss_gradient, to_eight_bits
+    from plait_vision.attacking import over_splits, with_attacked_images
     from plait_vision.classifiers import (
         AnyClassifier,
         Classifier,
@@ -47,11 +48,17 @@ if TYPE_CHECKING:
         evaluating,
         on_device,
     )
-    from plait_vision.labelled import ImageRows
-    from plait_vision.recognition import ClassifierFields
+    from plait_vision.labelled import ImageRows, class_names_of, class_number
+    from plait_vision.recognition import CLASSIFIERS, ClassifierFields
+    from plait_vision.rows import DATA
 
 # Whoever only reads images does without torch.
 _WITH_TORCH = {
+    "over_splits": "attacking",
+    "class_names_of": "labelled",
+    "class_number": "labelled",
+    "DATA": "rows",
+    "CLASSIFIERS": "recognition",
     "AnyClassifier": "classifiers",
     "Classifier": "classifiers",
     "ClassifierFields": "recognition",
@@ -60,6 +67,7 @@ _WITH_TORCH = {
     "as_classifier": "classifiers",
     "as_logits": "classifiers",
     "evaluating": "classifiers",
+    "loss_gradient": "adversarial",
     "on_device": "classifiers",
     "to_eight_bits": "adversarial",
     "with_attacked_images": "attacking",
@@ -73,6 +81,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "CLASSIFIERS",
+    "DATA",
     "SUFFIXES",
     "AnyClassifier",
     "Classifier",
@@ -89,6 +99,8 @@ __all__ = [
     "by_stem",
     "check_rules",
     "class_folders",
+    "class_names_of",
+    "class_number",
     "composed",
     "decode",
     "encode_png",
@@ -96,7 +108,9 @@ __all__ = [
     "is_image_name",
     "is_saved_dataset",
     "labels_from_table",
+    "loss_gradient",
     "on_device",
+    "over_splits",
     "read_saved",
     "read_table",
     "size",

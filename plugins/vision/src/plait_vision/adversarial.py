@@ -25,7 +25,7 @@ def fgsm(classifier: nn.Module, images: Tensor, classes: Tensor, epsilon: float,
     Raises:
         ValueError: the logits have no gradient with respect to the images.
     """
-    direction = _gradient(classifier, images, classes, "cross-entropy", targeted).sign()
+    direction = loss_gradient(classifier, images, classes, "cross-entropy", targeted).sign()
     return (images + epsilon * direction).clamp(0, 1)
 
 
@@ -56,7 +56,7 @@ def pgd(
     """
     changed = images if noise is None else (images + noise).clamp(0, 1)
     for _ in range(num_steps):
-        gradient = _gradient(classifier, changed, classes, loss, targeted)
+        gradient = loss_gradient(classifier, changed, classes, loss, targeted)
         if norm == "linf":
             moved = changed + step_size * gradient.sign() - images
             moved = moved.clamp(-epsilon, epsilon)
@@ -106,29 +106,32 @@ def to_eight_bits(changed: Tensor, levels: Tensor, epsilon: float | None, norm: 
         reach = int(epsilon * 255 + 1e-6)
         moved = moved.clamp(-reach, reach)
     elif epsilon is not None:
-        moved = _into_ball(exact.flatten(1), moved.flatten(1), epsilon * 255).view_as(moved)
+        exact = exact * (epsilon * 255 / lengths(exact).clamp_min(1e-12)).clamp_max(1)
+        moved = _into_ball(exact.flatten(1), exact.flatten(1).round(), epsilon * 255).view_as(moved)
     return (levels.double() + moved).clamp(0, 255).to(torch.uint8)
 
 
 def _into_ball(exact: Tensor, moved: Tensor, radius: float) -> Tensor:
-    for _ in range(8):  # once, unless the change was outside of the budget before it was rounded
-        excess = moved.square().sum(1, keepdim=True) - radius**2 * (1 + 1e-9)
-        if not bool((excess > 0).any()):
-            return moved
-        gain = (2 * moved.abs() - 1).clamp_min(0)
-        overshoot = torch.where(moved == 0, -torch.inf, moved.abs() - exact.abs())
-        order = overshoot.argsort(dim=1, descending=True, stable=True)
-        before = gain.gather(1, order).cumsum(1) - gain.gather(1, order)
-        back = (before < excess) & (excess > 0) & (moved.gather(1, order) != 0)
-        step = torch.zeros_like(moved).scatter(1, order, back.to(moved.dtype))
-        moved = moved - moved.sign() * step
-    return torch.where(moved.square().sum(1, keepdim=True) > radius**2 * (1 + 1e-9), torch.zeros_like(moved), moved)
+    excess = moved.square().sum(1, keepdim=True) - radius**2
+    overshoot = torch.where(moved == 0, -torch.inf, moved.abs() - exact.abs())
+    order = overshoot.argsort(dim=1, descending=True, stable=True)
+    gain = (2 * moved.abs() - 1).clamp_min(0).gather(1, order)  # of the squared length, by one level less
+    back = (gain.cumsum(1) - gain < excess) & (gain > 0)
+    return moved - moved.sign() * torch.zeros_like(moved).scatter(1, order, back.to(moved.dtype))
 
 
-def _gradient(
-    classifier: Callable[[Tensor], Tensor], images: Tensor, classes: Tensor, loss: Loss, targeted: bool
+def loss_gradient(
+    classifier: Callable[[Tensor], Tensor],
+    images: Tensor,
+    classes: Tensor,
+    loss: Loss = "cross-entropy",
+    targeted: bool = False,
 ) -> Tensor:
-    """Of what the attack increases."""
+    """∇ of what an attack increases, with respect to the images: the loss, or minus the loss of a target.
+
+    Raises:
+        ValueError: there is none, or it is not finite.
+    """
     with torch.enable_grad():
         images = images.detach().requires_grad_()
         logits = classifier(images)

@@ -116,6 +116,11 @@ def labels_of(data: Any, column: str = "label") -> tuple[Tensor, tuple[str, ...]
     return numbers, tuple(labelled.features[column].names) if named else None
 
 
+def class_names_of(data: Any) -> tuple[str, ...] | None:
+    """The names of the data's classes; ``None`` where it tells none."""
+    return labels_of(data)[1] if "label" in getattr(data, "column_names", ()) else None
+
+
 def in_order_of(labels: Tensor, names: Sequence[str] | None, model_names: Sequence[str] | None) -> Tensor:
     """Labels by the numbers that a model has for the classes of the same names.
 

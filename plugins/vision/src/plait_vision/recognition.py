@@ -30,7 +30,7 @@ from plait_vision.classifiers import (
     is_image_text_model,
     on_device,
 )
-from plait_vision.labelled import ImageRows, as_pixels, class_number, in_order_of, labels_of
+from plait_vision.labelled import ImageRows, as_pixels, class_names_of, class_number, in_order_of, labels_of
 from plait_vision.rows import DATA
 from plait_vision.supervised import Settings, train_classifier
 
@@ -53,14 +53,15 @@ class ClassifierFields:
         names = self.class_names or (names if is_image_text_model(model) else None)
         return as_classifier(model, class_names=names, templates=self.templates, task=self.task)
 
+    def classifier_and_labels(self, model: Any, data: Any, device: Any) -> tuple[AnyClassifier, Tensor]:
+        """Of a model on a device and a data set: the classifier, and the labels by the numbers of its classes."""
+        classifier = self.classifier(model, device, labels_of(data)[1])
+        return classifier, self.labels(data, classifier)
+
     def labels(self, data: Any, classifier: AnyClassifier) -> Tensor:
         """The data's labels by the numbers of the classifier's classes."""
         labels, names = labels_of(data)
         return in_order_of(labels, None if self.class_names else names, classifier.class_names)
-
-
-def _names_in(data: Any) -> tuple[str, ...] | None:
-    return labels_of(data)[1] if "label" in getattr(data, "column_names", ()) else None
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -221,7 +222,7 @@ class ClassifierTraining(ClassifierFields):
         part = _train(data)
         images = ImageRows(part)
         trained = copy.deepcopy(on_device(model, run.device))
-        classifier = self.classifier(trained, run.device, _names_in(part))
+        classifier = self.classifier(trained, run.device, class_names_of(part))
         labels = self.labels(part, classifier)
         with evaluating(classifier), torch.no_grad():
             outputs = classifier(images.stacked([0], classifier.preparation).to(run.device)).shape[1]
@@ -292,7 +293,7 @@ class Accuracy(ClassifierFields):
                 classifier = self.classifier(one, run.device, names)
                 classes = in_order_of(labels, None if self.class_names else names, classifier.class_names)
                 top, loss = self._answers(classifier, images, classes, run, " ".join(index.values()))
-                known = classifier.class_names or names
+                known = classifier.class_names or self.class_names or names
                 rows.append(index | self._row(top, loss, classes, known))
                 by_class += [index | row for row in _by_class(top, classes, known)] if self.per_class else []
         if by_class:
@@ -396,12 +397,12 @@ class _LogitAttack(ClassifierFields):
 
     def _attacked(self, model: Any, data: Any, split: str, run: Any) -> Any:
         ImageRows(data)  # refuses what is no data set of images
-        names = _names_in(data)
+        names = class_names_of(data)
         classifier = self.classifier(model, run.device, names)
         if self.target is None:
             classes = self.labels(data, classifier)
         else:
-            known = classifier.class_names or names
+            known = classifier.class_names or self.class_names or names
             classes = torch.full((len(data),), class_number(self.target, known, len(known) if known else 2**31))
         seed = run.derived_seed(f"start {split}".strip())
 

@@ -1,0 +1,3 @@
+"""``attack: torchattacks``: every attack of the torchattacks library as a method."""
+
+__plait_api__ = "0.1"
