@@ -28,6 +28,8 @@ test_restore_total_variation = conformance("plait-imaging/total-variation", hook
 test_restore_wavelet_shrinkage = conformance("plait-imaging/wavelet-shrinkage", hook="restore")
 test_restore_wiener = conformance("plait-imaging/wiener", hook="restore")
 test_restore_richardson_lucy = conformance("plait-imaging/richardson-lucy", hook="restore")
+test_load_model_residual_cnn = conformance("plait-imaging/residual-cnn", hook="load_model")
+test_optimize_restoration_network = conformance("plait-imaging/restoration-network", hook="optimize")
 test_restore_torch_model = conformance("plait-imaging/torch-model", hook="restore")
 test_evaluate_psnr_ssim = conformance("plait-imaging/psnr-ssim", hook="evaluate")
 test_transform_haze = conformance("plait-imaging/haze", hook="transform")

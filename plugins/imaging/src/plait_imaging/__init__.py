@@ -11,7 +11,8 @@ For authors of methods that take or return images, stable:
 * weather on photographs – :mod:`plait_imaging.weather`.
 
 Algorithms without plait, NumPy, SciPy and PyTorch only: :mod:`plait_imaging.degradations`, :mod:`plait_imaging.weather`,
-:mod:`plait_imaging.filters`, :mod:`plait_imaging.tiling`, :mod:`plait_imaging.metrics`. The methods of the catalogue are in the other modules.
+:mod:`plait_imaging.filters`, :mod:`plait_imaging.networks`, :mod:`plait_imaging.training`, :mod:`plait_imaging.tiling`,
+:mod:`plait_imaging.metrics`. The methods of the catalogue are in the other modules.
 """
 
 from plait_imaging.images import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import plait
 import torch
 from datasets import Dataset
 from plait import Run
@@ -68,6 +69,31 @@ def random_crops() -> Example:
         device=False,
         empty={"data": data.select([])},
         wrong={"data": data.remove_columns("image")},
+    )
+
+
+def residual_cnn() -> Example:
+    """A tiny network."""
+    images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return Example(
+        arguments={}, fields={"channels": 4, "num_layers": 2}, device=False, progress=False, outputs=lambda net: net(images)
+    )  # fmt: skip
+
+
+def restoration_network() -> Example:
+    """Four noisy tiles and a convolution."""
+    data = _noisy()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = plait.build_module(torch.nn.Conv2d, in_channels=3, out_channels=3, kernel_size=3, padding=1)
+    images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return Example(
+        arguments={"model": model, "data": data},
+        fields={"num_steps": 4, "batch_size": 2, "crop_size": 8},
+        random=True,
+        empty={"data": data.select([])},
+        wrong={"data": data.remove_columns("target"), "model": object()},
+        outputs=lambda net: net(images),
     )
 
 
