@@ -643,19 +643,25 @@ def graph(pipeline: Path, overrides: tuple[str, ...], svg: Path | None) -> None:
 @main.command()
 @click.argument("method", shell_complete=completing.methods)
 @click.option("--hook", help="Only this hook of the method.")
-def check(method: str, hook: str | None) -> None:
+@click.option(
+    "--example",
+    metavar="FILE.py:FUNCTION",
+    help="A function that returns the plait.testing.Example to try the method on; also package.module:function.",
+)
+def check(method: str, hook: str | None, example: str | None) -> None:
     """Check that a METHOD keeps every promise of its hooks, on small real data."""
     from plait.testing.checks import run_checks, subjects
+    from plait.testing.examples import named_example
 
     broken = 0
-    for subject in subjects(method, hook):
+    for subject in subjects(method, hook, (lambda: named_example(example)) if example else None):
         click.secho(f"{subject.method.hook.replace('_', '-')}: {subject.method.name}", bold=True)
         for name, sentence, passed in run_checks(subject):
             broken += not passed
             mark = "-" if passed and sentence else "+" if passed else "!"
             click.echo(f"  {mark} {name.replace('_', ' ')}{f'  {sentence}' if sentence else ''}")
     if broken:
-        click.echo(f"{broken} checks failed", err=True)
+        click.echo(f"{broken} check{'s' if broken > 1 else ''} failed", err=True)
         sys.exit(1)
     click.echo("all checks passed")
 

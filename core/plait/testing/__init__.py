@@ -7,8 +7,8 @@ On the command line: ``plait check METHOD``. In a package's tests::
     test_conformance = conformance("my-method")
 
 A method that needs more than the built-in example data gives its own :class:`Example`, a function
-without arguments in the entry-point group ``plait.examples`` under ``<hook>.<name>`` or ``<name>``,
-or as ``conformance(..., example=function)``.
+without arguments: as ``--example file.py:function`` or ``conformance(..., example=function)``; in the entry-point
+group ``plait.examples`` under ``<hook>.<name>`` or ``<name>``; or as a static function ``example`` of the class.
 """
 
 from plait.testing.checks import CHECKS, ConformanceError, Subject, conformance, run_checks

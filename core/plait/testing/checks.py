@@ -23,7 +23,7 @@ from plait.methods import Method, find
 from plait.optional import require
 from plait.report.model import Report
 from plait.testing.compare import differences
-from plait.testing.examples import Example, example_for
+from plait.testing.examples import Example, built_in_example, described, given_example
 from plait.testing.remedies import AFTER_RELOAD, BETWEEN_RUNS, IN_PLACE, ON_RESUME, remedy
 from plait.versions import plait_modules
 
@@ -64,10 +64,11 @@ class WatchedRun(Run):
 
 @attrs.define
 class Subject:
-    """A method with an example of its inputs."""
+    """A method with an example of its inputs; ``built_in``: the one of its hook, which may not suit it."""
 
     method: Method
     example: Example
+    built_in: bool = False
     _first: Any = None
 
     def instance(self, **fields: Any) -> Any:
@@ -231,12 +232,14 @@ def check_contract(subject: Subject) -> None:
     says = declared(subject.instance(), subject.method.hook)
     result, arguments = subject.result(), subject.example.arguments
     if says.splits is not None and isinstance(result, Mapping) and set(result) != set(says.splits):
-        raise ConformanceError(f"splits says {', '.join(says.splits)}, and the result has {', '.join(result)}")
+        raise ConformanceError(
+            f"splits says {', '.join(says.splits)}, and the result has {', '.join(result)}: let splits name these"
+        )
     for part in _tables(result):
         for column in says.columns_made or ():
             if column not in part.column_names:
                 raise ConformanceError(
-                    f"columns_made says {column!r}, and the result lacks it; it has {', '.join(part.column_names)}"
+                    f"columns_made says {column!r}, and the result has {', '.join(part.column_names)}: make it, or take it out of columns_made"
                 )
     for argument, columns in says.columns_needed.items():
         for column in columns:
@@ -457,10 +460,14 @@ def _check_sentence(subject: Subject, error: Exception, refused: str) -> None:
     if isinstance(error, PlaitError):
         if "\n" in str(error).strip():
             raise ConformanceError(f"the message for {refused} is more than one line: {error}") from error
-    elif sentence_of(error, {*plait_modules(), subject.method.cls.__module__.partition(".")[0]}) is None:
+    elif sentence_of(error, _own_modules(subject)) is None:
         raise ConformanceError(
             f"{refused} ends in {type(error).__name__}: {error}; raise a ValueError that says what is wrong"
         ) from error
+
+
+def _own_modules(subject: Subject) -> set[str]:
+    return {*plait_modules(), subject.method.cls.__module__.partition(".")[0]}
 
 
 CHECKS: tuple[Callable[[Subject], None], ...] = (
@@ -481,7 +488,8 @@ def subjects(name: str, hook: str | None = None, example: Callable[[], Example] 
         find(HOOKS[0], name)  # tells what is wrong with the name
     for one in hooks:
         method = find(one, name)
-        yield Subject(method, example() if example else example_for(method))
+        given = example() if example else given_example(method)
+        yield Subject(method, given or built_in_example(method), built_in=given is None)
 
 
 def _class_at(name: str) -> type[Any]:
@@ -494,8 +502,26 @@ def _class_at(name: str) -> type[Any]:
     raise PlaitError(f"method {name!r} implements none of the hooks {', '.join(HOOKS)}")
 
 
+def misfit(subject: Subject) -> str | None:
+    """Why the built-in example is no input of the method, found by calling it once; ``None``: it is, or another is given."""
+    if not subject.built_in:
+        return None
+    about = f"the built-in example ({described(subject.example)})"
+    remedy = "with --example file.py:function, or a static function example() of the class, that returns a plait.testing.Example"
+    try:
+        subject.result()
+    except Exception as error:  # whatever the method raises
+        if sentence := sentence_of(error, _own_modules(subject)):
+            return f"{about} does not suit this method: {sentence}; give one {remedy}"
+        return f"the first call ends in {type(error).__name__}: {error}; if {about} does not suit this method, give one {remedy}"
+    return None
+
+
 def run_checks(subject: Subject) -> Iterator[tuple[str, str | None, bool]]:
     """Run all checks: name, what is wrong (or why it does not apply), and whether it passed."""
+    if sentence := misfit(subject):
+        yield "example", sentence, False
+        return
     for check in CHECKS:
         name = check.__name__.removeprefix("check_")
         try:
@@ -518,11 +544,17 @@ def conformance(name: str, *, hook: str | None = None, example: Callable[[], Exa
     import pytest
 
     found: list[Subject] = []
+    told: list[str] = []
 
     @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
     def test(check: Callable[[Subject], None]) -> None:
         if not found:
             found.extend(subjects(name, hook, example))
+            told.extend(sentence for subject in found if (sentence := misfit(subject)))
+            if told:
+                raise ConformanceError("; ".join(told))
+        if told:
+            pytest.skip("the built-in example does not suit the method")
         for subject in found:
             try:
                 check(subject)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ import attrs
 
 from plait.catalogue import entry_points, load_entry_point
 from plait.demo.pictures import digits, with_images
-from plait.errors import PlaitError
+from plait.errors import PlaitError, located
+from plait.importing import named_object
 from plait.methods import Method
 from plait.optional import require
 
@@ -48,22 +50,78 @@ class Example:
 
 
 def example_for(method: Method) -> Example:
-    """The example that the method's package gives, else the built-in one of its hook.
+    """The example that the method or its package gives, else the built-in one of its hook.
 
     Raises:
         PlaitError: there is neither.
     """
+    return given_example(method) or built_in_example(method)
+
+
+def given_example(method: Method) -> Example | None:
+    """The example of the entry-point group ``plait.examples``, else the one of the class (a static function ``example``).
+
+    Raises:
+        PlaitError: it fails, or is no :class:`Example`.
+    """
     given = {ep.name: ep for ep in entry_points(GROUP)}
     for name in (f"{method.hook}.{method.name}", method.name):
         if name in given:
-            function: Any = load_entry_point(given[name].value, f"example {name!r}")
-            example: Example = function()
-            return example
+            return _made(load_entry_point(given[name].value, f"example {name!r}"), f"example {name!r}")
+    # A field may be called example too; it is no function.
+    own = inspect.getattr_static(method.cls, "example", None)
+    return _made(method.cls.example, f"example of {method.name!r}") if isinstance(own, staticmethod) else None
+
+
+def named_example(path: str) -> Example:
+    """What the user's function ``file.py:function`` or ``package.module:function`` returns.
+
+    Raises:
+        PlaitError: there is no such function, it fails, or it returns something else.
+    """
+    try:
+        function = named_object(path, inspect.isfunction, "a function that returns a plait.testing.Example")
+    except ValueError as error:
+        raise PlaitError(f"example {error}") from error
+    return _made(function, f"example {path!r}")
+
+
+def _made(function: Callable[[], Any], what: str) -> Example:
+    try:
+        example = function()
+    except Exception as error:  # whatever the user's function raises
+        raise PlaitError(f"{what} fails: {located(error)}") from error
+    if not isinstance(example, Example):
+        raise PlaitError(f"{what} returns a {type(example).__name__}; it has to return a plait.testing.Example")
+    return example
+
+
+def built_in_example(method: Method) -> Example:
+    """The example of the method's hook: digits, and small classifiers of them.
+
+    Raises:
+        PlaitError: the hook has none.
+    """
     if method.hook not in BUILT_IN:
         raise PlaitError(
             f"hook {method.hook} has no built-in example; give {method.name!r} one in the entry-point group {GROUP}"
         )
     return BUILT_IN[method.hook](method)
+
+
+def described(example: Example) -> str:
+    """What is in an example, in a few words."""
+    return ", ".join(f"{name}: {_in_words(value)}" for name, value in example.arguments.items()) or "no arguments"
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{', '.join(map(str, value))}, each {_in_words(next(iter(value.values())))}"
+    if isinstance(value, list):
+        return f"{len(value)} times {_in_words(value[0])}"
+    if hasattr(value, "column_names"):
+        return f"{len(value)} rows of {', '.join(value.column_names)}"
+    return f"a {type(value).__name__}"
 
 
 def classifier(seed: int = 0) -> Any:
