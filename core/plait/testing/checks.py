@@ -239,7 +239,7 @@ def check_contract(subject: Subject) -> None:
         for column in says.columns_made or ():
             if column not in part.column_names:
                 raise ConformanceError(
-                    f"columns_made says {column!r}, and the result has {', '.join(part.column_names)}: make it, or take it out of columns_made"
+                    f"columns_made says {column!r}, and the result lacks it; it has {', '.join(part.column_names)}: make it, or take it out of columns_made"
                 )
     for argument, columns in says.columns_needed.items():
         for column in columns:
