@@ -420,6 +420,19 @@ def test_the_weights_of_a_tag_say_which_activation_they_have(name, quick, run, t
         same_as(gelu, OpenClip(architecture=name, pretrained="laion2b_s34b_b79k").load_model(data=None, run=run[0]))
 
 
+def test_an_open_clip_configuration_may_name_a_tokenizer_of_transformers(tmp_path):
+    hf_tokenizer("[PAD]").save_pretrained(tmp_path)
+    text = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 8, "patch_size": 4, "width": 16, "layers": 1, "head_width": 8},
+        "text_cfg": {**text, "hf_tokenizer_name": str(tmp_path)},
+    }
+    model = architectures.from_config(config)
+    assert model.tokenize(["two", "a photo"]).shape == (2, 8)
+    assert len(model.encode_text(["two", "a photo"]).unique(dim=0)) == 2
+
+
 def test_a_transformers_folder_needs_its_tokenizer(run, tmp_path):
     model = hf_clip()
     model.model.save_pretrained(tmp_path)
@@ -471,7 +484,7 @@ def test_users_mistakes_are_one_sentence(run, tmp_path):
     torch.save({"state_dict": {"conv.weight": torch.zeros(2)}}, tmp_path / "other.pt")
     (tmp_path / "empty").mkdir()
     cases = {
-        "did you mean ViT-B-32": OpenClip(architecture="ViT-B32"),
+        "did you mean 'ViT-B-32'": OpenClip(architecture="ViT-B32"),
         "is not a file": OpenClip(checkpoint=tmp_path / "missing.pt"),
         "is not a file of weights": OpenClip(checkpoint=tmp_path / "junk.pt"),
         "Git LFS pointer": OpenClip(architecture="tiny", checkpoint=tmp_path / "pointer.pt"),

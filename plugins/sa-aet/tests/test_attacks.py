@@ -221,7 +221,7 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize("rng", ["per_image", "released"])
 def test_a_killed_attack_goes_on_where_it_was(rng, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("plait_sa_aet.plugin.attacks.SHARD_IMAGES", 4)
+    monkeypatch.setattr("plait_sa_aet.plugin.attacking.SHARD_IMAGES", 4)
     data, attack = digit_pairs(14), SaAet(**QUICK, **WORDS, rng=rng)
     whole = attack.attack(model, data, Run(seed=3, folder=tmp_path / "whole"))
 

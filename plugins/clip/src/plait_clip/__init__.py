@@ -30,54 +30,121 @@ Tests and examples
     :func:`tiny_fusion_model`, :func:`toy_embeddings`.
 """
 
-from plait_clip import prompts, toy_data
-from plait_clip.image_text_datasets import flattened, png_bytes
-from plait_clip.image_text_datasets import from_arrays as pairs_from_arrays
-from plait_clip.losses import clip_loss, cosines, sigmoid_loss
-from plait_clip.model import (
-    CallableModel,
-    ImageInput,
-    ImageTextModel,
-    OpenClipModel,
-    ProcessorInput,
-    TransformersModel,
-    WordTokenizer,
-    architectures,
-    image_text_model,
-    on_device,
-)
-from plait_clip.model.tokenizer import words as split_words
-from plait_clip.pair_batches import (
-    PairBatch,
-    PairLoader,
-    caption_column,
-    check_captions,
-    first_captions,
-    image_batches,
-    open_image,
-    pixels_from_pil,
-    undecoded,
-)
-from plait_clip.retrieval import (
-    captions_of,
-    evaluate_retrieval,
-    ranks_by_model,
-    recall,
-    retrieval_ranks,
-    text_features,
-)
-from plait_clip.toy_models import digit_pairs, tiny_fusion_model, tiny_model, toy_embeddings
-from plait_clip.training import (
-    Checkpoint,
-    DivergedError,
-    adamw,
-    as_given,
-    check_weights,
-    contrastive_loss,
-    train,
-    warmup_cosine,
-)
-from plait_clip.zero_shot import evaluating, image_features, zero_shot_head
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plait_clip import prompts, toy_data
+    from plait_clip.image_text_datasets import flattened, png_bytes
+    from plait_clip.image_text_datasets import from_arrays as pairs_from_arrays
+    from plait_clip.losses import clip_loss, cosines, sigmoid_loss
+    from plait_clip.model import (
+        CallableModel,
+        ImageInput,
+        ImageTextModel,
+        OpenClipModel,
+        ProcessorInput,
+        TransformersModel,
+        WordTokenizer,
+        architectures,
+        image_text_model,
+        on_device,
+    )
+    from plait_clip.model.tokenizer import words as split_words
+    from plait_clip.pair_batches import (
+        PairBatch,
+        PairLoader,
+        caption_column,
+        check_captions,
+        first_captions,
+        image_batches,
+        open_image,
+        pixels_from_pil,
+        undecoded,
+    )
+    from plait_clip.retrieval import (
+        captions_of,
+        evaluate_retrieval,
+        ranks_by_model,
+        recall,
+        retrieval_ranks,
+        text_features,
+    )
+    from plait_clip.toy_models import digit_pairs, tiny_fusion_model, tiny_model, toy_embeddings
+    from plait_clip.training import (
+        Checkpoint,
+        DivergedError,
+        adamw,
+        as_given,
+        check_weights,
+        contrastive_loss,
+        train,
+        warmup_cosine,
+    )
+    from plait_clip.zero_shot import evaluating, image_features, zero_shot_head
+
+# Reading a pipeline imports the methods' fields alone: torch, datasets and open_clip wait until something is computed.
+_PLACES = {
+    "CallableModel": "model:CallableModel",
+    "Checkpoint": "training:Checkpoint",
+    "DivergedError": "training:DivergedError",
+    "ImageInput": "model:ImageInput",
+    "ImageTextModel": "model:ImageTextModel",
+    "OpenClipModel": "model:OpenClipModel",
+    "PairBatch": "pair_batches:PairBatch",
+    "PairLoader": "pair_batches:PairLoader",
+    "ProcessorInput": "model:ProcessorInput",
+    "TransformersModel": "model:TransformersModel",
+    "WordTokenizer": "model:WordTokenizer",
+    "adamw": "training:adamw",
+    "architectures": "model.architectures",
+    "as_given": "training:as_given",
+    "caption_column": "pair_batches:caption_column",
+    "captions_of": "retrieval:captions_of",
+    "check_captions": "pair_batches:check_captions",
+    "check_weights": "training:check_weights",
+    "clip_loss": "losses:clip_loss",
+    "contrastive_loss": "training:contrastive_loss",
+    "cosines": "losses:cosines",
+    "digit_pairs": "toy_models:digit_pairs",
+    "evaluate_retrieval": "retrieval:evaluate_retrieval",
+    "evaluating": "zero_shot:evaluating",
+    "first_captions": "pair_batches:first_captions",
+    "flattened": "image_text_datasets:flattened",
+    "image_batches": "pair_batches:image_batches",
+    "image_features": "zero_shot:image_features",
+    "image_text_model": "model:image_text_model",
+    "on_device": "model:on_device",
+    "open_image": "pair_batches:open_image",
+    "pairs_from_arrays": "image_text_datasets:from_arrays",
+    "pixels_from_pil": "pair_batches:pixels_from_pil",
+    "png_bytes": "image_text_datasets:png_bytes",
+    "prompts": "prompts",
+    "ranks_by_model": "retrieval:ranks_by_model",
+    "recall": "retrieval:recall",
+    "retrieval_ranks": "retrieval:retrieval_ranks",
+    "sigmoid_loss": "losses:sigmoid_loss",
+    "split_words": "model.tokenizer:words",
+    "text_features": "retrieval:text_features",
+    "tiny_fusion_model": "toy_models:tiny_fusion_model",
+    "tiny_model": "toy_models:tiny_model",
+    "toy_data": "toy_data",
+    "toy_embeddings": "toy_models:toy_embeddings",
+    "train": "training:train",
+    "undecoded": "pair_batches:undecoded",
+    "warmup_cosine": "training:warmup_cosine",
+    "zero_shot_head": "zero_shot:zero_shot_head",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _PLACES[name].partition(":")
+    found = import_module(f"{__name__}.{module}")
+    globals()[name] = getattr(found, attribute) if attribute else found
+    return globals()[name]
+
 
 __version__ = "0.1.0"
 __plait_api__ = "0.1"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from plait_clip import image_text_datasets, toy_data
-from plait_clip.model import ImageInput, ImageTextModel, TransformersModel, architectures
+from plait_clip.model import ImageInput, ImageTextModel, TransformersModel
 
 
 @functools.cache
@@ -23,6 +23,8 @@ def digit_pairs(count: int = 60) -> datasets.Dataset:
 
 def tiny_model() -> ImageTextModel:
     """A CLIP for :func:`digit_pairs` with random weights, always the same."""
+    from plait_clip.model import architectures
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return architectures.tiny("tiny").eval()

@@ -1,4 +1,4 @@
-"""A training loop for any loss on an image-text model: resumable, and whole again after divergence."""
+"""Contrastive training of image-text models, and its loop for any loss: resumable, and whole again after divergence."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
+import attrs
 import torch
 from torch import Tensor, nn
 
 from plait_clip.losses import clip_loss, sigmoid_loss
 from plait_clip.model import ImageTextModel
-from plait_clip.pair_batches import PairBatch
+from plait_clip.pair_batches import PairBatch, PairLoader
 
 MAX_LOG_SCALE = 4.6052  # ln 100
 
@@ -277,6 +278,104 @@ def train(
                 raise DivergedError(num_steps, math.nan, last_good[0])
     finally:
         model.train(was_training)
+
+
+@attrs.frozen(kw_only=True)
+class ContrastiveTraining:
+    """How :func:`train_contrastively` trains; ``plait show clip-contrastive`` says what each means."""
+
+    num_epochs: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    betas: tuple[float, float]
+    epsilon: float
+    loss: Literal["softmax", "sigmoid"]
+    train: Literal["both", "image", "text"]
+    accumulation: int
+    precision: Literal["fp32", "bf16"]
+    max_grad_norm: float | None
+    max_log_scale: float
+    checkpoint_minutes: float
+
+    def steps_per_epoch(self, num_rows: int) -> int:
+        """Optimizer steps in a pass over ``num_rows`` pairs; the rest of the rows is left out.
+
+        Raises:
+            ValueError: there is not even one.
+        """
+        needed = self.batch_size * self.accumulation
+        if num_rows < needed:
+            raise ValueError(f"the data has {num_rows} rows, fewer than batch_size × accumulation = {needed}")
+        return num_rows // needed
+
+
+def train_contrastively(
+    model: ImageTextModel,
+    pairs: PairLoader,
+    options: ContrastiveTraining,
+    *,
+    generator: Callable[[str], torch.Generator],
+    seed: int,
+    checkpoint: Checkpoint | None = None,
+    on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    warn: Callable[[str], None] = lambda text: None,
+    accelerator: Any = None,
+) -> None:
+    """Train ``model`` in place on pairs, in this process, which is one of ``accelerator``'s where that is given.
+
+    Args:
+        generator: name → source of random numbers, always the same for a name; one is asked for each epoch's order.
+        seed, checkpoint, on_step: as of :func:`train`.
+        warn: called with a sentence if captions were cut.
+
+    Raises:
+        ValueError: the loss or the tower does not suit the model; see also :func:`train`.
+        DivergedError: see :func:`train`.
+    """
+    if options.loss == "softmax" and model.logit_bias is not None:
+        raise ValueError("the model has a logit bias (SigLIP), which the softmax loss ignores; use loss: sigmoid")
+    learn_only(model, options.train)
+    steps_per_epoch = options.steps_per_epoch(len(pairs))
+    num_steps = options.num_epochs * steps_per_epoch
+    part = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    cut = 0
+
+    def batches(epoch: int, skip: int) -> Iterator[PairBatch]:
+        nonlocal cut
+        for batch in pairs.batches(options.batch_size, generator(f"epoch {epoch}"), skip=skip, part=part):
+            cut += int(batch.truncated.sum())
+            yield batch
+
+    train(
+        model,
+        batches,
+        {"softmax": contrastive_loss, "sigmoid": pairwise_loss}[options.loss],
+        adamw(
+            model,
+            learning_rate=options.learning_rate,
+            weight_decay=options.weight_decay,
+            betas=options.betas,
+            eps=options.epsilon,
+        ),
+        lambda step: warmup_cosine(
+            step, peak=options.learning_rate, warmup_steps=options.warmup_steps, num_steps=num_steps
+        ),
+        num_epochs=options.num_epochs,
+        steps_per_epoch=steps_per_epoch,
+        accumulation=options.accumulation,
+        precision=options.precision,
+        max_grad_norm=options.max_grad_norm,
+        max_log_scale=options.max_log_scale,
+        seed=seed,
+        checkpoint=checkpoint,
+        checkpoint_seconds=60 * options.checkpoint_minutes,
+        on_step=on_step,
+        accelerator=accelerator,
+    )
+    if cut:
+        warn(f"{cut} times a caption was longer than the model's {model.context_length} tokens and was cut")
 
 
 class _Objective(nn.Module):

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import matplotlib.figure
 import numpy as np
 from plait import Report
 from plait.report import Curve, Image, Panel, png
@@ -109,8 +108,10 @@ class AttackReport:
         )  # fmt: skip
 
     def _spectrum(self) -> Image:
+        from matplotlib.figure import Figure
+
         assert self.projection is not None
-        figure = matplotlib.figure.Figure(figsize=(4.5, 2.8))
+        figure = Figure(figsize=(4.5, 2.8))
         axes = figure.add_subplot()
         values = self.projection.singular_values.cpu().numpy()
         axes.semilogy(np.arange(1, len(values) + 1), np.maximum(values, values[0] * 1e-12), ".-", markersize=3)
@@ -119,9 +120,11 @@ class AttackReport:
 
     def _ternary(self) -> Image:
         """Clean image at the top, current one on the left, previous one on the right."""
+        from matplotlib.figure import Figure
+
         current, clean, previous = np.asarray(self.triples, dtype=float).T
         total = current + clean + previous
-        figure = matplotlib.figure.Figure(figsize=(3.6, 3.2))
+        figure = Figure(figsize=(3.6, 3.2))
         axes = figure.add_subplot()
         axes.plot([0, 1, 0.5, 0], [0, 0, 3**0.5 / 2, 0], "k-", linewidth=1)
         axes.plot((previous + clean / 2) / total, clean / total * 3**0.5 / 2, ".", markersize=3, alpha=0.4)

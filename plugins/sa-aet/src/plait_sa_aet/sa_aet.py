@@ -31,6 +31,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from plait_sa_aet.choices import ProjectionMode, Triangle
 from plait_sa_aet.images import checked_images
 from plait_sa_aet.randomness import Law, Randomness, Triple
 from plait_sa_aet.source import Source, frozen
@@ -158,7 +159,6 @@ def _swapped(
 # -------------------------------------------------------------------------------------------------- 1. the projection
 
 
-ProjectionMode = Literal["drop_top", "span", "top_k", "none"]
 DEFAULT_TOP_K = 30
 COMMON_DIRECTION = 0.3  # least share of the energy in u₁ for which drop_top was seen not to hurt
 
@@ -383,7 +383,6 @@ def uniform_sub(random: Random) -> Triple:
 
 LAWS: dict[str, Law] = {"sub": sub, "full": full, "uniform": uniform, "uniform_sub": uniform_sub}
 # "none": no mixtures, the gradient is taken at the current iterate (SGA)
-Triangle = Literal["sub", "full", "uniform", "uniform_sub", "none"]
 
 
 # ------------------------------------------------------------------------------------------------------ 3. the images

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from open_clip.tokenizer import SimpleTokenizer
 from plait_clip import (
     CallableModel,
     ImageTextModel,
@@ -30,6 +29,8 @@ def token_embedding_candidates(model: ImageTextModel) -> TokenEmbedding:
     Raises:
         ValueError: the model has no such table, or no tokens for whole words.
     """
+    from open_clip.tokenizer import SimpleTokenizer
+
     embedding = _embedding(model)
     if embedding is None:
         raise ValueError(f"{type(model).__name__} shows no text embedding table; {_NEEDED}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from matplotlib.figure import Figure
 from plait.report import Image, Panel, Report, png
 
 from plait_ubt.evidence import Evidence
@@ -75,6 +74,8 @@ def _scores(evidence: Evidence) -> Image:
 
 
 def _histogram(caption: str, parts: Mapping[str, np.ndarray]) -> Image:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(4, 3))
     axes = figure.subplots()
     everything = np.concatenate(list(parts.values()))
@@ -89,6 +90,8 @@ def _histogram(caption: str, parts: Mapping[str, np.ndarray]) -> Image:
 
 
 def _lifts(evidence: Evidence) -> Image:
+    from matplotlib.figure import Figure
+
     strongest = sorted(evidence.lifts.items(), key=lambda item: -item[1].top_share * item[1].lift)[:20][::-1]
     figure = Figure(figsize=(4, 0.8 + 0.2 * len(strongest)))
     axes = figure.subplots()

@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import datasets
@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import AutoAugment
 
 from plait_clip.backdoor.eda import Synonyms, eda
 from plait_clip.backdoor.losses import self_supervised_loss
@@ -160,15 +159,20 @@ def _collate(epoch: int, found: Sequence[dict[str, Any] | str]) -> ViewBatch | s
     )
 
 
-_AUTO_AUGMENT = AutoAugment()
+@cache
+def _policy() -> Callable[[Image.Image], Image.Image]:
+    from torchvision.transforms import AutoAugment
+
+    return AutoAugment()
 
 
 def auto_augment(image: Image.Image, seed: int) -> Image.Image:
     """AutoAugment (Cubuk et al., CVPR 2019) with the ImageNet policy; a function of image and seed."""
+    augment = _policy()
     # torchvision draws from the global generator; its state is put back.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return _AUTO_AUGMENT(image)
+        return augment(image)
 
 
 def seed_of(*names: Any) -> int:

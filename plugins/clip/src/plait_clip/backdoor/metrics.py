@@ -10,7 +10,6 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from plait_clip.backdoor.poison import Trigger, pixels, prepared
@@ -180,6 +179,8 @@ def detection_metrics(scores: np.ndarray, flags: np.ndarray, ks: Sequence[int]) 
     Returns:
         The areas under the ROC and the precision-recall curve are ``None`` if all rows or none are flagged.
     """
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
     finite = np.where(np.isnan(scores), -np.inf, scores)
     # Ranks instead of values: scikit-learn takes no infinities.
     _, ranks = np.unique(finite, return_inverse=True)

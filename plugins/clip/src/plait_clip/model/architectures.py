@@ -13,6 +13,8 @@ from open_clip.convert import convert_state_dict, load_big_vision_weights
 from open_clip.factory import get_model_config
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
+from open_clip.tokenizer import HFTokenizer
+from plait.errors import nearest
 from plait.weights import read_weights
 from torch import Tensor
 
@@ -73,11 +75,8 @@ def open_clip_architecture(name: str) -> dict[str, Any]:
         return config.get("model_cfg", config)
     config = get_model_config(name.replace("/", "-"))
     if config is None:
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, [*open_clip.list_models(), *TINY], n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"architecture {name!r} is unknown to open_clip{hint}")
+        known = [*open_clip.list_models(), *TINY]
+        raise ValueError(f"architecture {name!r} is unknown to open_clip{nearest(name, known)}")
     return config
 
 
@@ -97,7 +96,7 @@ def from_config(
     text = config["text_cfg"]
     length = text.get("context_length", 77)
     if text.get("hf_tokenizer_name") and not tokenizer_source:
-        tokenizer: Any = open_clip.HFTokenizer(
+        tokenizer: Any = HFTokenizer(
             text["hf_tokenizer_name"],
             context_length=length,
             tokenizer_mode=text.get("tokenizer_mode"),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -52,7 +52,10 @@ class ImageInput(nn.Module):
         self._mean, self._std = tuple(map(float, mean)), tuple(map(float, std))
         # No buffers: a model cast to bf16 would round them.
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._transform = _open_clip_resizing(size, resize, interpolation)
+
+    @functools.cached_property
+    def _transform(self) -> Callable[[Image.Image], Image.Image]:
+        return _open_clip_resizing(self.size, self.resize, self.interpolation)
 
     def config(self) -> dict[str, Any]:
         """The arguments that make an equal object."""
@@ -159,6 +162,8 @@ class ProcessorInput(ImageInput):
 
 def _open_clip_resizing(size: int, resize: str, interpolation: str) -> Callable[[Image.Image], Image.Image]:
     """open_clip's evaluation transform without its last steps: to a tensor, normalising."""
+    import open_clip
+
     transform = open_clip.image_transform(
         size, is_train=False, resize_mode=_RESIZE_MODES[resize], interpolation=interpolation
     )

@@ -6,17 +6,17 @@ import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import open_clip
-from open_clip.model import CLIP, CustomTextCLIP
-from open_clip.transformer import TextTransformer, text_global_pool
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from plait_clip.model.image_input import ImageInput
 from plait_clip.model.interface import ImageTextModel, write_about
 from plait_clip.model.tokenizer import WordTokenizer
+
+if TYPE_CHECKING:  # open_clip takes seconds to import: only what works on a model of it does
+    from open_clip import CLIP
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 
@@ -61,6 +61,8 @@ class OpenClipModel(ImageTextModel):
         return self.model.encode_image(self._pixels(images))
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
+        from open_clip.model import CLIP
+
         if isinstance(self.model, CLIP) and tokens.shape[1] < self.context_length:
             return _encode_short(self.model, tokens)
         return self.model.encode_text(tokens)
@@ -76,6 +78,9 @@ class OpenClipModel(ImageTextModel):
 
     def trim(self, tokens: Tensor) -> Tensor:
         """Cut to the longest text: under the causal mask nothing after ``<eot>`` reaches its output."""
+        from open_clip.model import CLIP
+        from open_clip.transformer import TextTransformer
+
         text = self.model if isinstance(self.model, CLIP) else getattr(self.model, "text", None)
         pool = getattr(text, "text_pool_type", None) or getattr(text, "pool_type", None)
         causal = isinstance(text, (CLIP, TextTransformer)) and text.attn_mask is not None
@@ -107,7 +112,9 @@ class OpenClipModel(ImageTextModel):
         if about.get("tokenizer") == "words":
             tokenizer: Callable[..., Tensor] = WordTokenizer.from_pretrained(folder)
         else:
-            tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+            from open_clip import get_tokenizer
+
+            tokenizer = get_tokenizer(f"local-dir:{folder}")
         model = build(config["model_cfg"])
         # The stored dtype of every tensor is kept, hence assign.
         weights = load_file(folder / WEIGHTS)
@@ -127,6 +134,8 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     Raises:
         ValueError: a key is missing or unknown.
     """
+    from open_clip.model import CLIP, CustomTextCLIP
+
     own = copy.deepcopy(dict(config))
     missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(own)
     if missing:
@@ -149,6 +158,8 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 
 def image_input(preprocess: Mapping[str, Any], model: nn.Module) -> ImageInput:
     """The :class:`ImageInput` of an open_clip ``preprocess_cfg``."""
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
     size = getattr(model.visual, "image_size", preprocess.get("size", 224))
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
@@ -157,8 +168,8 @@ def image_input(preprocess: Mapping[str, Any], model: nn.Module) -> ImageInput:
     resize = {"shortest": "crop", "squash": "squash"}.get(given.get("resize_mode", "shortest"))
     if resize is None:
         raise ValueError(f"resize_mode {given['resize_mode']!r} is not supported; use shortest or squash")
-    mean = given.get("mean", open_clip.OPENAI_DATASET_MEAN)
-    std = given.get("std", open_clip.OPENAI_DATASET_STD)
+    mean = given.get("mean", OPENAI_DATASET_MEAN)
+    std = given.get("std", OPENAI_DATASET_STD)
     # "random" is for training; open_clip evaluates with bicubic then.
     interpolation = "bilinear" if given.get("interpolation") == "bilinear" else "bicubic"
     return ImageInput(sides.pop(), mean, std, resize=resize, interpolation=interpolation)
@@ -166,6 +177,8 @@ def image_input(preprocess: Mapping[str, Any], model: nn.Module) -> ImageInput:
 
 def _encode_short(model: CLIP, tokens: Tensor) -> Tensor:
     """``CLIP.encode_text`` for fewer tokens than its context; the library adds all positions at once."""
+    from open_clip.transformer import text_global_pool
+
     length = tokens.shape[1]
     dtype = model.transformer.get_cast_dtype()
     x = model.token_embedding(tokens).to(dtype) + model.positional_embedding[:length].to(dtype)

@@ -14,7 +14,7 @@ from plait.loops import Loop
 
 from plait_clip.model import CallableModel, ImageTextModel
 from plait_clip.pair_batches import PairLoader
-from plait_clip.training import DivergedError
+from plait_clip.training import DivergedError, train_contrastively
 
 
 def train_in_processes(method: Any, model: ImageTextModel, data: Any, run: Any, loop: Loop) -> None:
@@ -99,12 +99,15 @@ def _work(
     share = int(method.held_gigabytes * 2**30 / method.num_processes)
     pairs = PairLoader(data, model, held_bytes=share, workers=method.workers)
     try:
-        method.train_here(
+        train_contrastively(
             model,
             pairs,
-            run,
+            method.options(),
+            generator=run.generator,
+            seed=run.derived_seed("model"),
             checkpoint=Loop(run, "training", folder.parent, None),
             on_step=lambda step, values: messages.put(("step", step, values)) if main else None,
+            warn=run.warn,
             accelerator=accelerator,
         )
     except DivergedError as error:

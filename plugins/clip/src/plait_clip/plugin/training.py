@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 from plait import hookimpl
 from plait.fields import field, in_range
-from plait.freezing import thawed
 
-from plait_clip import training
-from plait_clip.model import ImageTextModel, image_text_model
-from plait_clip.pair_batches import PairBatch, PairLoader, undecoded
-from plait_clip.plugin.processes import train_in_processes
+if TYPE_CHECKING:
+    from plait_clip.model import ImageTextModel
+    from plait_clip.training import ContrastiveTraining
 
 
 @attrs.frozen(kw_only=True)
@@ -33,7 +30,7 @@ class ClipContrastive:
     accumulation: int = field(1, "batches per optimizer step; each keeps its own negatives", in_range(1))
     precision: Literal["fp32", "bf16"] = field("fp32", "bf16: mixed precision, fp32 weights and losses")
     max_grad_norm: float | None = field(None, "gradients are cut to this norm", in_range(0, low_open=True))
-    max_log_scale: float = field(training.MAX_LOG_SCALE, "upper bound of logit_scale (a logarithm)", in_range(0))
+    max_log_scale: float = field(4.6052, "upper bound of logit_scale, a logarithm (4.6052: ln 100)", in_range(0))
     num_processes: int = field(1, "GPUs (without GPUs: CPU processes) that share every batch", in_range(1))
     workers: int = field(0, "processes that decode images of sets too big to be held", in_range(0, 256))
     held_gigabytes: float = field(2.0, "decoded images up to this size stay in memory", in_range(0))
@@ -48,84 +45,42 @@ class ClipContrastive:
 
     @hookimpl
     def optimize(self, model: Any, data: Any, run: Any) -> ImageTextModel:
+        from plait.freezing import thawed
+
+        from plait_clip import training
+        from plait_clip.model import image_text_model
+        from plait_clip.pair_batches import PairLoader, undecoded
+        from plait_clip.plugin.processes import train_in_processes
+
         trained: ImageTextModel = thawed(copy.deepcopy(image_text_model(model))).to(run.device)
+        options = self.options()
         # Fails before anything is decoded.
-        num_steps = self.num_epochs * self.steps_per_epoch(len(undecoded(data)))
+        num_steps = self.num_epochs * options.steps_per_epoch(len(undecoded(data)))
         with run.loop(self, "training", inputs=(model, data), total=num_steps) as loop:
             try:
                 if self.num_processes > 1:
                     train_in_processes(self, trained, data, run, loop)
                 else:
                     held = int(self.held_gigabytes * 2**30)
-                    pairs = PairLoader(data, trained, held_bytes=held, workers=self.workers)
-                    self.train_here(trained, pairs, run, checkpoint=loop, on_step=loop.done)
+                    training.train_contrastively(
+                        trained,
+                        PairLoader(data, trained, held_bytes=held, workers=self.workers),
+                        options,
+                        generator=run.generator,
+                        seed=run.derived_seed("model"),
+                        checkpoint=loop,
+                        on_step=loop.done,
+                        warn=run.warn,
+                    )
             except training.DivergedError as error:
                 if self.on_divergence == "raise":
                     raise
                 run.warn(str(error))
         return training.as_given(trained, model)
 
-    def steps_per_epoch(self, num_rows: int) -> int:
-        """Optimizer steps in a pass over ``num_rows`` pairs; the rest of the rows is left out.
+    def options(self) -> ContrastiveTraining:
+        """The same settings for the plain function."""
+        from plait_clip.training import ContrastiveTraining
 
-        Raises:
-            ValueError: there is not even one.
-        """
-        needed = self.batch_size * self.accumulation
-        if num_rows < needed:
-            raise ValueError(f"the data has {num_rows} rows, fewer than batch_size × accumulation = {needed}")
-        return num_rows // needed
-
-    def train_here(
-        self,
-        model: ImageTextModel,
-        pairs: PairLoader,
-        run: Any,
-        *,
-        checkpoint: training.Checkpoint,
-        on_step: Callable[[int, dict[str, float]], None],
-        accelerator: Any = None,
-    ) -> None:
-        """Train in this process, which is one of ``accelerator``'s where that is given."""
-        if self.loss == "softmax" and model.logit_bias is not None:
-            raise ValueError("the model has a logit bias (SigLIP), which the softmax loss ignores; use loss: sigmoid")
-        training.learn_only(model, self.train)
-        steps_per_epoch = self.steps_per_epoch(len(pairs))
-        num_steps = self.num_epochs * steps_per_epoch
-        part = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-        cut = 0
-
-        def batches(epoch: int, skip: int) -> Iterator[PairBatch]:
-            nonlocal cut
-            for batch in pairs.batches(self.batch_size, run.generator(f"epoch {epoch}"), skip=skip, part=part):
-                cut += int(batch.truncated.sum())
-                yield batch
-
-        training.train(
-            model,
-            batches,
-            {"softmax": training.contrastive_loss, "sigmoid": training.pairwise_loss}[self.loss],
-            training.adamw(
-                model,
-                learning_rate=self.learning_rate,
-                weight_decay=self.weight_decay,
-                betas=self.betas,
-                eps=self.epsilon,
-            ),
-            lambda step: training.warmup_cosine(
-                step, peak=self.learning_rate, warmup_steps=self.warmup_steps, num_steps=num_steps
-            ),
-            num_epochs=self.num_epochs,
-            steps_per_epoch=steps_per_epoch,
-            accumulation=self.accumulation,
-            precision=self.precision,
-            max_grad_norm=self.max_grad_norm,
-            max_log_scale=self.max_log_scale,
-            seed=run.derived_seed("model"),
-            checkpoint=checkpoint,
-            checkpoint_seconds=60 * self.checkpoint_minutes,
-            on_step=on_step,
-            accelerator=accelerator,
-        )
-        if cut:
-            run.warn(f"{cut} times a caption was longer than the model's {model.context_length} tokens and was cut")
+        names = attrs.fields_dict(ContrastiveTraining)
+        return ContrastiveTraining(**{name: getattr(self, name) for name in names})

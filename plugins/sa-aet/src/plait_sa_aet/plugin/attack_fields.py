@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 from plait.fields import code_field, field, in_range, path_or_name_field
 from plait.importing import named_object
-from plait_clip import ImageTextModel
 
-from plait_sa_aet.attack_report import AttackReport
 from plait_sa_aet.captions import MAX_WORDS, clean_caption, num_cut
-from plait_sa_aet.sa_aet import Words
-from plait_sa_aet.source import Source
 from plait_sa_aet.stop_words import STOP_WORDS, read_stop_words
-from plait_sa_aet.token_embeddings import token_embedding_candidates
-from plait_sa_aet.views import ScaledViews
-from plait_sa_aet.word_candidates import ContextCounts, MaskedLanguageModel, Synonyms
+
+if TYPE_CHECKING:
+    from plait_clip import ImageTextModel
+
+    from plait_sa_aet.attack_report import AttackReport
+    from plait_sa_aet.sa_aet import Words
+    from plait_sa_aet.source import Source
 
 GENERATORS = ("mlm", "token-embedding", "context-counts", "synonyms")
 _FOR_MLM = ("logit_threshold", "position_offset", "bpe_topk", "bpe_max", "bpe_pieces")
@@ -69,6 +69,8 @@ class SeesScaledViews(StepsFreely):
     resize_antialias: bool = field(False, "bicubic resizing with antialiasing")
 
     def image_options(self) -> dict[str, Any]:
+        from plait_sa_aet.views import ScaledViews
+
         views = ScaledViews(self.scales, noise_std=self.scale_noise_std, antialias=self.resize_antialias)
         return super().image_options() | {"views": views}
 
@@ -165,6 +167,8 @@ class SwapsWords:
         Raises:
             ValueError: a file cannot be read, or the model has no word embeddings.
         """
+        from plait_sa_aet.sa_aet import Words
+
         if not self.text:
             report.notes.append("No word of the captions is changed: text is false, so the images alone are attacked.")
             return None
@@ -182,6 +186,9 @@ class SwapsWords:
         return Words(candidates, options)
 
     def _candidates(self, source: Source, captions: Sequence[str], max_length: int, run: Any) -> Any:
+        from plait_sa_aet.token_embeddings import token_embedding_candidates
+        from plait_sa_aet.word_candidates import ContextCounts, MaskedLanguageModel, Synonyms
+
         as_released: bool = self.as_released  # type: ignore[attr-defined]
         allow_multiword = as_released if self.allow_multiword is None else self.allow_multiword
         if self.generator == "mlm":

@@ -7,20 +7,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
-import datasets
 from plait import hookimpl
 from plait.fields import field, in_range, output_field
-from plait.fingerprints import fingerprint
 from plait.importing import digest_of_sources, local_sources
-from plait_clip import ImageTextModel, captions_of, check_captions, image_batches, on_device, undecoded
 
-from plait_sa_aet import baselines
-from plait_sa_aet.attack_report import AttackReport, empty_record, note
-from plait_sa_aet.captions import MAX_WORDS, clean_caption, num_cut
-from plait_sa_aet.images import quantize
+from plait_sa_aet.choices import ProjectionMode, Triangle
 from plait_sa_aet.plugin.attack_fields import (
     AttacksImages,
     SeesScaledViews,
@@ -29,23 +23,15 @@ from plait_sa_aet.plugin.attack_fields import (
     captions_in,
     were_set,
 )
-from plait_sa_aet.randomness import PerImage, ReleasedStreams
-from plait_sa_aet.sa_aet import (
-    Adversarial,
-    Batch,
-    ProjectionMode,
-    SemanticProjection,
-    Triangle,
-    draw_corpus,
-    sa_aet,
-    semantic_projection,
-)
-from plait_sa_aet.shards import Shards, changed_features, export, image_names, rows_of, with_other_columns
-from plait_sa_aet.source import Source, frozen
 
-SHARD_IMAGES = 64
+if TYPE_CHECKING:
+    import datasets
+    from plait_clip import ImageTextModel
 
-OneBatch = Callable[[Source, Batch, Any], Adversarial]
+    from plait_sa_aet.attack_report import AttackReport
+    from plait_sa_aet.plugin.attacking import OneBatch
+    from plait_sa_aet.sa_aet import SemanticProjection
+    from plait_sa_aet.source import Source
 
 
 @attrs.frozen(kw_only=True)
@@ -119,6 +105,11 @@ class Attack:
 
     @hookimpl
     def attack(self, model: Any, data: Any, run: Any) -> datasets.Dataset:
+        from plait_clip import check_captions, on_device, undecoded
+
+        from plait_sa_aet.plugin.attacking import attacked
+        from plait_sa_aet.source import Source, frozen
+
         model = on_device(model, run.device)
         self.check(model)
         undecoded(data)
@@ -127,89 +118,9 @@ class Attack:
             run.warn(sentence)
         with frozen(model):
             source = Source(model, precision=self.precision, channels_last=self.channels_last, compile=self.compile)
-            return self._attacked(source, data, run)
+            return attacked(self, source, data, run)
 
-    def _attacked(self, source: Source, data: datasets.Dataset, run: Any) -> datasets.Dataset:
-        num_batches = -(-len(data) // self.batch_size)
-        loop = run.loop(self, "attacking", inputs=(source.model, data, self._digest_of_files()), total=num_batches)
-        # The result is memory-mapped from the loop's folder, so the loop is not left: its state stays.
-        shards = Shards(loop.folder, changed_features(data, source.image_size, self.keeps_floats))
-        texts = captions_of(data)[0]
-        if self.reads_captions and (cut := num_cut(texts)):
-            what = "returned without the rest" if self.attacks_captions else "read no further"
-            run.warn(f"{cut} of {len(texts)} captions have more than {MAX_WORDS} words and are {what}")
-        report = AttackReport()
-        one_batch = self.prepare(source, [clean_caption(text) for text in texts], run, report)
-        as_released = self.rng == "released" or (self.rng is None and self.as_released)
-        streams = ReleasedStreams(run.seed) if as_released else None
-        size = self.batch_size * max(1, SHARD_IMAGES // self.batch_size)
-        starts = range(0, len(data), size)
-
-        for index, start in enumerate(starts):
-            rows_here = range(start, min(start + size, len(data)))
-            record = shards.record(index)
-            if record is None:
-                rows, record = self._rows(source, one_batch, data.select(rows_here), start, streams, run, loop)
-                shards.write(index, rows, record)
-            elif streams is not None:
-                streams.load_state_dict(record["rng"])
-            loop.done(-(-rows_here.stop // self.batch_size) - 1)
-        for record in shards.records(len(starts)):
-            report.add(record)
-        run.add(report.made())
-        if self.save_to is not None:
-            made_of = {"model_sha256": fingerprint(source.model), "corpus_sha256": report.corpus_sha256}
-            export(self.save_to, shards, len(starts), report.projection, made_of)
-        return with_other_columns(data, shards.dataset(len(starts)), loop.folder)
-
-    def _rows(
-        self,
-        source: Source,
-        one_batch: OneBatch,
-        part: datasets.Dataset,
-        start: int,
-        streams: ReleasedStreams | None,
-        run: Any,
-        loop: Any,
-    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Attack the rows of ``part``, the first of which is ``start``: their new columns, and what was done."""
-        names = image_names(part, start)
-        captions, owners = captions_of(part)
-        rows: list[dict[str, Any]] = []
-        record = empty_record()
-        for pixels in image_batches(part, source.model.image_input, batch_size=self.batch_size):
-            here = range(len(rows), len(rows) + len(pixels))
-            own = ((owners >= here.start) & (owners < here.stop)).nonzero().flatten()
-            txt2img = owners[own] - here.start
-            plain = [captions[m] for m in own.tolist()]
-            batch = Batch(
-                pixels.to(source.device).float() / 255,
-                [clean_caption(text) for text in plain],
-                txt2img.to(source.device),
-            )
-            ids = [start + row for row in here]
-            rng = streams or PerImage(run.derived_seed("noise"), ids, device=source.device)
-            found = one_batch(source, batch, rng)
-            images = quantize(found.images, batch.images, self.reach, self.rounding) if self.reach else batch.images
-            note(record, found, batch, ids, float((images - batch.images).abs().max()))
-            attacked = found.captions if self.attacks_captions else plain
-            texts = [text or before for text, before in zip(attacked, plain, strict=True)]
-            floats = images if self.keeps_floats else None
-            if floats is not None and self.reach >= 1 / 255:  # 8-bit copies keep the budget, too
-                images = quantize(found.images, batch.images, self.reach, "round")
-            rows += rows_of(part, images, texts, txt2img, names[here.start : here.stop], floats)
-            if found.trace:
-                run.log(
-                    step=ids[0] // self.batch_size,
-                    **{"loss of the last step, by batch": sum(found.trace[-1]["view_losses"])},
-                )
-            if here.stop < len(part):  # the last batch is done when the rows are on disk
-                loop.done(ids[0] // self.batch_size)
-        if streams is not None:
-            record["rng"] = streams.state_dict()
-        return rows, record
-
-    def _digest_of_files(self) -> str:
+    def digest_of_files(self) -> str:
         """Of the files that the fields name: where the content of one changes, the attack is another."""
         values = [getattr(self, one.name) for one in attrs.fields(type(self)) if one.name != "save_to"]
         paths = [Path(value).expanduser() for value in values if isinstance(value, (str, Path)) and value]
@@ -242,8 +153,6 @@ class SaAet(SwapsWords, SeesScaledViews, Attack):
     )
     project_words: bool = field(False, "project features in the choice of words too")
 
-    algorithm = staticmethod(sa_aet)
-
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
         if len(self.ratios) != 3:
@@ -268,7 +177,7 @@ class SaAet(SwapsWords, SeesScaledViews, Attack):
 
     def prepare(self, source: Source, captions: Sequence[str], run: Any, report: AttackReport) -> OneBatch:
         return partial(
-            self.algorithm,
+            self.algorithm(),
             words=self.words(source, captions, run, report),
             corpus=self._projection(source, captions, run, report),
             ratios=self.ratios,
@@ -280,10 +189,18 @@ class SaAet(SwapsWords, SeesScaledViews, Attack):
             **self.image_options(),
         )
 
+    def algorithm(self) -> Callable[..., Any]:
+        """The attack of a batch."""
+        from plait_sa_aet.sa_aet import sa_aet
+
+        return sa_aet
+
     def _projection(
         self, source: Source, captions: Sequence[str], run: Any, report: AttackReport
     ) -> SemanticProjection | None:
         """Made once for all batches."""
+        from plait_sa_aet.sa_aet import draw_corpus, semantic_projection
+
         if self.projection == "none":
             return None
         corpus = captions if self.corpus is None else captions_in(self.corpus, run.warn)
@@ -310,7 +227,10 @@ class Dra(SaAet):
     project_candidates: bool = field(False, "clip candidates to the budget before they are compared; SA-AET does")
     projection: ProjectionMode = field("none", "of text features in the image loss; DRA has none")
 
-    algorithm = staticmethod(baselines.dra)
+    def algorithm(self) -> Callable[..., Any]:
+        from plait_sa_aet.baselines import dra
+
+        return dra
 
 
 @attrs.frozen(kw_only=True)
@@ -318,7 +238,9 @@ class Sga(SwapsWords, SeesScaledViews, Attack):
     """Set-level guidance attack: images in several scales and captions (Lu et al., ICCV 2023)."""
 
     def prepare(self, source: Source, captions: Sequence[str], run: Any, report: AttackReport) -> OneBatch:
-        return partial(baselines.sga, words=self.words(source, captions, run, report), **self.image_options())
+        from plait_sa_aet.baselines import sga
+
+        return partial(sga, words=self.words(source, captions, run, report), **self.image_options())
 
 
 @attrs.frozen(kw_only=True)
@@ -326,7 +248,9 @@ class CoAttack(SwapsWords, AttacksImages, Attack):
     """Co-Attack: captions first, then images away from them (Zhang et al., ACM MM 2022)."""
 
     def prepare(self, source: Source, captions: Sequence[str], run: Any, report: AttackReport) -> OneBatch:
-        return partial(baselines.co_attack, words=self.words(source, captions, run, report), **self.image_options())
+        from plait_sa_aet.baselines import co_attack
+
+        return partial(co_attack, words=self.words(source, captions, run, report), **self.image_options())
 
 
 @attrs.frozen(kw_only=True)
@@ -334,7 +258,9 @@ class SepAttack(SwapsWords, AttacksImages, Attack):
     """PGD on images and BERT-Attack on captions, separately."""
 
     def prepare(self, source: Source, captions: Sequence[str], run: Any, report: AttackReport) -> OneBatch:
-        return partial(baselines.sep_attack, words=self.words(source, captions, run, report), **self.image_options())
+        from plait_sa_aet.baselines import sep_attack
+
+        return partial(sep_attack, words=self.words(source, captions, run, report), **self.image_options())
 
 
 @attrs.frozen(kw_only=True)
@@ -347,9 +273,11 @@ class BertAttack(SwapsWords, Attack):
             raise ValueError("text is false, but bert-attack attacks nothing but captions; take another attack")
 
     def prepare(self, source: Source, captions: Sequence[str], run: Any, report: AttackReport) -> OneBatch:
+        from plait_sa_aet.baselines import bert_attack
+
         words = self.words(source, captions, run, report)
         assert words is not None
-        return partial(baselines.bert_attack, words=words)
+        return partial(bert_attack, words=words)
 
 
 @attrs.frozen(kw_only=True)
@@ -359,7 +287,9 @@ class Pgd(AttacksImages, Attack):
     reads_captions = False
 
     def prepare(self, source: Source, captions: Sequence[str], run: Any, report: AttackReport) -> OneBatch:
-        return partial(baselines.pgd, **self.image_options())
+        from plait_sa_aet.baselines import pgd
+
+        return partial(pgd, **self.image_options())
 
 
 @attrs.frozen(kw_only=True)
@@ -367,4 +297,6 @@ class PgdCos(StepsFreely, Attack):
     """Sign steps on images alone, away from their captions: SA-AET without its ideas, for comparison."""
 
     def prepare(self, source: Source, captions: Sequence[str], run: Any, report: AttackReport) -> OneBatch:
-        return partial(baselines.pgd_cos, **self.image_options())
+        from plait_sa_aet.baselines import pgd_cos
+
+        return partial(pgd_cos, **self.image_options())

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
-import datasets
-import torch
 from plait import hookimpl
 from plait.fields import field, in_range
-from plait_clip import ImageTextModel
 
-from plait_sa_aet import scene_encoders, scenes
+if TYPE_CHECKING:
+    import datasets
+    from plait_clip import ImageTextModel
 
 
 @attrs.frozen(kw_only=True)
@@ -31,6 +30,8 @@ class DigitScenes:
 
     @hookimpl
     def load_data(self, run: Any) -> dict[str, datasets.Dataset]:
+        from plait_sa_aet import scenes
+
         train, test = scenes.digit_pools()
         return {
             "train": scenes.scenes(train, self.num_train, run.generator("train"), grey=self.grey, opacity=self.opacity),
@@ -50,6 +51,10 @@ class SceneEncoder:
 
     @hookimpl
     def load_model(self, run: Any) -> ImageTextModel:
+        import torch
+
+        from plait_sa_aet import scene_encoders
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.derived_seed("weights"))
             model = scene_encoders.ARCHITECTURES[self.architecture](

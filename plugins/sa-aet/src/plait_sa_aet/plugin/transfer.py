@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 from plait import Report, hookimpl
 from plait.fields import field, in_range
-from plait_clip import ImageTextModel, captions_of
 
-from plait_sa_aet import transfer_report
 from plait_sa_aet.captions import MAX_WORDS, clean_caption, num_cut
-from plait_sa_aet.transfer import Gallery, attack_transfer, check_one_kind, check_same_pairs, naming
+
+if TYPE_CHECKING:
+    from plait_clip import ImageTextModel
 
 
 @attrs.frozen(kw_only=True)
@@ -40,6 +40,11 @@ class Transfer:
 
     @hookimpl
     def evaluate(self, model: Any, data: Any, reference: Any, run: Any) -> Report:
+        from plait_clip import captions_of
+
+        from plait_sa_aet import transfer_report
+        from plait_sa_aet.transfer import Gallery, attack_transfer, check_same_pairs, naming
+
         models, sources = self._named(model, data)
         cleaning = clean_caption if self.clean_captions else str
         with naming("reference"):
@@ -73,6 +78,10 @@ class Transfer:
 
     def _named(self, model: Any, data: Any) -> tuple[dict[str, ImageTextModel], dict[str, Any]]:
         """Models and datasets by name; the name of a single one is empty."""
+        from plait_clip import ImageTextModel
+
+        from plait_sa_aet.transfer import check_one_kind
+
         models = dict(model) if isinstance(model, Mapping) else {"": model}
         sources = dict(data) if isinstance(data, Mapping) else {self.source or "": data}
         if isinstance(data, Mapping) and self.source is not None:
