@@ -44,14 +44,15 @@ def test_ties_hand_computed():
     for size in (1, 2, 5):  # in pieces or whole
 
         def merged(*facts, size=size):
-            return torch.cat(list(static.ties_merge(lambda: iter(vectors.split(size, dim=1)), *facts)))
+            rule = static.ties_rule(lambda: iter(vectors.split(size, dim=1)), *facts)
+            return torch.cat([rule(piece) for piece in vectors.split(size, dim=1)])
 
         assert torch.allclose(merged(40), torch.tensor([-1.5, -3, 0, 0, 9]))
         assert torch.allclose(merged(0.4), torch.tensor([-1.5, -3, 0, 0, 9]))
         assert torch.allclose(merged(40, "mean"), torch.tensor([-1.5, -1.5, 0, 0, 4.5]))
         assert torch.allclose(merged(40, "max"), torch.tensor([-1.5, -2, 0, 0, 5]))
     with pytest.raises(ValueError, match="merge_function is 'median'"):
-        merged(40, "median")
+        static.ties(BASE, moved(1.0), 0.3, 40, "median")
 
 
 @settings(max_examples=40, deadline=None)
@@ -80,7 +81,7 @@ def test_dare_drops_and_rescales_and_keeps_the_mean():
 
     def run(rate):
         g = torch.Generator().manual_seed(0)
-        return static.dare(base, experts, rate, lambda b, e: static.task_arithmetic(b, e, 1.0), g)["w"]
+        return static.dare(base, experts, rate, static.arithmetic(1.0), g)["w"]
 
     thinned = run(0.75)
     assert set(thinned.unique().tolist()) == {0.0, 4.0}

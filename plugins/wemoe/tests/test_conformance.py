@@ -4,6 +4,7 @@ from plait.testing import conformance
 
 test_load_data_four_tasks = conformance("plait-wemoe/four-tasks", hook="load_data")
 test_load_model_multi_task_vit = conformance("plait-wemoe/multi-task-vit", hook="load_model")
+test_load_model_model_folder = conformance("plait-wemoe/model-folder", hook="load_model")
 test_load_model_text_classifier = conformance("plait-wemoe/text-classifier", hook="load_model")
 test_merge_wemoe = conformance("plait-wemoe/wemoe", hook="merge")
 test_merge_wemoe_icml = conformance("plait-wemoe/wemoe-icml", hook="merge")

@@ -59,9 +59,7 @@ STATIC = {
     "simple average": static.simple_average,
     "task arithmetic": lambda b, e: static.task_arithmetic(b, e, 0.3),
     "TIES": lambda b, e: static.ties(b, e, 0.3, 20),
-    "DARE": lambda b, e: static.dare(
-        b, e, 0.5, lambda b, e: static.task_arithmetic(b, e, 0.3), torch.Generator().manual_seed(0)
-    ),
+    "DARE": lambda b, e: static.dare(b, e, 0.5, static.arithmetic(0.3), torch.Generator().manual_seed(0)),
     "Fisher": lambda b, e: static.fisher(b, e, {t: {n: torch.ones_like(b[n]) for n in weight_names(b)} for t in e}),
     "RegMean": lambda b, e: static.regmean(b, e, {t: {} for t in e}),
 }

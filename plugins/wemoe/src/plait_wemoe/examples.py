@@ -61,9 +61,8 @@ def multi_task_vit() -> Example:
     return Example(arguments={"data": _tasks()}, fields={"embed_dim": 8}, random=True, progress=False, outputs=_logits)
 
 
-def text_classifier() -> Example:
-    """A tiny BERT in a folder, and texts of three classes."""
-    from datasets import ClassLabel, Dataset
+def _bert() -> str:
+    """A folder with a tiny classifier of texts."""
     from transformers import BertConfig, BertForSequenceClassification
 
     folder = tempfile.mkdtemp(prefix="plait-example-")
@@ -71,6 +70,24 @@ def text_classifier() -> Example:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         BertForSequenceClassification(BertConfig(vocab_size=10, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def model_folder() -> Example:
+    return Example(
+        arguments={},
+        fields={"folder": _bert()},
+        progress=False,
+        device=False,
+        outputs=lambda model: dict(model.state()),
+    )
+
+
+def text_classifier() -> Example:
+    """A tiny BERT in a folder, and texts of three classes."""
+    from datasets import ClassLabel, Dataset
+
+    folder = _bert()
     texts = Dataset.from_dict({"text": ["red", "green", "blue"], "label": [0, 1, 2]})
     data = texts.cast_column("label", ClassLabel(names=["red", "green", "blue"]))
 

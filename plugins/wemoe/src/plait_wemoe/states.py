@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -21,6 +21,40 @@ Source: TypeAlias = nn.Module | Mapping[str, Tensor] | str | Path
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 NO_STATISTICS = "statistics is recompute, but the model has no layer with running statistics"
 PIECE = 1 << 18  # entries merged at a time
+
+
+class Lazy(Mapping[str, Tensor]):
+    """A state whose tensors are made when they are asked for and held by nobody, so that few are in memory at a time.
+
+    Attributes:
+        layout: name → a tensor of its shape and type, as a rule on the device ``meta``.
+    """
+
+    def __init__(self, layout: Mapping[str, Tensor], make: Callable[[str], Tensor]) -> None:
+        self.layout, self._make = layout, make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.layout:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layout
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def only(self, names: Iterable[str]) -> Lazy:
+        """Some of its tensors, in this order."""
+        return Lazy({name: self.layout[name] for name in names}, self._make)
+
+
+def layout_of(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Shapes and types of a state, for which no tensor of a lazy one is made."""
+    return state.layout if isinstance(state, Lazy) else state
 
 
 def state_of(source: Source) -> State:
@@ -146,7 +180,20 @@ def completed(
     method: str,
     buffers: Collection[str] | None = None,
 ) -> State:
-    """The whole state of a merged model, no tensor of which is one of the base's.
+    """The whole state of a merged model, no tensor of which is one of the base's; see :func:`merged_entries`."""
+    found = dict(merged_entries(base, experts, weights, method, buffers))
+    tied = tied_names(layout_of(base))
+    return {name: found[tied.get(name, name)] for name in base}
+
+
+def merged_entries(
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    weights: Mapping[str, Tensor],
+    method: str,
+    buffers: Collection[str] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The state of a merged model, tensor by tensor, in the order of the base; of tied names the first.
 
     Args:
         weights: merged weights; the base's stand where there are none.
@@ -156,22 +203,23 @@ def completed(
     Raises:
         ValueError: a merged entry that is not finite, or buffers that cannot be averaged.
     """
-    tied, state = tied_names(base), State()
-    for name, value in base.items():
+    layout = layout_of(base)
+    tied = tied_names(layout)
+    for name, like in layout.items():
         if name in tied:
-            state[name] = state[tied[name]]
-        elif name in weights:
-            state[name] = weights[name].to(value.dtype)
-        elif value.is_floating_point() and not _is_buffer(name, buffers):
-            state[name] = value.clone()
+            continue
+        if name in weights:
+            value = weights[name].to(like.dtype)
+        elif like.is_floating_point() and not _is_buffer(name, buffers):
+            value = base[name].clone()
         else:
-            state[name] = merged_buffer(name, value, [expert[name] for expert in experts.values()])
-        if not is_finite(state[name]):
-            worst = "NaN" if state[name].isnan().any() else f"beyond the range of {value.dtype}"
+            value = merged_buffer(name, base[name], [expert[name] for expert in experts.values()])
+        if not is_finite(value):
+            worst = "NaN" if value.isnan().any() else f"beyond the range of {value.dtype}"
             raise ValueError(
                 f"{name} merged by {method} is {worst}; lower its scaling, or convert base and experts to float32"
             )
-    return state
+        yield name, value
 
 
 def merged_buffer(name: str, base: Tensor, values: Iterable[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from plait_wemoe.columns import Column, Reading, ShuffledBatches, column_of, reading_of, tokenizer_of
+from plait_wemoe.folders import opened
 from plait_wemoe.inputs import input_dtype, placed
 from plait_wemoe.preprocessing import image_processor_of
 from plait_wemoe.tasks import IndividualModels, WithHeads, with_heads
@@ -110,6 +111,7 @@ def of_tasks(model: Any, data: Any) -> tuple[WithHeads, Mapping[str, Any]]:
     Raises:
         ValueError: a model without a head, or with several of them for one data set.
     """
+    model = opened(model)
     if isinstance(data, Mapping):
         return with_heads(model, data), data
     model = with_heads(model, (ONLY,))

@@ -4,12 +4,17 @@ Every function takes the state of the base and name → state of the fine-tuned 
 float32 and returned in the base's type; a tensor with several names counts once. Buffers (``buffers`` names them;
 by default those of normalisation layers, by their names) are averaged over the experts: a variance or a count has
 no task vector. What comes out not finite is refused.
+
+Methods that need the weights alone are a :class:`Recipe`. It holds one tensor of every model at a time, so states may
+be lazy ones, which read from files (:mod:`plait_wemoe.folders`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,102 +22,134 @@ from torch import Tensor, nn
 from plait_wemoe import states
 from plait_wemoe.heads import logits_of
 from plait_wemoe.inputs import Inputs, call, count, token_mask
-from plait_wemoe.states import State, completed, scaled_sum, task_vectors, tied_names, weight_names
+from plait_wemoe.states import Lazy, State, completed, layout_of, scaled_sum, task_vector, weight_names
 
 MERGE_FUNCTIONS = ("sum", "mean", "max")
 DIGIT_BITS = 16  # of a threshold that are settled at a time
 Buffers = Collection[str] | None
+Weights = Mapping[str, Tensor]
 Pieces = Callable[[], Iterator[Tensor]]
-Place = list[tuple[str, slice]]  # entries of tensors
 
 
-def simple_average(base: State, experts: Mapping[str, State], buffers: Buffers = None) -> State:
+@dataclass(frozen=True)
+class Recipe:
+    """A merge that needs the weights alone.
+
+    Attributes:
+        method: its name, for errors.
+        weights: (state of the base, those of the experts, names of the weights) → the merged weights.
+    """
+
+    method: str
+    weights: Callable[[Weights, Mapping[str, Weights], Sequence[str]], Weights]
+
+    def state(self, base: Weights, experts: Mapping[str, Weights], buffers: Buffers = None) -> State:
+        """The whole state of the merged model."""
+        names = weight_names(layout_of(base), buffers)
+        return completed(base, experts, self.weights(base, experts, names), self.method, buffers)
+
+
+def averaging() -> Recipe:
     """(1/T) Σ_t θ_t; the base is not averaged in."""
-    return _scaled_sum(base, experts, 1 / len(experts), "simple average", buffers)
+    return Recipe("simple average", lambda base, experts, names: _scaled_sums(base, experts, names, 1 / len(experts)))
 
 
-def task_arithmetic(base: State, experts: Mapping[str, State], scaling: float, buffers: Buffers = None) -> State:
+def simple_average(base: Weights, experts: Mapping[str, Weights], buffers: Buffers = None) -> State:
+    """See :func:`averaging`."""
+    return averaging().state(base, experts, buffers)
+
+
+def arithmetic(scaling: float) -> Recipe:
     """θ₀ + λ Σ_t τ_t (Ilharco et al., ICLR 2023)."""
-    return _scaled_sum(base, experts, scaling, "task arithmetic", buffers)
+    return Recipe("task arithmetic", lambda base, experts, names: _scaled_sums(base, experts, names, scaling))
 
 
-def _scaled_sum(
-    base: State, experts: Mapping[str, State], scaling: float, method: str, buffers: Buffers = None
-) -> State:
-    merged = {
-        name: scaled_sum(base[name], [expert[name] for expert in experts.values()], scaling)
-        for name in weight_names(base, buffers)
-    }
-    return completed(base, experts, merged, method, buffers)
+def task_arithmetic(base: Weights, experts: Mapping[str, Weights], scaling: float, buffers: Buffers = None) -> State:
+    """See :func:`arithmetic`."""
+    return arithmetic(scaling).state(base, experts, buffers)
 
 
-def ties(
-    base: State,
-    experts: Mapping[str, State],
-    scaling: float,
-    keep: float,
-    merge: str = "sum",
-    buffers: Buffers = None,
-) -> State:
+def _scaled_sums(base: Weights, experts: Mapping[str, Weights], names: Sequence[str], scaling: float) -> Lazy:
+    def merged(name: str) -> Tensor:
+        return scaled_sum(base[name], [expert[name] for expert in experts.values()], scaling)
+
+    return Lazy({name: layout_of(base)[name] for name in names}, merged)
+
+
+def trimming(scaling: float, keep: float, merge: str = "sum") -> Recipe:
     """Trim, elect a sign, merge what agrees (Yadav et al., NeurIPS 2023).
 
     Args:
         keep: percentage of entries of each task vector that are kept (a fraction if ≤ 1).
         merge: how agreeing entries are joined: ``sum``, ``mean`` over the non-zero ones, or ``max`` magnitude.
+
+    Raises:
+        ValueError: another ``merge``.
     """
-    names = sorted(weight_names(base, buffers))
-    merged = {n: torch.empty(base[n].shape, dtype=base[n].dtype, device=base[n].device) for n in names}
-    places = _cut({name: base[name].numel() for name in names})
-
-    def of(state: State, place: Place) -> Tensor:
-        return torch.cat([state[name].reshape(-1)[part].to(base[name].device, torch.float32) for name, part in place])
-
-    def pieces() -> Iterator[Tensor]:
-        for place in places:
-            yield torch.stack([of(expert, place) for expert in experts.values()]) - of(base, place)
-
-    for place, change in zip(places, ties_merge(pieces, keep, merge), strict=True):
-        values = of(base, place) + scaling * change
-        for (name, part), value in zip(place, values.split([part.stop - part.start for _, part in place]), strict=True):
-            merged[name].view(-1)[part] = value
-    return completed(base, experts, merged, "TIES", buffers)
-
-
-def _cut(sizes: Mapping[str, int]) -> list[Place]:
-    """All tensors one after the other in pieces of :data:`~plait_wemoe.states.PIECE` entries."""
-    pieces: list[Place] = []
-    room = 0
-    for name, size in sizes.items():
-        start = 0
-        while start < size:
-            if not room:
-                pieces.append([])
-                room = states.PIECE
-            part = slice(start, min(size, start + room))
-            pieces[-1].append((name, part))
-            room, start = room - (part.stop - start), part.stop
-    return pieces
-
-
-def ties_merge(pieces: Pieces, keep: float, merge: str = "sum") -> Iterator[Tensor]:
-    """Pieces (T, k) of task vectors → pieces (k,) of the merged one; only one of them is held at a time."""
     if merge not in MERGE_FUNCTIONS:
         raise ValueError(f"merge_function is {merge!r}; allowed is one of {', '.join(MERGE_FUNCTIONS)}")
+
+    def weights(base: Weights, experts: Mapping[str, Weights], names: Sequence[str]) -> Lazy:
+        def pieces() -> Iterator[Tensor]:
+            for name in sorted(names):
+                for _, vectors in _in_pieces(base[name], [expert[name] for expert in experts.values()]):
+                    yield vectors
+
+        rule = ties_rule(pieces, keep, merge)
+
+        def merged(name: str) -> Tensor:
+            origin = base[name]
+            result = [
+                (values + scaling * rule(vectors)).to(origin.dtype)
+                for values, vectors in _in_pieces(origin, [expert[name] for expert in experts.values()])
+            ]
+            return torch.cat(result).view(origin.shape) if result else origin.clone()
+
+        return Lazy({name: layout_of(base)[name] for name in names}, merged)
+
+    return Recipe("TIES", weights)
+
+
+def ties(
+    base: Weights,
+    experts: Mapping[str, Weights],
+    scaling: float,
+    keep: float,
+    merge: str = "sum",
+    buffers: Buffers = None,
+) -> State:
+    """See :func:`trimming`."""
+    return trimming(scaling, keep, merge).state(base, experts, buffers)
+
+
+def _in_pieces(base: Tensor, experts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pieces (k,) of a tensor and (T, k) of its task vectors in float32, k at most :data:`~plait_wemoe.states.PIECE`."""
+    flat, tuned = base.reshape(-1), [expert.reshape(-1) for expert in experts]
+    for start in range(0, len(flat), states.PIECE):
+        piece = slice(start, start + states.PIECE)
+        origin = flat[piece].float()
+        yield origin, torch.stack([expert[piece].to(base.device, torch.float32) for expert in tuned]) - origin
+
+
+def ties_rule(pieces: Pieces, keep: float, merge: str = "sum") -> Callable[[Tensor], Tensor]:
+    """A function from pieces (T, k) of task vectors to (k,) of the merged one, after ``pieces()`` were gone through."""
     thresholds = ties_thresholds(pieces, keep)
     # Where an entry has no majority of its own, it goes with that of all signs.
     signs = sum(int(_trimmed(piece, thresholds).sum(dim=0).sign().sum()) for piece in pieces())
     majority = (signs > 0) - (signs < 0)
-    for piece in pieces():
+
+    def rule(piece: Tensor) -> Tensor:
         trimmed = _trimmed(piece, thresholds)
         elected = trimmed.sum(dim=0).sign()
         elected = torch.where(elected == 0, majority, elected)
         agreeing = torch.where(trimmed.sign() == elected, trimmed, 0)
         if merge == "mean":
-            yield agreeing.sum(dim=0) / (agreeing != 0).sum(dim=0).clamp(min=1)
-        elif merge == "max":
-            yield agreeing.abs().amax(dim=0) * elected
-        else:
-            yield agreeing.sum(dim=0)
+            return agreeing.sum(dim=0) / (agreeing != 0).sum(dim=0).clamp(min=1)
+        if merge == "max":
+            return agreeing.abs().amax(dim=0) * elected
+        return agreeing.sum(dim=0)
+
+    return rule
 
 
 def _trimmed(vectors: Tensor, thresholds: Tensor) -> Tensor:
@@ -125,11 +162,10 @@ def ties_thresholds(pieces: Pieces, keep: float) -> Tensor:
     The bits of a magnitude in float32 order as the magnitudes do, so a few of them are settled by each count of all entries.
     """
     num_bins = 1 << DIGIT_BITS
-    n = sum(piece.shape[1] for piece in pieces())
     first = next(pieces())
     task = torch.arange(len(first), device=first.device)[:, None]
     percentage = keep if keep > 1 else 100 * keep
-    rank = torch.full_like(task, max(1, n - math.floor(n * percentage / 100)))
+    rank = None
     found = torch.zeros_like(task)  # the higher bits of every threshold
     for shift in range(32 - DIGIT_BITS, -1, -DIGIT_BITS):
         counts = torch.zeros(len(task), num_bins + 1, dtype=torch.long, device=task.device)
@@ -139,6 +175,9 @@ def ties_thresholds(pieces: Pieces, keep: float) -> Tensor:
             digit[bits >> (shift + DIGIT_BITS) != found] = num_bins  # below or above what is looked for
             places = (digit + task * (num_bins + 1)).flatten()
             counts += torch.bincount(places, minlength=counts.numel()).view_as(counts)
+        if rank is None:
+            n = int(counts[0].sum())
+            rank = torch.full_like(task, max(1, n - math.floor(n * percentage / 100)))
         below = counts[:, :num_bins].cumsum(dim=1)
         digit = (below < rank).sum(dim=1, keepdim=True)
         rank = rank - (below - counts[:, :num_bins]).gather(1, digit)
@@ -146,36 +185,51 @@ def ties_thresholds(pieces: Pieces, keep: float) -> Tensor:
     return found.int().view(torch.float32)
 
 
-def dare(
-    base: State,
-    experts: Mapping[str, State],
-    drop_rate: float,
-    merge: Callable[[State, Mapping[str, State]], State],
-    generator: torch.Generator,
-    buffers: Buffers = None,
-) -> State:
+def dropping(drop_rate: float, then: Recipe, generator: torch.Generator) -> Recipe:
     """Drop entries of the task vectors at random and rescale the rest by 1/(1 − p), then merge (Yu et al., ICML 2024).
 
     Args:
-        merge: what to do with the thinned experts, e.g. :func:`task_arithmetic` with its scaling.
+        then: what merges the thinned experts, which are float32, so that θ₀ + τ loses no more than the merge itself.
         generator: on the CPU, whatever the weights' device.
+
+    Raises:
+        ValueError: another drop_rate.
     """
     if not 0 <= drop_rate < 1:
         raise ValueError(f"drop_rate is {drop_rate}; allowed is [0, 1)")
-    names, thinned = sorted(weight_names(base, buffers)), {}
-    for expert, vector in task_vectors(base, experts, names).items():
-        kept = {
-            name: tau * (torch.rand(tau.shape, generator=generator) >= drop_rate).to(tau.device) / (1 - drop_rate)
-            for name, tau in vector.items()
-        }
-        # float32, so that θ₀ + τ loses no more than the merge itself
-        moved = {name: base[name].to(kept[name].dtype) + kept[name] for name in names}
-        tied = tied_names(base)
-        thinned[expert] = {
-            name: moved[tied.get(name, name)] if tied.get(name, name) in moved else experts[expert][name]
-            for name in base
-        }
-    return merge(base, thinned)
+
+    def weights(base: Weights, experts: Mapping[str, Weights], names: Sequence[str]) -> Weights:
+        layout = {name: layout_of(base)[name] for name in sorted(names)}
+        # Where in the stream of random numbers every tensor begins, so that it can be drawn again by itself.
+        starts = {}
+        for expert in experts:
+            for name, like in layout.items():
+                starts[expert, name] = generator.get_state()
+                torch.rand(like.shape, generator=generator)
+
+        def thinned(expert: str, name: str) -> Tensor:
+            draw = torch.Generator()
+            draw.set_state(starts[expert, name])
+            origin = base[name]
+            tau = task_vector(origin, experts[expert][name])
+            kept = (torch.rand(tau.shape, generator=draw) >= drop_rate).to(tau.device)
+            return origin.float() + tau * kept / (1 - drop_rate)
+
+        return then.weights(base, {t: Lazy(layout, partial(thinned, t)) for t in experts}, names)
+
+    return Recipe(then.method, weights)
+
+
+def dare(
+    base: Weights,
+    experts: Mapping[str, Weights],
+    drop_rate: float,
+    then: Recipe,
+    generator: torch.Generator,
+    buffers: Buffers = None,
+) -> State:
+    """See :func:`dropping`."""
+    return dropping(drop_rate, then, generator).state(base, experts, buffers)
 
 
 def fisher_information(

@@ -10,6 +10,7 @@ from plait_wemoe.plugin.merging import (
     Ties,
 )
 from plait_wemoe.plugin.multi_task import (
+    FolderModel,
     FourTasks,
     MultiTaskAccuracy,
     MultiTaskTraining,
@@ -34,6 +35,7 @@ __all__ = [
     "EWEMoEFast",
     "EWEMoEPublished",
     "Fisher",
+    "FolderModel",
     "FourTasks",
     "Individual",
     "MultiTaskAccuracy",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from plait.fields import field, in_range
 
 from plait_wemoe.baselines import static
 from plait_wemoe.columns import Column, reading_of, tokenizer_of
+from plait_wemoe.folders import ModelFolder, merge_folders, opened
 from plait_wemoe.heads import Features
 from plait_wemoe.inputs import Inputs, input_dtype, placed
 from plait_wemoe.pool import Pool, columns_of, label_names, pool_of
@@ -51,6 +53,7 @@ class Merging(ReadsData):
         for name, value in (("experts", experts), ("data", data)):
             if value is not None and not isinstance(value, Mapping):
                 raise ValueError(f"{name} is a {type(value).__name__}; give a mapping from task to step")
+        base, experts = opened(base), {task: opened(expert) for task, expert in experts.items()}
         names = {**label_names(data), **(self.class_names or {})}
         pool = pool_of(base, experts, names, self.templates)
         for task in pool.unchanged:
@@ -95,17 +98,50 @@ class OneModel(Merging):
 
 
 @attrs.frozen(kw_only=True)
-class SimpleAverage(OneModel):
-    """Mean of the experts' weights (Wortsman et al., ICML 2022)."""
+class ByWeights(OneModel):
+    """What methods have in common that need the weights alone: models that stay on disk are merged tensor by tensor."""
+
+    def recipe(self, run: Any) -> static.Recipe:
+        raise NotImplementedError
 
     @hookimpl
-    def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> torch.nn.Module:
+    def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> Any:
+        if isinstance(base, ModelFolder) and isinstance(experts, Mapping):
+            return self.merged_folder(base, experts, run)
         pool = self.pool(base, experts, data, run)
-        return self.merged(pool, static.simple_average(pool.base_state, pool.states, pool.buffers), data, run)
+        return self.merged(pool, self.recipe(run).state(pool.base_state, pool.states, pool.buffers), data, run)
+
+    def merged_folder(self, base: ModelFolder, experts: Mapping[str, Any], run: Any) -> ModelFolder:
+        for task, expert in experts.items():
+            if not isinstance(expert, ModelFolder):
+                raise TypeError(f"the base is a folder, expert {task!r} a {type(expert).__name__}; load both alike")
+        if self.statistics == "recompute":
+            raise ValueError("statistics is recompute, which needs the models in memory; load them as such, or average")
+        out = run.folder / "merged"
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed after its merge
+        merge_folders(
+            self.recipe(run),
+            base,
+            experts,
+            out,
+            device=run.device,
+            strict=self.strict,
+            warn=run.warn,
+            track=lambda names: run.track(names, "tensors"),
+        )
+        return ModelFolder(out, is_own=True)
 
 
 @attrs.frozen(kw_only=True)
-class Scaled(OneModel):
+class SimpleAverage(ByWeights):
+    """Mean of the experts' weights (Wortsman et al., ICML 2022)."""
+
+    def recipe(self, run: Any) -> static.Recipe:
+        return static.averaging()
+
+
+@attrs.frozen(kw_only=True)
+class Scaled(ByWeights):
     """What methods have in common that add a scaled task vector to the base."""
 
     scaling: float = field(0.3, "λ, factor of the merged task vector", in_range())
@@ -115,11 +151,8 @@ class Scaled(OneModel):
 class TaskArithmetic(Scaled):
     """Base plus scaled sum of the task vectors (Ilharco et al., ICLR 2023)."""
 
-    @hookimpl
-    def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> torch.nn.Module:
-        pool = self.pool(base, experts, data, run)
-        state = static.task_arithmetic(pool.base_state, pool.states, self.scaling, pool.buffers)
-        return self.merged(pool, state, data, run)
+    def recipe(self, run: Any) -> static.Recipe:
+        return static.arithmetic(self.scaling)
 
 
 @attrs.frozen(kw_only=True)
@@ -135,11 +168,8 @@ class Ties(Trimming):
 
     merge_function: Literal["sum", "mean", "max"] = field("sum", "how agreeing entries are joined")
 
-    @hookimpl
-    def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> torch.nn.Module:
-        pool = self.pool(base, experts, data, run)
-        facts = (self.scaling, self.keep, self.merge_function, pool.buffers)
-        return self.merged(pool, static.ties(pool.base_state, pool.states, *facts), data, run)
+    def recipe(self, run: Any) -> static.Recipe:
+        return static.trimming(self.scaling, self.keep, self.merge_function)
 
 
 @attrs.frozen(kw_only=True)
@@ -149,17 +179,10 @@ class Dare(Trimming):
     drop_rate: float = field(0.5, "share dropped", in_range(0, 1, high_open=True))
     then: Literal["task-arithmetic", "ties"] = field("task-arithmetic", "how the rest is merged")
 
-    @hookimpl
-    def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> torch.nn.Module:
-        pool = self.pool(base, experts, data, run)
-
-        def join(base_state: State, states: Mapping[str, State]) -> State:
-            if self.then == "ties":
-                return static.ties(base_state, states, self.scaling, self.keep, buffers=pool.buffers)
-            return static.task_arithmetic(base_state, states, self.scaling, pool.buffers)
-
-        facts = (self.drop_rate, join, run.generator("drop"), pool.buffers)
-        return self.merged(pool, static.dare(pool.base_state, pool.states, *facts), data, run)
+    def recipe(self, run: Any) -> static.Recipe:
+        ties = self.then == "ties"
+        then = static.trimming(self.scaling, self.keep) if ties else static.arithmetic(self.scaling)
+        return static.dropping(self.drop_rate, then, run.generator("drop"))
 
 
 @attrs.frozen(kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import attrs
@@ -12,6 +13,7 @@ from plait.fields import REQUIRED, field, in_range, path_or_name_field
 from plait.report import Image, Panel, png
 
 from plait_wemoe.evaluation import bytes_on_disk, routing_figure, scores, stored_numbers, task_routing
+from plait_wemoe.folders import ModelFolder
 from plait_wemoe.four_tasks import task_dataset
 from plait_wemoe.heads import CosineHead
 from plait_wemoe.mixture import WeightEnsemblingMoE
@@ -80,6 +82,19 @@ class TextClassifier:
         if data is not None and names is None:
             raise ValueError("data declares no class names; give one data set whose label is a ClassLabel")
         return text_classifier(self.source, names, run.derived_seed("head")).to(run.device)
+
+
+@attrs.frozen(kw_only=True)
+class FolderModel:
+    """A model that stays in its folder of safetensors: merges that need the weights alone read it tensor by tensor."""
+
+    folder: Path = field(
+        REQUIRED, "folder as save_pretrained writes it: safetensors (also in shards), configuration, tokenizer"
+    )
+
+    @hookimpl
+    def load_model(self, run: Any) -> ModelFolder:
+        return ModelFolder(self.folder)
 
 
 @attrs.frozen(kw_only=True)
