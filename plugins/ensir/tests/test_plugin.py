@@ -71,22 +71,32 @@ class TestClaim:
         }
         score = {
             method: mean_psnr(method.ensemble(**data, run=Run()), photos[test])
-            for method in (Average(), LeastSquares(), EnsIR(), EnsIR(min_samples=10**9), CleanEnsIR())
+            for method in (
+                Average(keep_float=True),
+                LeastSquares(keep_float=True),
+                EnsIR(keep_float=True),
+                EnsIR(keep_float=True, min_samples=10**9),
+                CleanEnsIR(keep_float=True),
+            )
         }
-        assert score[Average()] == pytest.approx(average, abs=0.02)
-        assert score[LeastSquares()] == pytest.approx(least_squares, abs=0.02)
-        assert score[EnsIR()] == pytest.approx(ensir, abs=0.02)
-        assert score[EnsIR()] >= score[Average()] + 1
-        assert score[EnsIR()] >= score[LeastSquares()] + 0.3
-        assert score[EnsIR()] >= max(mean_psnr(splits[test], photos[test]) for splits in restored.values())
-        assert score[EnsIR()] >= score[EnsIR(min_samples=10**9)] + 1
-        assert score[CleanEnsIR()] == pytest.approx(score[EnsIR()], abs=0.1)
+        assert score[Average(keep_float=True)] == pytest.approx(average, abs=0.02)
+        assert score[LeastSquares(keep_float=True)] == pytest.approx(least_squares, abs=0.02)
+        assert score[EnsIR(keep_float=True)] == pytest.approx(ensir, abs=0.02)
+        assert score[EnsIR(keep_float=True)] >= score[Average(keep_float=True)] + 1
+        assert score[EnsIR(keep_float=True)] >= score[LeastSquares(keep_float=True)] + 0.3
+        assert score[EnsIR(keep_float=True)] >= max(
+            mean_psnr(splits[test], photos[test]) for splits in restored.values()
+        )
+        assert score[EnsIR(keep_float=True)] >= score[EnsIR(keep_float=True, min_samples=10**9)] + 1
+        assert score[CleanEnsIR(keep_float=True)] == pytest.approx(score[EnsIR(keep_float=True)], abs=0.1)
 
 
 class TestEnsemble:
     def test_is_the_algorithm_on_datasets(self):
         images, truth, candidates, target = scenes(0)
-        result = EnsIR().ensemble(candidates=candidates, reference={**candidates, "target": target}, run=Run())
+        result = EnsIR(keep_float=True).ensemble(
+            candidates=candidates, reference={**candidates, "target": target}, run=Run()
+        )
         table = estimate(list(images.values()), truth)
         assert torch.equal(floats(result), table.apply(list(images.values())))
         assert result["name"] == ["scene-0", "scene-1"]
@@ -106,34 +116,38 @@ class TestEnsemble:
             "clip_input": False,
             "dtype": "float32",
         }
-        result = EnsIR(**options).ensemble(candidates=candidates, reference={**candidates, "target": target}, run=Run())
+        result = EnsIR(**options, keep_float=True).ensemble(
+            candidates=candidates, reference={**candidates, "target": target}, run=Run()
+        )
         table = estimate(list(images.values()), truth, settings=gmm.Settings(**options))
         assert torch.equal(floats(result), table.apply(list(images.values())))
 
     def test_clean_preset(self):
-        settings = CleanEnsIR().settings
+        settings = CleanEnsIR(keep_float=True).settings
         assert settings == gmm.Settings(initial_weights="uniform", variance_center="frozen", empty_cells="uniform")
-        assert EnsIR().settings == gmm.Settings()
+        assert EnsIR(keep_float=True).settings == gmm.Settings()
 
     def test_estimated_once_and_applied_elsewhere(self, tmp_path):
         _, _, candidates, target = scenes(2)
         _, _, others, _ = scenes(3)
         reference = {**candidates, "target": target}
-        direct = EnsIR().ensemble(candidates=others, reference=reference, run=Run())
-        table = EnsIR().load_model(data=reference, run=Run())
+        direct = EnsIR(keep_float=True).ensemble(candidates=others, reference=reference, run=Run())
+        table = EnsIR(keep_float=True).load_model(data=reference, run=Run())
         table.save_pretrained(tmp_path)
         again = gmm.Table.from_pretrained(tmp_path)
-        assert torch.equal(floats(EnsIR().ensemble(candidates=others, reference=again, run=Run())), floats(direct))
+        assert torch.equal(
+            floats(EnsIR(keep_float=True).ensemble(candidates=others, reference=again, run=Run())), floats(direct)
+        )
         again.save(tmp_path / "t.safetensors")
         pth.save_pth(again, tmp_path / "t.pth")
         for name in ("t.safetensors", "t.pth"):
-            method = EnsIR(table=tmp_path / name)
+            method = EnsIR(keep_float=True, table=tmp_path / name)
             assert torch.equal(floats(method.ensemble(candidates=others, reference=None, run=Run())), floats(direct))
 
     def test_report(self):
         _, _, candidates, target = scenes(4)
         run = Run()
-        EnsIR().ensemble(candidates=candidates, reference={**candidates, "target": target}, run=run)
+        EnsIR(keep_float=True).ensemble(candidates=candidates, reference={**candidates, "target": target}, run=run)
         table, coverage = run.reports
         (row,) = table.rows
         parts = ("cells × channels by EM", "too few samples", "EM failed", "empty")
@@ -151,10 +165,12 @@ class TestEnsemble:
         _, _, others, _ = scenes(6)
         reference = {**candidates, "target": target}
         warnings = []
-        EnsIR(bin_width=4).ensemble(candidates=others, reference=reference, run=Run(on_warning=warnings.append))
+        EnsIR(keep_float=True, bin_width=4).ensemble(
+            candidates=others, reference=reference, run=Run(on_warning=warnings.append)
+        )
         assert any("cells that no reference sample fell into" in sentence for sentence in warnings)
         warnings.clear()
-        EnsIR(min_samples=10**9).ensemble(
+        EnsIR(keep_float=True, min_samples=10**9).ensemble(
             candidates=candidates, reference=reference, run=Run(on_warning=warnings.append)
         )
         assert [sentence.split(",")[0] for sentence in warnings] == ["nothing was learned"]
@@ -189,21 +205,31 @@ class TestRefusals:
         _, _, candidates, target = scenes(8)
         reference = {**candidates, "target": target}
         two = dict(list(candidates.items())[:2])
-        table = EnsIR().load_model(data=reference, run=Run())
+        table = EnsIR(keep_float=True).load_model(data=reference, run=Run())
         table.save(tmp_path / "t.safetensors")
         (tmp_path / "bad.pth").write_text("no table")
         cases = [
-            (EnsIR(), candidates, None, "reference is missing"),
-            (EnsIR(), {"a": target}, reference, "at least 2"),
-            (EnsIR(), two, reference, "same models in the same order"),
-            (EnsIR(), dict(reversed(candidates.items())), reference, "same order"),
-            (EnsIR(default_weight=(0.5, 0.5)), candidates, reference, "2 numbers for 3 models"),
-            (EnsIR(bin_width=1), {**candidates, "more": target}, {**reference, "more": target}, "larger bin_width"),
-            (EnsIR(bin_width=64), candidates, table, "set bin_width to 32"),
-            (EnsIR(), two, table, "same models in the same order"),
-            (EnsIR(table=tmp_path / "t.safetensors"), candidates, reference, "give one of them"),
-            (EnsIR(table=tmp_path / "missing.safetensors"), candidates, None, "missing.safetensors"),
-            (EnsIR(table=tmp_path / "bad.pth"), candidates, None, r"bad\.pth is not a file of weights"),
+            (EnsIR(keep_float=True), candidates, None, "reference is missing"),
+            (EnsIR(keep_float=True), {"a": target}, reference, "at least 2"),
+            (EnsIR(keep_float=True), two, reference, "same models in the same order"),
+            (EnsIR(keep_float=True), dict(reversed(candidates.items())), reference, "same order"),
+            (EnsIR(keep_float=True, default_weight=(0.5, 0.5)), candidates, reference, "2 numbers for 3 models"),
+            (
+                EnsIR(keep_float=True, bin_width=1),
+                {**candidates, "more": target},
+                {**reference, "more": target},
+                "larger bin_width",
+            ),
+            (EnsIR(keep_float=True, bin_width=64), candidates, table, "set bin_width to 32"),
+            (EnsIR(keep_float=True), two, table, "same models in the same order"),
+            (EnsIR(keep_float=True, table=tmp_path / "t.safetensors"), candidates, reference, "give one of them"),
+            (EnsIR(keep_float=True, table=tmp_path / "missing.safetensors"), candidates, None, "missing.safetensors"),
+            (
+                EnsIR(keep_float=True, table=tmp_path / "bad.pth"),
+                candidates,
+                None,
+                r"bad\.pth is not a file of weights",
+            ),
         ]
         for method, given, known, words in cases:
             with pytest.raises(ValueError, match=words):

@@ -87,6 +87,14 @@ class TestTraining:
         enlarged = TorchModel(scale=2, tile=0).restore(model=trained, data=data, run=Run())
         assert [image.size for image in enlarged["image"]] == [(24, 24)] * 6
 
+    def test_what_is_kept_decoded_changes_nothing(self, monkeypatch):
+        fresh = LoadResidualCNN(channels=4, num_layers=2).load_model(run=Run())
+        method = TrainRestorationNetwork(num_steps=4, batch_size=4)
+        held = method.optimize(model=fresh, data=darkened(), run=Run())
+        monkeypatch.setattr("plait_imaging.restoration_networks._HELD_BYTES", 1000)  # of 864 a pair
+        read = method.optimize(model=fresh, data=darkened(), run=Run())
+        assert torch.equal(held.layers[0].weight, read.layers[0].weight)
+
     def test_what_was_frozen_learns(self):
         fresh = LoadResidualCNN(channels=4, num_layers=2).load_model(run=Run()).requires_grad_(False)
         trained = TrainRestorationNetwork(num_steps=2).optimize(model=fresh, data=darkened(), run=Run())

@@ -121,6 +121,17 @@ def test_rounding_decides_which_images_are_scored():
         assert report.value("PSNR", method="result") == pytest.approx(20 * math.log10(255 / difference), abs=1e-4)
 
 
+def test_unrounded_images_that_nobody_kept_are_missed():
+    warnings = []
+    run, data = Run(on_warning=warnings.append), dataset_of(image=[flat(100)], target=[flat(101)])
+    kept = write_images(run, data, [torch.full((3, 16, 18), 100.4 / 255)], keep_float=True)
+    both = PSNRSSIM(panels=0, rounding=False).evaluate(data={"fused": kept, "filtered": data}, reference=None, run=run)
+    assert "those of fused unrounded and clipped to [0, 1], the others 8 bit" in both.notes[0]
+    assert warnings == []
+    PSNRSSIM(panels=0, rounding=False).evaluate(data={"filtered": data}, reference=None, run=run)
+    assert "filtered kept no unrounded images" in warnings[0]
+
+
 @pytest.fixture(scope="module")
 def rainy():
     photos = Photos(splits={"test": ("chelsea", "coffee")}, tile_size=64).load_data(Run())

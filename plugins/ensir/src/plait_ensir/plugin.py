@@ -20,6 +20,7 @@ from plait_ensir.gmm import EMPTY, FAILED, FEW, FITTED, UNKNOWN, Settings, Table
 
 _SHARE_OF_EMPTY = 0.01  # of the test samples; more is worth a warning
 _BUSIEST = 4
+_NOT_OF_THE_ALGORITHM = ("table", "keep_float")
 
 
 @attrs.frozen(kw_only=True)
@@ -49,13 +50,15 @@ class EnsIR:
     dtype: Literal["float64", "float32"] = field("float64", "precision of EM; tables are float32")
     table: Path | None = field(None, "a saved table (.safetensors, or .pth of the authors) to use without a reference")
 
+    keep_float: bool = field(False, "also store unrounded images, which psnr-ssim with rounding: false then scores")
+
     def __attrs_post_init__(self) -> None:
         self.settings  # noqa: B018 - it refuses what single fields cannot show
 
     @property
     def settings(self) -> Settings:
         """The fields that the algorithm has."""
-        fields = attrs.asdict(self, filter=lambda field, _: field.name != "table", recurse=False)
+        fields = attrs.asdict(self, filter=lambda field, _: field.name not in _NOT_OF_THE_ALGORITHM, recurse=False)
         return Settings(**fields)
 
     @hookimpl
@@ -86,7 +89,7 @@ class EnsIR:
             on_learned=functools.partial(_report_learned, run),
             on_fusing=coverage.add,
         )
-        result = write_images(run, scenes.source, fused, keep_float=True)
+        result = write_images(run, scenes.source, fused, keep_float=self.keep_float)
         coverage.report(run)
         return result
 

@@ -2,8 +2,8 @@
 
 What ``candidates`` and ``reference`` are, :mod:`plait_imaging.scenes` says.
 
-Every method keeps its unrounded result in ``image_float`` beside ``image``. Those that learn pool the samples of R, G
-and B. All take a reference, so that one can be put in another's place, but only those that learn need it.
+Results are 8-bit images; with ``keep_float`` the unrounded ones stand beside them, four to ten times as large. Those that
+learn pool the samples of R, G and B. All take a reference, so that one can be put in another's place, but only those that learn need it.
 
 The set is that of Sun et al., "EnsIR", NeurIPS 2024 (arXiv 2410.22959), with least squares and the best single added.
 """
@@ -28,14 +28,20 @@ if TYPE_CHECKING:
     from sklearn.base import RegressorMixin
 
 
-def _fused(run: Run, scenes: Scenes, fuse: Callable[[Tensor], Tensor]) -> Dataset:
-    """Write ``fuse`` of every scene; it takes float32 ``[M, 3, H, W]`` and gives ``[3, H, W]``, both on 0–255."""
+@attrs.frozen(kw_only=True)
+class _Ensemble:
+    """What all have in common."""
 
-    def results() -> Iterator[Tensor]:
-        for images in run.track(scenes, "fusing"):
-            yield fuse(torch.stack(images).to(run.device).float()).cpu() / 255
+    keep_float: bool = field(False, "also store unrounded images, which psnr-ssim with rounding: false then scores")
 
-    return write_images(run, scenes.source, results(), keep_float=True)
+    def fused(self, run: Run, scenes: Scenes, fuse: Callable[[Tensor], Tensor]) -> Dataset:
+        """Write ``fuse`` of every scene; it takes float32 ``[M, 3, H, W]`` and gives ``[3, H, W]``, both on 0–255."""
+
+        def results() -> Iterator[Tensor]:
+            for images in run.track(scenes, "fusing"):
+                yield fuse(torch.stack(images).to(run.device).float()).cpu() / 255
+
+        return write_images(run, scenes.source, results(), keep_float=self.keep_float)
 
 
 def _weighted(weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -43,33 +49,33 @@ def _weighted(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @attrs.frozen(kw_only=True)
-class Average:
+class Average(_Ensemble):
     """The plain average of the candidates."""
 
     @hookimpl
     def ensemble(self, candidates: Any, reference: Any | None, run: Run) -> Dataset:
         """The mean over the models."""
-        return _fused(run, Scenes.of_candidates(candidates), lambda images: images.mean(dim=0))
+        return self.fused(run, Scenes.of_candidates(candidates), lambda images: images.mean(dim=0))
 
 
 @attrs.frozen(kw_only=True)
-class PixelMedian:
+class PixelMedian(_Ensemble):
     """The median of the candidates, sample by sample."""
 
     @hookimpl
     def ensemble(self, candidates: Any, reference: Any | None, run: Run) -> Dataset:
         """The median over the models; of an even number, the mean of the middle two."""
-        return _fused(run, Scenes.of_candidates(candidates), pixel_median)
+        return self.fused(run, Scenes.of_candidates(candidates), pixel_median)
 
 
 @attrs.frozen(kw_only=True)
-class ZZPM:
+class ZZPM(_Ensemble):
     """Weights per image, larger for candidates near the average (a challenge team's rule)."""
 
     @hookimpl
     def ensemble(self, candidates: Any, reference: Any | None, run: Run) -> Dataset:
         """The weighted mean with ``softmax(1 / (1e-3 + mean squared distance from the average))``."""
-        return _fused(run, Scenes.of_candidates(candidates), lambda images: _weighted(zzpm_weights(images))(images))
+        return self.fused(run, Scenes.of_candidates(candidates), lambda images: _weighted(zzpm_weights(images))(images))
 
 
 def pixel_median(images: Tensor) -> Tensor:
@@ -119,7 +125,7 @@ def _errors(sums: Tensor) -> Tensor:
 
 
 @attrs.frozen(kw_only=True)
-class _GlobalWeights:
+class _GlobalWeights(_Ensemble):
     """One weight per model, learned from the reference."""
 
     def weights(self, products: Products) -> Tensor:
@@ -135,7 +141,7 @@ class _GlobalWeights:
             {"model": model, "weight": float(w)} for model, w in zip(scenes.models, weight, strict=True)
         ]
         run.add(Report(title="weights", rows=rows, formats={"weight": ".3f"}))
-        return _fused(run, scenes, _weighted(weight))
+        return self.fused(run, scenes, _weighted(weight))
 
 
 @attrs.frozen(kw_only=True)
@@ -176,7 +182,7 @@ def least_squares(sums: Tensor) -> Tensor:
 
 
 @attrs.frozen(kw_only=True)
-class RangeLeastSquares:
+class RangeLeastSquares(_Ensemble):
     """One weight per model and range of brightness: the least squares of the reference samples of that range.
 
     The brightness of a colour sample is the mean of its candidates. A range with fewer than ``min_samples`` reference
@@ -202,7 +208,7 @@ class RangeLeastSquares:
                 fused += weight[ranges] * image
             return fused
 
-        return _fused(run, scenes, fuse)
+        return self.fused(run, scenes, fuse)
 
     def weights(self, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of every range.
@@ -260,7 +266,7 @@ class BestSingle(_GlobalWeights):
 
 
 @attrs.frozen(kw_only=True)
-class Regressor:
+class Regressor(_Ensemble):
     """A regressor of scikit-learn, with its defaults: candidates' values → true value of a sample."""
 
     kind: Literal[
@@ -289,7 +295,7 @@ class Regressor:
             samples = images.cpu().flatten(1).T.numpy()
             return torch.from_numpy(regressor.predict(samples)).float().view(images.shape[1:])
 
-        return _fused(run, scenes, predict)
+        return self.fused(run, scenes, predict)
 
     def _draw(self, scenes: Scenes, run: Run) -> tuple[np.ndarray, np.ndarray, int]:
         """Candidates' values ``[n, M]`` and true values ``[n]`` of the drawn samples, and how many there were."""

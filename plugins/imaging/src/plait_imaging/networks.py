@@ -34,6 +34,9 @@ class ResidualCNN(nn.Module):
             for before, after in itertools.pairwise(widths)
             for part in (nn.Conv2d(before, after, 3, padding=1), nn.ReLU())
         ]
+        for part in hidden[::2]:
+            nn.init.kaiming_normal_(part.weight, nonlinearity="relu")  # type: ignore[arg-type]
+            nn.init.zeros_(part.bias)  # type: ignore[arg-type]
         last = nn.Conv2d(channels, 3 * scale**2, 3, padding=1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]

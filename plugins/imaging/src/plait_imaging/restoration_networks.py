@@ -16,6 +16,8 @@ from plait_imaging.images import names, read_batches, sizes, to_float
 from plait_imaging.networks import ResidualCNN
 from plait_imaging.training import Pair, Settings, train_restorer
 
+_HELD_BYTES = 512 << 20
+
 
 @attrs.frozen(kw_only=True)
 class LoadResidualCNN:
@@ -61,18 +63,10 @@ class TrainRestorationNetwork:
         _check_pairs(data)
         network = copy.deepcopy(model).to(run.device)
 
-        def pairs(rows: list[int]) -> list[Pair]:
-            chosen = data.select(rows)
-            columns = [
-                [to_float(image) for _, batch in read_batches(chosen, column, len(rows)) for image in batch]
-                for column in ("image", "target")
-            ]
-            return list(zip(*columns, strict=True))
-
         with run.loop(self, "training", inputs=(model, data)) as loop:
             train_restorer(
                 network,
-                pairs,
+                _Pairs(data),
                 len(data),
                 Settings(**attrs.asdict(self)),
                 seed=run.derived_seed("training"),
@@ -82,6 +76,33 @@ class TrainRestorationNetwork:
                 log=loop.log,
             )
         return network.cpu().eval()
+
+
+class _Pairs:
+    """Pairs of a dataset by their numbers, in [0, 1]; the first ones that are asked for stay decoded in memory."""
+
+    def __init__(self, data: Dataset) -> None:
+        self._data = data
+        self._held: dict[int, Pair] = {}
+        self._room = _HELD_BYTES
+
+    def __call__(self, rows: list[int]) -> list[Pair]:
+        missing = sorted(set(rows) - self._held.keys())
+        read = dict(zip(missing, self._read(missing), strict=True)) if missing else {}
+        for row, pair in read.items():
+            size = sum(image.numel() for image in pair)
+            if size <= self._room:
+                self._held[row] = pair
+                self._room -= size
+        pairs = {**self._held, **read}
+        return [(to_float(image), to_float(target)) for image, target in map(pairs.__getitem__, rows)]
+
+    def _read(self, rows: list[int]) -> list[Pair]:
+        chosen = self._data.select(rows)
+        images, targets = (
+            [image for _, batch in read_batches(chosen, column) for image in batch] for column in ("image", "target")
+        )
+        return list(zip(images, targets, strict=True))
 
 
 def _check_pairs(data: Any) -> None:

@@ -17,7 +17,7 @@ from plait.fields import field, in_range
 from plait.report import Panel
 
 from plait_imaging import metrics
-from plait_imaging.images import check_same_scenes, names, read_batches, read_floats, sizes, to_float
+from plait_imaging.images import FLOAT_COLUMN, check_same_scenes, names, read_batches, read_floats, sizes, to_float
 from plait_imaging.pictures import comparison
 
 INPUT = "input"
@@ -134,7 +134,7 @@ class PSNRSSIM(_Scoring):
     )
     crop: int = field(0, "pixels cut off each side first; super-resolution: its factor", in_range(0))
     rounding: bool = field(
-        True, "true: score the 8-bit images; false: the unrounded ones, clipped to [0, 1], where they are kept"
+        True, "true: score the 8-bit images; false: the unrounded ones, clipped to [0, 1], where keep_float kept them"
     )
     panels: int = field(2, "images shown, spread evenly over the data set", in_range(0))
     panel_crop: int = field(56, "side of the zoomed crop in the panels, in pixels", in_range(8))
@@ -163,8 +163,7 @@ class PSNRSSIM(_Scoring):
             else ("RGB" if self.channels == "rgb" else "Y (BT.601)")
         )
         notes = [
-            f"PSNR in dB and SSIM on {what}; mean over {len(scores.images)} images, "
-            f"{'8-bit images' if self.rounding else 'unrounded where kept, clipped to [0, 1]'}. "
+            f"PSNR in dB and SSIM on {what}; mean over {len(scores.images)} images, {self._precision(compared, run)}. "
             "std is the standard deviation over images."
         ]
         for metric, digits in (("PSNR", ".2f"), ("SSIM", ".4f")):
@@ -176,6 +175,20 @@ class PSNRSSIM(_Scoring):
             panels=panels,
             notes=notes,
         )
+
+    def _precision(self, compared: _Comparison, run: Run) -> str:
+        """Which of the scored images are unrounded, in words."""
+        if self.rounding:
+            return "8-bit images"
+        kept = [name for name, dataset in compared.candidates.items() if FLOAT_COLUMN in dataset.column_names]
+        if not kept:
+            run.warn(
+                f"rounding is false, but {', '.join(compared.candidates)} kept no unrounded images, so that 8-bit ones are"
+                " scored; set keep_float: true where they are made"
+            )
+        others = "the others " if kept else ""
+        unrounded = f"those of {', '.join(kept)} unrounded and clipped to [0, 1], " if kept else ""
+        return f"{unrounded}{others}8 bit" if len(kept) < len(compared.candidates) else unrounded.rstrip(", ")
 
     def _score(self, compared: _Comparison, scores: _Scores, run: Run) -> Iterator[Panel]:
         shown = _spread(len(compared.first), self.panels)
