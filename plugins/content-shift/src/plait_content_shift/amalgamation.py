@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from plait_content_shift.baselines import mean
 from plait_content_shift.content_shift import Gate, Granularity, diversity, fit_gate, sparsity
 
+GATE = "amalgamation-gate"
+
 
 class SavedGate(nn.Module, PyTorchModelHubMixin):
     """A gate with what it is for: names of buckets and channels, in safetensors and JSON."""
@@ -74,6 +76,9 @@ class AmalgamationGate:
     ``data`` maps names to feature sets of the same rows, one a combination of techniques. ``attention``, where there is such a
     name, is put behind the fused feature, ungated.
     """
+
+    takes = {"data": "feature-set"}
+    gives = GATE
 
     target: Literal["classes", "pixels"] = field(
         "classes", "what the readout names: the class of an image, or of every pixel"
@@ -186,6 +191,9 @@ class Amalgamation:
 
     Without a model the mean of plain combinations with noise of their own is averaging over noise, the equal-cost rival.
     """
+
+    takes = {"model": GATE, "data": "feature-set"}
+    gives = "feature-set"
 
     fusion: Literal["gate", "mean", "concat"] = field(
         "gate", "gate needs the step's model from optimize: amalgamation-gate"

@@ -36,6 +36,11 @@ def _names(combinations: Sequence[ContentShift]) -> list[str]:
     return names
 
 
+def _columns(combinations: Sequence[ContentShift]) -> tuple[str, ...]:
+    """What all of them read of the data."""
+    return tuple(dict.fromkeys(column for one in combinations for column in one.columns_needed))
+
+
 def _rows(data: Any, count: int, least: int) -> datasets.Dataset:
     if not isinstance(data, datasets.Dataset) or len(data) < least:
         what = f"{len(data)} rows" if isinstance(data, datasets.Dataset) else f"a {type(data).__name__}"
@@ -50,6 +55,8 @@ class Guideline:
     A technique is accepted where the mean gain in squared error has a 95 % bootstrap interval above 0.
     """
 
+    takes = {"model": "diffusion-model", "data": "dataset"}
+
     combinations: tuple[Any, ...] = method_list_field("extract_feature", "methods content-shift to judge")
     timesteps: tuple[int, ...] = field((400, 600, 800), "that drawing begins at: strength × 1000", in_range(1, 999))
     num_steps: int = field(20, "DDIM steps", in_range(1))
@@ -59,6 +66,10 @@ class Guideline:
 
     def __attrs_post_init__(self) -> None:
         _names(self.combinations)
+
+    @property
+    def columns_needed(self) -> tuple[str, ...]:
+        return _columns(self.combinations)
 
     @hookimpl
     def evaluate(self, model: Any, data: Any, run: Run) -> Report:
@@ -163,6 +174,8 @@ class LaplacianScore:
     1: contours as without noise; 0: as bad as without technique; below 0: worse.
     """
 
+    takes = {"model": "diffusion-model", "data": "dataset"}
+
     combinations: tuple[Any, ...] = method_list_field("extract_feature", "methods content-shift to score")
     timesteps: tuple[int, ...] | None = field(None, "nominal; the extractor's", in_range(1, 999))
     num_images: int = field(200, "the first rows of the data", in_range(1))
@@ -171,6 +184,10 @@ class LaplacianScore:
 
     def __attrs_post_init__(self) -> None:
         _names(self.combinations)
+
+    @property
+    def columns_needed(self) -> tuple[str, ...]:
+        return _columns(self.combinations)
 
     @hookimpl
     def evaluate(self, model: Any, data: Any, run: Run) -> Report:

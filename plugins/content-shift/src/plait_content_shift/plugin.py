@@ -17,7 +17,7 @@ from plait.fields import code_field, field, in_range, method_field, path_or_name
 from plait.fingerprints import fingerprint
 from plait.importing import named_object
 from plait_diffusion import Backbone, FeatureSet, Origin, backbone_in, image_tensors, write_features
-from plait_vision import read_table
+from plait_vision import DATA, read_table
 from torch import Tensor, nn
 
 from plait_content_shift.baselines import mean
@@ -36,6 +36,9 @@ class ContentShift:
 
     Several combinations are several steps, whose features ``extract-feature: amalgamation`` fuses.
     """
+
+    takes = {"model": "diffusion-model", "data": DATA}
+    gives = "feature-set"
 
     extractor: Any = method_field("extract_feature", "what is wrapped: gdf, or a method with its prepare and capture")
     name: str = field("", "how tables of evaluations call this combination")
@@ -56,6 +59,7 @@ class ContentShift:
     canny_low: int = field(100, "lower threshold of Canny", in_range(0, 255))
     canny_high: int = field(200, "upper threshold of Canny", in_range(0, 255))
     control_scale: float = field(1.0, "of the ControlNet's residuals", in_range(0))
+    control_mode: int | None = field(None, "which of its kinds of image, for a union ControlNet of Flux", in_range(0))
     lora: Path | None = field(None, "LoRA file (.safetensors of peft, diffusers or kohya, LoCon too)")
     lora_scale: float = field(1.0, "of the LoRA", in_range(0))
     function: str | None = code_field(
@@ -85,6 +89,11 @@ class ContentShift:
                     f"extractor is {type(self.extractor).__name__}, which has no {needed}; wrap gdf, or a method with prepare, capture"
                     " and origin as plait_diffusion.Extractor describes them"
                 )
+
+    @property
+    def columns_needed(self) -> tuple[str, ...]:
+        texts = "name" if self.captions is not None else self.caption_column
+        return ("image",) if texts is None else ("image", texts)
 
     @property
     def label(self) -> str:
@@ -206,7 +215,8 @@ class ContentShift:
                 "OpenCV is not installed: Canny edges are scikit-image's, approximately those that ControlNets were trained with"
             )
         model = _controlnet(self.control, backbone)
-        return Control(model, self.control_scale, outlines if self.control_image == "outlines" else image)
+        shown = outlines if self.control_image == "outlines" else image
+        return Control(model, self.control_scale, shown, self.control_mode)
 
     def _origin(self, backbone: Backbone, seed: int, timestep: float, texts: Sequence[str] | None) -> Origin:
         plain: Origin = self.extractor.origin(backbone, seed)
@@ -216,6 +226,7 @@ class ContentShift:
             "canny_low",
             "canny_high",
             "control_scale",
+            "control_mode",
             "lora_scale",
             "denoise_from",
             "guidance",
@@ -238,14 +249,29 @@ def _controlnet(source: str | None, backbone: Backbone) -> nn.Module:
                 "control is own, but the model has no ControlNet; train one with optimize: diffusion, part: control"
             )
         return model
-    from diffusers import ControlNetModel, SD3ControlNetModel
+    kinds = {"SD3Transformer2DModel": "SD3ControlNetModel", "FluxTransformer2DModel": "FluxControlNetModel"}
+    return _loaded(kinds.get(type(backbone.denoiser).__name__, "ControlNetModel"), "control", source, backbone)
 
-    kind = SD3ControlNetModel if type(backbone.denoiser).__name__ == "SD3Transformer2DModel" else ControlNetModel
+
+def _loaded(kind: str, name: str, source: str | None, backbone: Backbone) -> nn.Module:
+    """A model of diffusers beside the backbone, in its dtype and on its device.
+
+    Raises:
+        ValueError: there is none, or one of another kind, whose weights would be left at random.
+    """
+    import diffusers
+
+    cls = getattr(diffusers, kind)
     try:
-        loaded = kind.from_pretrained(source, torch_dtype=backbone.dtype)
+        found = cls.load_config(source).get("_class_name", kind)
+        if found != kind:
+            raise ValueError(
+                f"{name} is {source!r}, a {found}; a {type(backbone.denoiser).__name__} needs a {kind}, so give one"
+            )
+        loaded: nn.Module = cls.from_pretrained(source, torch_dtype=backbone.dtype)
     except OSError as error:
         raise ValueError(
-            f"control is {source!r}, which cannot be read as a ControlNet: {str(error).splitlines()[0]}"
+            f"{name} is {source!r}, which cannot be read as a {kind}: {str(error).splitlines()[0]}"
         ) from error
     return loaded.to(backbone.device).eval().requires_grad_(False)
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import attrs
 import torch
+import torch.nn.functional as F
 from plait_diffusion import Backbone, DenoiserCall, expanded
 from torch import Tensor, nn
 
@@ -21,6 +23,11 @@ from plait_content_shift.lora import LoraWeights, applied
 
 _UNET_FIELDS = ("cross_attention_dim", "block_out_channels", "layers_per_block", "in_channels")
 _BLOCK_FIELDS = ("attention_head_dim", "num_attention_heads", "joint_attention_dim", "in_channels", "patch_size")
+_FLUX_FIELDS = (
+    *("attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim"),
+    *("in_channels", "axes_dims_rope"),
+)
+_OF_BLOCKS = {"SD3ControlNetModel": "SD3Transformer2DModel", "FluxControlNetModel": "FluxTransformer2DModel"}
 MOST_DENOISING = 50  # nominal timesteps; from further away the image would be redrawn
 
 
@@ -29,14 +36,22 @@ class Control:
     """A ControlNet that is shown the image's own edges (§4.2): adds residuals to every skip connection and to the middle.
 
     Args:
-        model: a diffusers ``ControlNetModel`` of the U-Net's family, or ``SD3ControlNetModel`` for SD3.
+        model: a diffusers ``ControlNetModel`` of the U-Net's family, ``SD3ControlNetModel`` for SD3, ``FluxControlNetModel``
+            for Flux.
         scale: of the residuals.
         image: images [B, 3, S, S] in [0, 1] → what the ControlNet is shown, in [0, 1].
+        mode: which kind of control image, for a union ControlNet of Flux.
     """
 
     model: nn.Module
     scale: float = 1.0
     image: ControlImages = canny
+    mode: int | None = None
+
+    @property
+    def is_of_flux(self) -> bool:
+        """Whether it is for Flux, whose image is a row of tokens."""
+        return type(self.model).__name__ == "FluxControlNetModel"
 
     @property
     def is_of_blocks(self) -> bool:
@@ -49,21 +64,33 @@ class Control:
         Raises:
             ValueError: it is for another one.
         """
-        kinds = {True: type(denoiser).__name__ == "SD3Transformer2DModel", False: hasattr(denoiser, "down_blocks")}
-        known = self.is_of_blocks or hasattr(self.model, "controlnet_down_blocks")
-        if not known or not kinds[self.is_of_blocks] or "Flux" in type(self.model).__name__:
+        own_kind, kind = type(self.model).__name__, type(denoiser).__name__
+        is_of_unet = hasattr(self.model, "controlnet_down_blocks") and hasattr(denoiser, "down_blocks")
+        if not is_of_unet and _OF_BLOCKS.get(own_kind) != kind:
             raise ValueError(
-                f"a {type(self.model).__name__} for a {type(denoiser).__name__}: ControlNetModel is taken for U-Nets (SD 1.x, SDXL)"
-                " and SD3ControlNetModel for SD3"
+                f"a {own_kind} for a {kind}: ControlNetModel is taken for U-Nets (SD 1.x, SDXL), SD3ControlNetModel for SD3 and"
+                " FluxControlNetModel for Flux"
             )
-        for name in _BLOCK_FIELDS if self.is_of_blocks else _UNET_FIELDS:
+        for name in _UNET_FIELDS if is_of_unet else _FLUX_FIELDS if self.is_of_flux else _BLOCK_FIELDS:
             own, needed = getattr(self.model.config, name, None), getattr(denoiser.config, name, None)
             if _listed(own) != _listed(needed):
                 raise ValueError(
                     f"the ControlNet's {name} is {own} and the denoiser's {needed}; give a ControlNet of this very denoiser"
                 )
+        if self.is_of_flux:
+            for name in ("num_layers", "num_single_layers"):
+                own, needed = getattr(self.model.config, name), getattr(denoiser.config, name)
+                if own > needed:
+                    raise ValueError(
+                        f"the ControlNet's {name} is {own}, more than the denoiser's {needed}; give one of this very denoiser"
+                    )
+        modes = getattr(self.model.config, "num_mode", None)
+        if modes is None and self.mode is not None:
+            raise ValueError(f"the mode is {self.mode}, but the {own_kind} is no union of several; leave the mode out")
+        if modes is not None and (self.mode is None or not 0 <= self.mode < modes):
+            raise ValueError(f"the mode is {self.mode}, and the union ControlNet needs one from 0 to {modes - 1}")
 
-    def residuals(self, call: DenoiserCall, shown: Tensor) -> dict[str, Any]:
+    def residuals(self, denoiser: Any, call: DenoiserCall, shown: Tensor) -> dict[str, Any]:
         """Keyword arguments of the denoiser."""
         batch = len(call.sample)
         condition = {
@@ -73,34 +100,58 @@ class Control:
         }
         time = torch.full((batch,), float(call.timestep), device=call.sample.device)
         first = next(self.model.parameters())
+        sample = call.sample.to(first.dtype)
         shared = {
             "controlnet_cond": shown.to(first),
             "conditioning_scale": self.scale,
             "return_dict": False,
             **condition,
         }
+        if self.is_of_flux:
+            return self._of_flux(denoiser, sample, time, shared, call.condition.get("guidance"))
         if self.is_of_blocks:
-            (blocks,) = self.model(call.sample.to(first.dtype), timestep=time, **shared)
+            (blocks,) = self.model(sample, timestep=time, **shared)
             return {"block_controlnet_hidden_states": tuple(blocks)}
-        down, middle = self.model(call.sample.to(first.dtype), time.long(), guess_mode=False, **shared)
+        down, middle = self.model(sample, time.long(), guess_mode=False, **shared)
         return {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": middle}
+
+    def _of_flux(
+        self, denoiser: Any, sample: Tensor, time: Tensor, shared: dict[str, Any], guidance: Tensor | None
+    ) -> dict[str, Any]:
+        """One residual for every block: ControlNets with other numbers of blocks add up."""
+        batch, device = len(sample), sample.device
+        rows, columns = (torch.arange(side // 2, device=device) for side in sample.shape[-2:])
+        if self.model.config.guidance_embeds:
+            shared["guidance"] = torch.ones(batch, device=device) if guidance is None else expanded(guidance, batch)
+        if self.mode is not None:
+            shared["controlnet_mode"] = torch.full((batch, 1), self.mode, device=device)
+        double, single = self.model(
+            hidden_states=_tokens(sample),
+            timestep=time / 1000,
+            img_ids=torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns).to(sample),
+            txt_ids=sample.new_zeros(shared["encoder_hidden_states"].shape[1], 3),
+            **shared,
+        )
+        repeats = self.model.input_hint_block is not None
+        placed = {
+            "controlnet_block_samples": _placed(double, len(denoiser.transformer_blocks), repeats),
+            "controlnet_single_block_samples": _placed(single, len(denoiser.single_transformer_blocks), False),
+        }
+        return {name: blocks for name, blocks in placed.items() if blocks}
 
     def shown(self, backbone: Backbone, call: DenoiserCall) -> Tensor:
         """The control image; depends on the image alone, so that it is made once for all steps.
 
         Raises:
-            ValueError: it is of another size than the image, or not in [0, 1].
+            ValueError: it is of another size or number of channels than needed, or not in [0, 1].
         """
-        shown = self.image(call.images)
-        if shown.shape[-2:] != call.images.shape[-2:] or len(shown) != len(call.images):
-            raise ValueError(
-                f"the control image has shape {list(shown.shape)}; the images have {list(call.images.shape)}"
-            )
-        if float(shown.min()) < 0 or float(shown.max()) > 1:
-            raise ValueError(
-                f"the control image ranges from {float(shown.min()):.3g} to {float(shown.max()):.3g}; [0, 1] is needed"
-            )
-        return backbone.latents(backbone.moments(shown)) if self.is_of_blocks else shown
+        shown = _control_image(self.image, call.images, getattr(self.model.config, "conditioning_channels", 3))
+        if not self.is_of_blocks:
+            return shown
+        if getattr(self.model, "input_hint_block", None) is not None:
+            return shown * 2 - 1  # ControlNets with an encoder of their own see pixels
+        latents = backbone.latents(backbone.moments(shown))
+        return _tokens(latents) if self.is_of_flux else latents
 
 
 @attrs.frozen(eq=False)
@@ -170,27 +221,27 @@ class Bucket:
         shown = [control.shown(backbone, call) for control in self.controls]
         if self.denoise_from is not None:
             call = self._denoised(backbone, call, nominal, shown)
-        return self._steered(call, shown)
+        return self._steered(backbone.denoiser, call, shown)
 
-    def _steered(self, call: DenoiserCall, shown: Sequence[Tensor]) -> DenoiserCall:
+    def _steered(self, denoiser: nn.Module, call: DenoiserCall, shown: Sequence[Tensor]) -> DenoiserCall:
         for function in self.functions:
             call = function(call)
         if not self.controls:
             return call
         residuals: dict[str, Any] = {}
         for control, image in zip(self.controls, shown, strict=True):
-            own = control.residuals(call, image)
-            residuals = own if not residuals else {name: _sum(residuals[name], own[name]) for name in own}
+            for name, own in control.residuals(denoiser, call, image).items():
+                residuals[name] = _sum(residuals[name], own) if name in residuals else own
         return attrs.evolve(call, condition={**call.condition, **residuals})
 
     def predicted(self, backbone: Backbone, call: DenoiserCall, shown: Sequence[Tensor]) -> Tensor:
         """The network's output for a sample, guided where asked."""
-        steered = self._steered(call, shown)
+        steered = self._steered(backbone.denoiser, call, shown)
         out = backbone.denoise(steered.sample, steered.timestep, steered.condition)
         if self.guidance == 1:
             return out
         empty = attrs.evolve(call, condition=backbone.condition([""], call.images.shape[-1]))
-        steered = self._steered(empty, shown)
+        steered = self._steered(backbone.denoiser, empty, shown)
         plain = backbone.denoise(steered.sample, steered.timestep, steered.condition)
         return plain + self.guidance * (out - plain)
 
@@ -230,6 +281,34 @@ class Bucket:
 def _scale(scheduler: Any, time: Any) -> float:
     """What a scheduler multiplies a sample by before the network sees it."""
     return float(copy.deepcopy(scheduler).scale_model_input(torch.ones(1, 1, 1, 1), time))
+
+
+def _control_image(make: ControlImages, images: Tensor, channels: int) -> Tensor:
+    """What is shown of images, of as many channels as are needed."""
+    shown = make(images)
+    if shown.shape[-2:] != images.shape[-2:] or len(shown) != len(images):
+        raise ValueError(f"the control image has shape {list(shown.shape)}; the images have {list(images.shape)}")
+    if shown.shape[1] != channels:
+        raise ValueError(
+            f"the control image has {shown.shape[1]} channels and the model takes {channels}; show it what it was trained with"
+        )
+    low, high = float(shown.min()), float(shown.max())
+    if low < 0 or high > 1:
+        raise ValueError(f"the control image ranges from {low:.3g} to {high:.3g}; [0, 1] is needed")
+    return shown
+
+
+def _tokens(sample: Tensor) -> Tensor:
+    """[B, C, h, w] as Flux sees it: a token for every 2×2 values, [B, h w / 4, 4 C]."""
+    return F.pixel_unshuffle(sample, 2).flatten(2).transpose(1, 2)
+
+
+def _placed(blocks: Sequence[Tensor] | None, count: int, repeats: bool) -> tuple[Tensor, ...]:
+    """Residuals of a few blocks for all ``count``: each for its share of successive blocks, or one after the other."""
+    if not blocks:
+        return ()
+    share = math.ceil(count / len(blocks))
+    return tuple(blocks[number % len(blocks) if repeats else number // share] for number in range(count))
 
 
 def _sum(one: Any, other: Any) -> Any:

@@ -36,7 +36,11 @@ class SPair:
     layout: Literal["large", "small"] = field("large", "which list of pairs")
     pairs_per_category: int | None = field(None, "pairs of each category and split, drawn at random; all", in_range(1))
 
-    splits = ("images", "trn", "val", "test")
+    gives = "dataset"
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return ("images", *self.parts)
 
     @hookimpl
     def load_data(self, run: Run) -> dict[str, datasets.Dataset]:
@@ -67,6 +71,8 @@ class FeatureProbe:
 
     Of every set, features are averaged over positions and standardised; every set sees the same rows.
     """
+
+    takes = {"data": "feature-set", "reference": "feature-set"}
 
     num_labels: int | None = field(200, "labelled rows that are drawn for every repeat; null: all", in_range(2))
     repeats: int = field(5, "draws", in_range(1))
@@ -161,6 +167,8 @@ class FeatureSegmentation:
     Baranchuk et al., Label-Efficient Semantic Segmentation with Diffusion Models. The rows have a column with masks: images
     whose levels are class numbers, 255 where there is none. Scores are over all pixels of the test images.
     """
+
+    takes = {"data": "feature-set", "reference": "feature-set"}
 
     classifier: Literal["mlp", "ridge"] = field("mlp", "ensemble of MLPs as published, or ridge regression")
     mask_column: str = field("mask", "column with the classes of pixels")
@@ -288,6 +296,8 @@ class FeatureSegmentation:
 @attrs.frozen(kw_only=True)
 class FeatureCorrespondence:
     """PCK of matching by features, by image and by box (SPair-71k): nearest neighbour, or a trained 3×3 convolution."""
+
+    takes = {"data": "feature-set", "reference": "dataset"}
 
     aggregation: Literal["nearest", "trained"] = field(
         "nearest", "match the features, or a trained 3×3 convolution of them"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import attrs
 import torch
 from plait import hookimpl
 from plait.fields import field, in_range, path_or_name_field
+from plait_vision import DATA
 from torch import Tensor
 
 from plait_diffusion import digits
@@ -21,6 +22,9 @@ from plait_diffusion.training import train
 @attrs.frozen(kw_only=True)
 class LoadDiffusion:
     """A diffusion model of diffusers from a folder or the hub, or a small fresh one for 16×16 images."""
+
+    takes = {"data": DATA}
+    gives = "diffusion-model"
 
     source: str | None = path_or_name_field(
         None, "folder of a pipeline or a bare denoiser, or owner/name on the hub; default: the small fresh model"
@@ -48,7 +52,9 @@ class LoadDiffusion:
 class WarpedDigits:
     """scikit-learn's digits, warped and enlarged to 16×16: 1200 for training, 597 for tests."""
 
-    splits: ClassVar[tuple[str, ...]] = ("train", "test")
+    gives = "dataset"
+    columns_made = ("image", "label")
+    splits = ("train", "test")
 
     @hookimpl
     def load_data(self, run: Any) -> dict[str, Any]:
@@ -58,6 +64,9 @@ class WarpedDigits:
 @attrs.frozen(kw_only=True)
 class TrainDiffusion:
     """Trains the denoiser on the images of ``data`` (classes as prompts), or a ControlNet on the frozen denoiser."""
+
+    takes = {"model": "diffusion-model", "data": "dataset"}
+    columns_needed = ("image",)
 
     part: Literal["denoiser", "control"] = field(
         "denoiser", "what learns; control: a new ControlNet that sees the outlines of the image"

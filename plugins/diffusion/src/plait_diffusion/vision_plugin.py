@@ -13,6 +13,7 @@ from plait import Run, hookimpl
 from plait.errors import ConfigurationError
 from plait.fields import field, in_range, path_or_name_field
 from plait.fingerprints import fingerprint
+from plait_vision import DATA
 from torch import nn
 
 from plait_diffusion.feature_sets import FeatureSet, Origin, image_tensors, write_features
@@ -24,6 +25,10 @@ _STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 @attrs.frozen(kw_only=True)
 class VisionFeatures:
     """Activations of any image model by the paths of its modules: timm, transformers, a CLIP model's image tower."""
+
+    takes = {"data": DATA}
+    gives = "feature-set"
+    columns_needed = ("image",)
 
     source: str | None = path_or_name_field(
         None, "folder, name on the hub (timm/NAME: of timm, else of transformers); without it the step's model"

@@ -13,7 +13,7 @@ from plait import Report, Run, hookimpl
 from plait.errors import ConfigurationError
 from plait.fields import field, in_range
 from plait.report import Curve, Image, Panel, png
-from plait_graph import GraphTraining, NodeObjective, PlainUpdate, Update, betas_field, check_is_module
+from plait_graph import GRAPHS, GraphTraining, NodeObjective, PlainUpdate, Update, betas_field, check_is_module
 from torch import nn
 
 from plait_fgsam.baselines import AESAM, ESAM, SAM, LookSAM
@@ -219,6 +219,8 @@ class AESAMTraining(PerturbingTraining):
 @attrs.frozen(kw_only=True)
 class GraphSharpness:
     """Loss around the weights: along the gradient (SAM's perturbation) and along random directions."""
+
+    takes = {"model": "graph-network", "data": GRAPHS}
 
     radius: float = field(1.0, "farthest distance in weight space", in_range(0, low_open=True))
     num_points: int = field(21, "points on each line, 0 included", in_range(2))

@@ -49,6 +49,9 @@ StoredDtype = Literal["float16", "bfloat16", "float32"]
 class _Extractor:
     """What the extractors have in common."""
 
+    takes = {"model": "diffusion-model", "data": ("dataset", "clients")}
+    gives = "feature-set"
+
     prompt: str = field("", "text for all images; for the small model the name of a class, or nothing")
     prompt_column: str | None = field(None, "column with a text for every image, in place of prompt")
     image_size: int | None = field(
@@ -60,6 +63,10 @@ class _Extractor:
     batch_size: int = field(4, "images a pass", in_range(1))
     dtype: StoredDtype = field("float16", "in which features are stored")
     cache: str | None = field(None, "folder of VAE moments that steps and runs share; default: none")
+
+    @property
+    def columns_needed(self) -> tuple[str, ...]:
+        return ("image",) if self.prompt_column is None else ("image", self.prompt_column)
 
     @hookimpl
     def extract_feature(self, model: Any, data: Any, run: Any) -> FeatureSet | dict[str, FeatureSet]:
@@ -284,6 +291,9 @@ class DDPMSeg(_Extractor):
 class NoiseReport:
     """The three properties of a model's activations on the images of ``data``: noise, granularity, tracking of position."""
 
+    takes = {"model": "diffusion-model", "data": "dataset"}
+    columns_needed = ("image",)
+
     layers: tuple[str, ...] = field(("*",), "activations: official ids, module paths, globs; default: all but maps")
     timestep: int = field(50, "nominal timestep", in_range(0))
     timestep_rule: TimestepRule | None = field(None, "see extract-feature: gdf")
@@ -367,6 +377,8 @@ class ActivationRanking:
 
     ``data`` is a labelled feature set of training images, ``reference`` one of test images.
     """
+
+    takes = {"data": "feature-set", "reference": "feature-set"}
 
     candidates: tuple[str, ...] | None = field(
         None,

@@ -19,6 +19,7 @@ from plait_graph.library_warnings import library_warnings_to
 from plait_graph.models import check_is_module
 from plait_graph.training_loop import Update, train
 
+GRAPHS = ("graph", "graph-tasks")  # the kinds of data: a graph, and one whose classes are split for episodes
 _EACH_BETA = in_range(0, 1, high_open=True)
 
 
@@ -39,6 +40,8 @@ def betas_field() -> Any:
 @attrs.frozen(kw_only=True)
 class GraphTraining:
     """A training on a graph or on episodes; a subclass says how a model is updated."""
+
+    takes = {"model": "graph-network", "data": GRAPHS}
 
     learning_rate: float = field(0.01, "learning rate", in_range(0, low_open=True))
     weight_decay: float = field(5e-4, "of the base optimizer", in_range(0))

@@ -17,7 +17,7 @@ from torch_geometric.data import Data
 from plait_graph import datasets, fewshot, models, splits, tasks, tent
 from plait_graph.accuracy import compare, episode_scores, node_scores
 from plait_graph.episodes import EpisodeSampler
-from plait_graph.graph_training import GraphTraining, betas_field
+from plait_graph.graph_training import GRAPHS, GraphTraining, betas_field
 from plait_graph.library_warnings import library_warnings_to
 from plait_graph.training_loop import PlainUpdate, Update
 
@@ -27,6 +27,8 @@ from plait_graph.training_loop import PlainUpdate, Update
 @attrs.frozen(kw_only=True)
 class DigitsGraph:
     """1,797 handwritten digits joined to their nearest neighbours, on request with random edges as noise."""
+
+    gives = "graph"
 
     num_neighbors: int = field(6, "neighbours in pixel space", in_range(1, 100))
     random_edges: float = field(0.0, "random edges, as noise, for each edge to a neighbour", in_range(0, 100))
@@ -39,6 +41,8 @@ class DigitsGraph:
 @attrs.frozen(kw_only=True)
 class CsbmGraph:
     """Contextual stochastic block model: a drawn graph with homophily as a dial."""
+
+    gives = "graph"
 
     num_nodes: int = field(2000, "nodes", in_range(4))
     num_classes: int = field(5, "classes, of equal size", in_range(2))
@@ -69,6 +73,8 @@ class _ReadGraph:
 class PygGraph(_ReadGraph):
     """A data set of PyTorch Geometric or OGB, from a local folder or downloaded."""
 
+    gives = "graph"
+
     name: str = field(REQUIRED, "its name", one_of(*datasets.NAMES))
     root: Path | None = field(None, "folder with the raw files; none: they are downloaded, for this step only")
 
@@ -82,6 +88,11 @@ class GraphFile(_ReadGraph):
     """A graph from a file: a saved PyG Data (.pt), arrays (.npz), or an edge list with .mat files."""
 
     path: Path = field(REQUIRED, "a .pt, .npz or <name>_network file")
+
+    @property
+    def gives(self) -> str | None:
+        """A saved ``Data`` may have its classes split already."""
+        return None if self.path.suffix == ".pt" else "graph"
 
     def input_files(self) -> Iterable[Path]:
         return datasets.files_beside(self.path)
@@ -97,6 +108,9 @@ class GraphFile(_ReadGraph):
 @attrs.frozen(kw_only=True)
 class NodeSplit:
     """Training, validation and test nodes: so many a class, random shares, or one of the graph's own splits."""
+
+    takes = {"data": GRAPHS}
+    gives = "data"
 
     per_class: int | None = field(None, "labelled nodes of each class; or use train_share or number", in_range(1))
     num_val: int = field(300, "validation nodes, with per_class", in_range(0))
@@ -144,6 +158,9 @@ _classes.allowed = _ALLOWED_CLASSES  # type: ignore[attr-defined]
 class ClassSplit:
     """Disjoint classes for few-shot training, validation and test: so many random ones, or those that are listed."""
 
+    takes = {"data": GRAPHS}
+    gives = "graph-tasks"
+
     train: int | tuple[int, ...] = field(4, "training classes: how many, or which", _classes)
     val: int | tuple[int, ...] = field(3, "validation classes: how many, or which", _classes)
     test: int | tuple[int, ...] = field(3, "test classes: how many, or which", _classes)
@@ -167,6 +184,9 @@ _DROPOUT = in_range(0, 1, high_open=True)
 @attrs.frozen(kw_only=True)
 class _FreshModel:
     """What the networks with fresh weights share; a subclass says which it is and whether it has a class head."""
+
+    takes = {"data": GRAPHS}
+    gives = "graph-network"
 
     def made(self, kind: type[S], data: Any, run: Run, *, with_classes: bool) -> S:
         datasets.check_graph(data)
@@ -274,6 +294,8 @@ class SGDTraining(GraphTraining):
 class NodeAccuracy:
     """Accuracy and macro-F1 on test nodes, gain and time an update relative to a reference model."""
 
+    takes = {"model": "graph-network", "data": GRAPHS, "reference": "graph-network"}
+
     split: Literal["train", "val", "test"] = field("test", "which nodes")
 
     @hookimpl
@@ -289,6 +311,8 @@ class NodeAccuracy:
 @attrs.frozen(kw_only=True)
 class EpisodeAccuracy:
     """Few-shot accuracy over test episodes with its 95 % interval, gain and time relative to a reference."""
+
+    takes = {"model": "graph-network", "data": "graph-tasks", "reference": "graph-network"}
 
     n_way: int = field(5, "classes of an episode", in_range(2))
     k_shot: int = field(3, "support nodes a class", in_range(1))

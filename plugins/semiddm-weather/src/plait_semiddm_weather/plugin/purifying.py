@@ -18,6 +18,8 @@ from plait_semiddm_weather.purified import RestoringModel
 class RestoreFirst:
     """An image-text model that restores every image first; differentiable, so that an attack can know of it."""
 
+    takes = {"model": "image-text-model", "reference": "restorer"}
+
     num_samples: int = field(1, "restorations whose embeddings are averaged", in_range(1))
     first_seed: int = field(0, "of their noise; another number is another draw", in_range(0))
     weights: Literal["teacher", "student"] = field("teacher", "which network restores")

@@ -22,6 +22,8 @@ from plait_semiddm_weather.released import load_released
 class LoadWeatherRestorer:
     """A saved SemiDDM-Weather model: a folder of save_pretrained, or a checkpoint of the released code."""
 
+    gives = "restorer"
+
     path: Path = field(REQUIRED, "folder with config.json and model.safetensors, or a .pth of the released code")
 
     @hookimpl
@@ -37,6 +39,9 @@ class LoadWeatherRestorer:
 @attrs.frozen(kw_only=True)
 class RestoreWeather:
     """Restores images with a SemiDDM-Weather model; several samples of each can be drawn."""
+
+    takes = {"model": "restorer", "data": ("dataset", "clients")}
+    columns_needed = ("image",)
 
     num_samples: int = field(
         1,
@@ -59,6 +64,10 @@ class RestoreWeather:
     def __attrs_post_init__(self) -> None:
         if self.tile is not None and self.stride > self.tile:
             raise ValueError(f"stride is {self.stride} and tile {self.tile}; a stride above the tile leaves gaps")
+
+    @property
+    def columns_made(self) -> tuple[str, ...]:
+        return tuple(f"image_sample_{number}" for number in range(self.num_samples if self.num_samples > 1 else 0))
 
     @hookimpl
     def restore(self, model: Any, data: Any, run: Run) -> Any:

@@ -19,6 +19,9 @@ from plait_semiddm_weather.model import WeatherRestorer
 class LearnedQuality:
     """Scores by the scorer that a model was trained with; higher is better, only between versions of the same images."""
 
+    takes = {"model": "restorer", "data": "dataset", "reference": "dataset"}
+    columns_needed = {"data": ("image",), "reference": ("image",)}
+
     batch_size: int = field(16, "images read at a time", in_range(1))
 
     @hookimpl

@@ -30,6 +30,10 @@ class TrainWeatherRestorer:
     Fields that are not given are the preset's; the package's README lists them.
     """
 
+    takes = {"model": "restorer", "data": "dataset"}
+    gives = "restorer"
+    columns_needed = ("image",)  # labelled ones need a target too
+
     preset: Literal["small", "paper", "full256"] = field(
         "small", "small: CPU, minutes; paper: as published; full256: crops of 256 pixels, one GPU"
     )
