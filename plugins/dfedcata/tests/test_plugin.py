@@ -14,7 +14,7 @@ COMMON = {"batch_size": 16, "active_ratio": 0.2, "engine": "stacked", "output": 
 
 @pytest.fixture(scope="module")
 def digits():
-    return Digits8x8().load_data(run=plait.Run())
+    return Digits8x8(as_numbers=True).load_data(run=plait.Run())
 
 
 def problem(digits, seed, num_clients=20):

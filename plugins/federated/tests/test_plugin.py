@@ -34,7 +34,7 @@ SHORT = {"rounds": 2, "batch_size": 32, "local_epochs": 1, "engine": "loop"}
 
 @pytest.fixture(scope="module")
 def digits():
-    return Digits8x8().load_data(run=plait.Run())
+    return Digits8x8(as_numbers=True).load_data(run=plait.Run())
 
 
 @pytest.fixture
@@ -53,6 +53,42 @@ def test_digits_are_scaled_and_split(digits):
     assert values.shape == (20, 1, 8, 8)
     assert values.min() == 0
     assert values.max() == 1
+
+
+def test_digits_are_images_like_any_others():
+    digits, numbers = (Digits8x8(as_numbers=choice).load_data(run=plait.Run()) for choice in (False, True))
+    assert digits["test"].column_names == ["image", "label"]
+    assert digits["test"]["label"] == numbers["test"]["label"]
+    seen = inputs_of(digits["test"], None).float() / 255
+    assert seen.shape == (360, 3, 8, 8)
+    assert (seen - inputs_of(numbers["test"], None)).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_accuracy_of_image_text_models_and_of_models_of_several_tasks():
+    clip = pytest.importorskip("plait_clip")
+    digits = Digits8x8().load_data(run=plait.Run())["test"]
+
+    class TwoTasks(torch.nn.Module):
+        tasks = ("a", "b")
+
+        def __init__(self):
+            super().__init__()
+            self.heads = torch.nn.ModuleList([torch.nn.Linear(192, 10), torch.nn.Linear(192, 10)])
+
+        def logits(self, images, task):
+            return self.heads[self.tasks.index(task)](images.flatten(1))
+
+    model = TwoTasks()
+    mean = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
+    with torch.no_grad():
+        mean[1].weight.copy_((model.heads[0].weight + model.heads[1].weight) / 2)
+        mean[1].bias.copy_((model.heads[0].bias + model.heads[1].bias) / 2)
+    models = {"CLIP": clip.tiny_model(), "tasks": model, "mean": mean}
+    report = FederatedAccuracy().evaluate(model=models, data=digits, run=plait.Run())
+    assert 0 <= report.value("accuracy", model="CLIP") <= 1
+    assert report.value("accuracy", model="tasks") == report.value("accuracy", model="mean")
+    with pytest.raises(ValueError, match="model model: task is 'c'"):
+        FederatedAccuracy(task="c").evaluate(model=model, data=digits, run=plait.Run())
 
 
 def test_a_partition_keeps_rows_and_survives_storage(digits, clients, tmp_path):

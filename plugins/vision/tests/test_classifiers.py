@@ -145,8 +145,8 @@ def test_a_merged_model_of_several_tasks_is_one():
     ("model", "message"),
     [
         (nn.Conv2d(3, 3, 1), "the model gives a tensor"),
-        (nn.Linear(5, 2), "the model fails on images of shape"),
-        (nn.Bilinear(2, 2, 2), "the model fails on images of shape"),
+        (nn.Linear(5, 2), "the model fails on inputs of shape"),
+        (nn.Bilinear(2, 2, 2), "the model fails on inputs of shape"),
     ],
 )
 def test_what_is_no_classifier_is_told(model, message):

@@ -27,7 +27,7 @@ def clients() -> dict[str, Any]:
 def logits(model: Any) -> torch.Tensor:
     """What a model says about twelve digits."""
     with torch.no_grad():
-        outputs: torch.Tensor = model(inputs_of(clients()["test"], None))
+        outputs: torch.Tensor = model(inputs_of(clients()["test"], None).float() / 255)
     return outputs
 
 
@@ -53,7 +53,7 @@ def partition() -> Example:
 def model() -> Example:
     data = clients()
     train = data["train"]
-    empty, wrong = {"data": train.select([])}, {"data": train.remove_columns("pixel_values")}
+    empty, wrong = {"data": train.select([])}, {"data": train.remove_columns("image")}
     return Example(
         arguments={"data": data},
         fields={"architecture": "mlp"},

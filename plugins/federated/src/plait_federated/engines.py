@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from plait_vision import as_logits
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -216,11 +217,6 @@ def fastest_engine(
         if seconds < best_seconds:
             best, best_seconds = stacked, seconds
     return best
-
-
-def as_logits(output: Tensor) -> Tensor:
-    """Logits ``[b, classes]`` of a plain module or of a transformers model."""
-    return getattr(output, "logits", output)
 
 
 def _bytes_of_a_step(loop: LoopEngine, shards: ClientShards) -> int:

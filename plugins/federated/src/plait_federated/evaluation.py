@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from plait_vision import as_classifier
 from torch import Tensor, nn
 
-from plait_federated.engines import as_logits
 from plait_federated.layout import Layout
 from plait_federated.shards import as_float
 
@@ -42,16 +42,7 @@ def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
     Raises:
         ValueError: the model fails on them, or answers with something else.
     """
-    shape = tuple(inputs.shape)
-    try:
-        logits = as_logits(model(as_float(inputs)))
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        raise ValueError(f"the model fails on inputs of shape {shape} ({type(error).__name__}: {reason})") from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        given = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise ValueError(f"the model gives {given} for inputs of shape {shape}; expected logits ({shape[0]}, classes)")
-    return logits
+    return as_classifier(model, prepared=True)(as_float(inputs))
 
 
 @torch.no_grad()
@@ -65,24 +56,12 @@ def accuracy_and_loss(model: nn.Module, inputs: Tensor, labels: Tensor, batch_si
     correct = loss = 0.0
     for begin in range(0, len(labels), batch_size):
         y = labels[begin : begin + batch_size]
-        logits = logits_of(model, inputs[begin : begin + batch_size]).float()
+        logits = logits_of(model, inputs[begin : begin + batch_size])
         if highest >= logits.shape[1]:
             raise ValueError(f"label {highest} does not fit a model of {logits.shape[1]} outputs")
         correct += (logits.argmax(1) == y).sum().item()
         loss += F.cross_entropy(logits, y, reduction="sum").item()
     return correct / len(labels), loss / len(labels)
-
-
-class MeanOverHeads(nn.Module):
-    """A model with ``tasks`` and ``logits(images, task)``, all tasks being the same one; linear heads are so averaged."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        model: Any = self.model
-        return torch.stack([model.logits(images, task) for task in model.tasks]).mean(0)
 
 
 def consensus_distance(local: Tensor) -> float:

@@ -17,6 +17,7 @@ import torch
 from plait import hookimpl
 from plait.fields import field, in_range
 from plait.freezing import thawed
+from plait_vision import DATA
 from torch import nn
 
 from plait_federated.client_data import (
@@ -45,6 +46,9 @@ class Federated:
     """Local training and engine of every federated method."""
 
     renamed_fields: ClassVar[Mapping[str, str]] = {"lr_decay": "learning_rate_decay"}
+    # Several clients may be a list of datasets, of which each is one.
+    takes = {"model": "classifier", "clients": DATA}
+    columns_needed = {"clients": ("label",)}
 
     rounds: int = field(500, "communication rounds", in_range(1))
     local_epochs: int = field(5, "passes over a client's data in a round", in_range(1))
@@ -83,6 +87,14 @@ class Federated:
     output: Literal["model", "all"] = field(
         "model", "model: the averaged model; all: a mapping of model, clients (the local models) and history"
     )
+
+    @property
+    def gives(self) -> str | None:
+        return "model" if self.output == "model" else None
+
+    @property
+    def splits(self) -> tuple[str, ...] | None:
+        return None if self.output == "model" else ("model", "clients", "history")
 
     def rule(self) -> Gossip | Server:
         """Where a client starts in a round, and how it steps."""

@@ -28,6 +28,7 @@ def as_classifier(
     class_names: Sequence[str] | None = None,
     templates: Sequence[str] = TEMPLATES,
     task: str | None = None,
+    prepared: bool = False,
 ) -> AnyClassifier:
     """Any model that can tell classes apart, as a module: images ``[N, 3, H, W]`` in [0, 1] → logits ``[N, C]``, float32.
 
@@ -43,6 +44,8 @@ def as_classifier(
         templates: of an image-text model: texts with {} for the name of the class; their embeddings are averaged
             (Radford et al., ICML 2021).
         task: of a model of several tasks; ``"*"`` takes the mean of the logits of all.
+        prepared: what the classifier gets is prepared for the network already, or is no image; what a network of timm or
+            transformers says of itself is passed over.
 
     Raises:
         TypeError: the model is none of these.
@@ -55,10 +58,10 @@ def as_classifier(
     if is_image_text_model(model):
         return _OfTexts(model, class_names, templates)
     if is_multi_task_model(model):
-        return _OfTask(model, task, class_names)
+        return _OfTask(model, task, class_names, prepared)
     if task is not None and task != ALL_TASKS:
         raise ValueError(f"task is {task!r}, and a {type(model).__name__} has no tasks; leave task out")
-    return _OfModule(model, class_names)
+    return _OfModule(model, class_names, prepared)
 
 
 def is_image_text_model(model: Any) -> bool:
@@ -157,12 +160,12 @@ class AnyClassifier(nn.Module):
         except _FAILURES as error:
             reason = (str(error).strip() or "no reason given").splitlines()[0]
             raise ValueError(
-                f"the model fails on images of shape {shape} ({type(error).__name__}: {reason}); expected images in [0, 1] → logits"
+                f"the model fails on inputs of shape {shape} ({type(error).__name__}: {reason})"
             ) from error
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != shape[0]:
             given = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise ValueError(
-                f"the model gives {given} for images of shape {shape}; expected logits ({shape[0]}, classes)"
+                f"the model gives {given} for inputs of shape {shape}; expected logits ({shape[0]}, classes)"
             )
         return logits.float()
 
@@ -188,10 +191,10 @@ class Classifier(AnyClassifier):
 
 
 class _OfModule(AnyClassifier):
-    def __init__(self, model: nn.Module, class_names: Sequence[str] | None) -> None:
+    def __init__(self, model: nn.Module, class_names: Sequence[str] | None, prepared: bool) -> None:
         super().__init__()
         self.model = model
-        self.preparation = preparation_of(model)
+        self.preparation = None if prepared else preparation_of(model)
         self.class_names = tuple(class_names) if class_names else None
         self.training = model.training
 
@@ -201,7 +204,7 @@ class _OfModule(AnyClassifier):
 
 
 class _OfTask(AnyClassifier):
-    def __init__(self, model: Any, task: str | None, class_names: Sequence[str] | None) -> None:
+    def __init__(self, model: Any, task: str | None, class_names: Sequence[str] | None, prepared: bool) -> None:
         super().__init__()
         tasks = tuple(model.tasks)
         if task is None and len(tasks) != 1:
@@ -210,7 +213,7 @@ class _OfTask(AnyClassifier):
             raise ValueError(f"task is {task!r}; the model has the tasks {', '.join(tasks)}")
         self.model = model
         self.tasks = tasks if task in (None, ALL_TASKS) else (task,)
-        self.preparation = preparation_of(model)
+        self.preparation = None if prepared else preparation_of(model)
         self.class_names = tuple(class_names) if class_names else None
         self.training = model.training
 
@@ -345,7 +348,7 @@ def preparation_of_processor(folder: str | Path) -> Preparation:
 
 def _in_dtype_of(model: nn.Module, images: Tensor) -> Tensor:
     """Images in the type of the model's first weight; image-text models inside convert by themselves."""
-    if not images.is_floating_point() or any(hasattr(part, "encode_image") for part in model.modules()):
-        return images
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
-    return images if torch.is_autocast_enabled(images.device.type) else images.to(dtype)
+    if dtype == images.dtype or not images.is_floating_point() or torch.is_autocast_enabled(images.device.type):
+        return images
+    return images if any(hasattr(part, "encode_image") for part in model.modules()) else images.to(dtype)

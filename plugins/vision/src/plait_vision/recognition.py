@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from plait import Report, hookimpl
 from plait.fields import REQUIRED, field, in_range
+from plait.freezing import thawed
 from plait.weights import read_weights
 from torch import Tensor
 
@@ -22,12 +23,14 @@ from plait_vision import networks
 from plait_vision.adversarial import Loss, Norm, fgsm, pgd, start_noise, to_eight_bits
 from plait_vision.attacking import over_splits, with_attacked_images
 from plait_vision.classifiers import (
+    ALL_TASKS,
     TEMPLATES,
     AnyClassifier,
     Classifier,
     as_classifier,
     evaluating,
     is_image_text_model,
+    is_multi_task_model,
     on_device,
 )
 from plait_vision.labelled import ImageRows, as_pixels, class_names_of, class_number, in_order_of, labels_of
@@ -47,11 +50,20 @@ class ClassifierFields:
     templates: tuple[str, ...] = field(TEMPLATES, "texts with {} for the class, for an image-text model")
     task: str | None = field(None, "which task of a model of several; '*' takes the mean of their logits")
 
-    def classifier(self, model: Any, device: Any, names: Sequence[str] | None) -> AnyClassifier:
-        """Of a model on a device, which is moved as a copy; ``names`` are those of the data."""
+    def classifier(
+        self, model: Any, device: Any, names: Sequence[str] | None, *, prepared: bool = False, all_tasks: bool = False
+    ) -> AnyClassifier:
+        """Of a model on a device, which is moved as a copy.
+
+        Args:
+            names: those of the data's classes.
+            prepared: see :func:`plait_vision.as_classifier`.
+            all_tasks: a model of several tasks, where none is named, answers with the mean of all.
+        """
         model = on_device(model, device)
         names = self.class_names or (names if is_image_text_model(model) else None)
-        return as_classifier(model, class_names=names, templates=self.templates, task=self.task)
+        task = ALL_TASKS if all_tasks and self.task is None and is_multi_task_model(model) else self.task
+        return as_classifier(model, class_names=names, templates=self.templates, task=task, prepared=prepared)
 
     def classifier_and_labels(self, model: Any, data: Any, device: Any) -> tuple[AnyClassifier, Tensor]:
         """Of a model on a device and a data set: the classifier, and the labels by the numbers of its classes."""
@@ -222,13 +234,12 @@ class ClassifierTraining(ClassifierFields):
         part = _train(data)
         images = ImageRows(part)
         trained = copy.deepcopy(on_device(model, run.device))
+        trained = thawed(trained) if isinstance(trained, torch.nn.Module) else trained
         classifier = self.classifier(trained, run.device, class_names_of(part))
         labels = self.labels(part, classifier)
         with evaluating(classifier), torch.no_grad():
             outputs = classifier(images.stacked([0], classifier.preparation).to(run.device)).shape[1]
         _check_labels(labels, outputs)
-        for parameter in trained.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
         classifier.train()
         settings = Settings(**{one.name: getattr(self, one.name) for one in dataclasses.fields(Settings)})
         with run.loop(self, "training", inputs=(model, part)) as loop:

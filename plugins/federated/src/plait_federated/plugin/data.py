@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import attrs
 import datasets
 import numpy as np
-from datasets import Array3D, ClassLabel, Dataset, Features, Value
+from datasets import Array3D, ClassLabel, Dataset, Features, Image, Value
 from plait import Report, hookimpl
 from plait.fields import field, in_range
 from plait.report import Image as Picture
 from plait.report import Panel, png
+from plait_vision import encode_png
 
 from plait_federated.client_data import class_names, labels_of, train_of, with_numbered_classes
 from plait_federated.figures import partition_figure
@@ -35,19 +36,39 @@ def without_progress_bars() -> Iterator[None]:
 class Digits8x8:
     """1797 handwritten digits of 8×8 pixels from scikit-learn, 360 of them for the test."""
 
+    gives = "dataset"
+    splits = ("train", "test")
+
+    as_numbers: bool = field(
+        False, "a column pixel_values, [1, 8, 8] in [0, 1], in place of image, for networks with one channel"
+    )
+
+    @property
+    def columns_made(self) -> tuple[str, ...]:
+        return ("pixel_values" if self.as_numbers else "image", "label")
+
     @hookimpl
     def load_data(self, run: Any) -> dict[str, Dataset]:
         from sklearn.datasets import load_digits  # takes a second
 
         digits = load_digits()
         order = np.random.RandomState(0).permutation(len(digits.target))
-        features = Features({"pixel_values": Array3D((1, 8, 8), "float32"), "label": ClassLabel(num_classes=10)})
+        numbers = Array3D((1, 8, 8), "float32")
+        kind = {"pixel_values": numbers} if self.as_numbers else {"image": Image()}
+        features = Features({**kind, "label": ClassLabel(num_classes=10)})
 
         def rows(indices: np.ndarray) -> Dataset:
-            images = (digits.images[indices, None] / 16).astype(np.float32)
-            return Dataset.from_dict({"pixel_values": images, "label": digits.target[indices]}, features=features)
+            levels = digits.images[indices]
+            cells = (levels[:, None] / 16).astype(np.float32) if self.as_numbers else [_picture(one) for one in levels]
+            return Dataset.from_dict({**dict.fromkeys(kind, cells), "label": digits.target[indices]}, features=features)
 
         return {"train": rows(order[360:]), "test": rows(order[:360])}
+
+
+def _picture(levels: np.ndarray) -> dict[str, Any]:
+    """Levels from 0 to 16, [8, 8] → the cell of a grey RGB image."""
+    grey = (levels * (255 / 16)).round().astype(np.uint8)
+    return {"bytes": encode_png(np.stack([grey] * 3, axis=-1)), "path": None}
 
 
 @attrs.frozen(kw_only=True)
@@ -55,6 +76,9 @@ class Partition:
     """Give every sample a client: the training split with a column ``client``, other splits as they are."""
 
     renamed_fields: ClassVar[Mapping[str, str]] = {"exact_rng": "as_released"}
+    takes = {"data": "dataset"}
+    gives = "clients"
+    columns_needed = ("label",)
 
     num_clients: int = field(100, "number of clients", in_range(2))
     scheme: Scheme = field(

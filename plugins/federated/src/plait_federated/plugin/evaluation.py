@@ -8,13 +8,14 @@ from typing import Any
 
 import attrs
 import torch
+from datasets import ClassLabel
 from plait import Report, hookimpl
 from plait.fields import field, in_range
 from plait.report import Curve, Image, Panel, png
-from torch import nn
+from plait_vision import CLASSIFIERS, DATA, ClassifierFields, evaluating
 
-from plait_federated.client_data import client_members, inputs_of, labels_of, train_of
-from plait_federated.evaluation import MeanOverHeads, accuracy_and_loss, summary
+from plait_federated.client_data import class_names, client_members, inputs_of, labels_of, train_of
+from plait_federated.evaluation import accuracy_and_loss, summary
 from plait_federated.figures import graph_figure
 from plait_federated.methods import PeerGraph
 from plait_federated.topology import column_sums, levels, second_eigenvalue, smallest_eigenvalue
@@ -69,11 +70,15 @@ class FederatedRounds:
 
 
 @attrs.frozen(kw_only=True)
-class FederatedAccuracy:
-    """Top-1 accuracy and cross-entropy of one model, or of each of several.
+class FederatedAccuracy(ClassifierFields):
+    """Top-1 accuracy and cross-entropy of one model, or of each of several, on inputs of any kind.
 
-    A merged model that kept a linear head of each client answers with the mean of its heads.
+    Plain modules get the inputs as in federated training. Of a model of several tasks, such as a merged one with a linear head
+    of each client, the default is the mean of the logits of all.
     """
+
+    takes = {"model": CLASSIFIERS, "data": DATA}
+    columns_needed = ("label",)
 
     column: str | None = field(None, "column of the inputs; null finds it")
     batch_size: int = field(1024, "samples in a batch", in_range(1))
@@ -82,14 +87,15 @@ class FederatedAccuracy:
     def evaluate(self, model: Any, data: Any, run: Any) -> Report:
         models = dict(model) if isinstance(model, Mapping) else {"model": model}
         inputs, labels = inputs_of(data, self.column).to(run.device), torch.from_numpy(labels_of(data)).to(run.device)
+        names = class_names(data) if isinstance(data.features["label"], ClassLabel) else None
         rows = []
         for name, one in models.items():
-            if not isinstance(one, nn.Module):
-                raise TypeError(f"model {name} is a {type(one).__name__}; expected a torch module")
-            was_training = one.training
-            answering = MeanOverHeads(one) if hasattr(one, "task_heads") else one
-            accuracy, loss = accuracy_and_loss(answering.to(run.device).eval(), inputs, labels, self.batch_size)
-            one.train(was_training)
+            try:
+                classifier = self.classifier(one, run.device, names, prepared=True, all_tasks=True)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"model {name}: {error}") from error
+            with evaluating(classifier):
+                accuracy, loss = accuracy_and_loss(classifier, inputs, labels, self.batch_size)
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"model {name} has loss {loss}: its weights or outputs are not finite, so no answer counts"
@@ -105,6 +111,8 @@ class FederatedAccuracy:
 @attrs.frozen(kw_only=True)
 class FederatedGraph(PeerGraph):
     """Spectrum, waiting depth and picture of a graph of the data's clients, in its first round."""
+
+    takes = {"data": DATA}
 
     @hookimpl
     def evaluate(self, data: Any, run: Any) -> Report:

@@ -8,6 +8,7 @@ import attrs
 import torch
 from plait import hookimpl
 from plait.fields import field, in_range
+from plait_vision import DATA
 
 from plait_federated.client_data import class_names, inputs_of, train_of
 from plait_federated.models import ImageClassifier
@@ -16,6 +17,10 @@ from plait_federated.models import ImageClassifier
 @attrs.frozen(kw_only=True)
 class FederatedModel:
     """A fresh image classifier without buffers; the data set its channels, size and classes."""
+
+    takes = {"data": DATA}
+    gives = "classifier"
+    columns_needed = ("label",)
 
     architecture: Literal["mlp", "cnn-small", "cnn", "lenet", "resnet18-gn", "resnet18-gn-small-stem"] = field(
         "lenet", "network; mlp and cnn-small are for digits, the others for photographs"
