@@ -671,14 +671,15 @@ def check(method: str, hook: str | None, example: str | None) -> None:
 @click.option(
     "--hook", "hooks", multiple=True, required=True, help="A hook that the package implements; may be repeated."
 )
+@click.option("--domain", default="image-classification", show_default=True, help="What the methods work on.")
 @click.option(
     "--in", "parent", type=click.Path(path_type=Path), default=Path(), help="Where to put the package's folder."
 )
-def new(name: str, hooks: tuple[str, ...], parent: Path) -> None:
+def new(name: str, hooks: tuple[str, ...], domain: str, parent: Path) -> None:
     """Write a complete, working package NAME for a new method."""
     from plait.new import create
 
-    folder = create(name, list(hooks), parent)
+    folder = create(name, list(hooks), parent, domain)
     click.echo(f"{folder} is ready:")
     click.echo(f"  pip install -e {folder}")
     click.echo(f"  plait check {name}")

@@ -14,6 +14,17 @@ from plait.catalogue import catalogue, offers
 from plait.errors import PlaitError, nearest
 from plait.hookspecs import HOOKS
 
+DEFAULT_DOMAIN = "image-classification"
+# Domains whose packages begin with the digits of plait.demo; those of the others have small data and a model of their own.
+OF_DIGITS = {
+    "inputs": ("plait.demo.models", "images_of"),
+    "values": ("plait.demo.models", "images_of"),
+    "labels": ("plait.demo.models", "labels_of"),
+    "with_values": ("plait.demo.pictures", "with_images"),
+}
+OWN = {
+    "inputs": "inputs_of", "values": "values_of", "labels": "labels_of", "with_values": "with_values", "part": "part", "replaced": "replaced",
+}  # fmt: skip
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
@@ -21,6 +32,26 @@ def templates() -> Path:
     """Where the templates are: in the wheel, or in the checkout."""
     shipped = Path(__file__).with_name("templates")
     return shipped if shipped.is_dir() else Path(__file__).parents[2] / "templates"
+
+
+def domains() -> list[str]:
+    """Names of the domains, the default one first."""
+    found = sorted(folder.name for folder in (templates() / "domains").iterdir())
+    return sorted(found, key=lambda name: name != DEFAULT_DOMAIN)
+
+
+def check_domain(domain: str, hooks: list[str]) -> None:
+    """Raise PlaitError unless there is such a domain, and all hooks have a template in it."""
+    if domain not in domains():
+        raise PlaitError(
+            f"there is no domain {domain!r}{nearest(domain, domains()) or '; the domains are ' + ', '.join(domains())}"
+        )
+    for hook in hooks:
+        fitting = [one for one in domains() if hook in _about_domain(one)["hooks"]]
+        if domain not in fitting:
+            raise PlaitError(
+                f"there is no template of hook {hook.replace('_', '-')} for {domain}; --domain may be {', '.join(fitting)}"
+            )
 
 
 def check_name(name: str, hooks: list[str]) -> None:
@@ -38,15 +69,17 @@ def check_name(name: str, hooks: list[str]) -> None:
         raise PlaitError(f"{name!r} would hide another package; choose another name")
 
 
-def create(name: str, hooks: list[str], parent: Path) -> Path:
+def create(name: str, hooks: list[str], parent: Path, domain: str = DEFAULT_DOMAIN) -> Path:
     """Write the package into ``parent / name``.
 
     Args:
         name: of the package and of its methods, in lower case with dashes.
         hooks: at least one hook.
+        domain: what the methods work on, one of :func:`domains`.
 
     Raises:
-        PlaitError: the name is not allowed or taken, a hook is unknown, or the folder exists.
+        PlaitError: the name is not allowed or taken, a hook or the domain is unknown or they do not go together, or
+            the folder exists.
     """
     hooks = list(dict.fromkeys(hook.replace("-", "_") for hook in hooks))
     shown = [hook.replace("_", "-") for hook in HOOKS]
@@ -55,11 +88,12 @@ def create(name: str, hooks: list[str], parent: Path) -> Path:
             raise PlaitError(
                 f"there is no hook {hook!r}{nearest(hook.replace('_', '-'), shown) or '; the hooks are ' + ', '.join(shown)}"
             )
+    check_domain(domain, hooks)
     check_name(name, hooks)
     folder = parent / name
     if folder.exists():
         raise PlaitError(f"{folder} exists already; choose another name or folder")
-    facts = _facts(name, hooks)
+    facts = _facts(name, hooks, domain)
     try:
         for source, target in _files(facts):
             target_path = folder / target
@@ -70,13 +104,62 @@ def create(name: str, hooks: list[str], parent: Path) -> Path:
     return folder
 
 
-def _facts(name: str, hooks: list[str]) -> dict[str, Any]:
+def _about_domain(domain: str) -> dict[str, Any]:
+    text = (templates() / "domains" / domain / "about.yaml").read_text(encoding="utf-8")
+    about: dict[str, Any] = yaml.safe_load(text)
+    return about
+
+
+def _words(domain: str, package: str) -> dict[str, Any]:
+    """How a domain's data and methods are called in the templates."""
+    about = _about_domain(domain)
+    is_own = (templates() / "domains" / domain / "data.py.jinja").exists()
+    words = {**about, "domain": domain, "is_own": is_own, "items": f"{about['item']}s", "keeps_target": not is_own}
+    if is_own:
+        return words | {
+            "inputs": "inputs", "values": "values", "rows": "data", "layer": "hidden", "take": "part(inputs, rows)",
+            "load": lambda name: f"inputs_of({name}, run.device)",
+            "kit": lambda *roles: "",
+            "own": lambda *roles: f"from {package}.data import {', '.join(sorted(OWN[role] for role in roles))}\n",
+            "toy": f"{package}.demo", "source": "Source", "model": "Model", "domain_imports": about.get("imports"),
+        }  # fmt: skip
+    return words | {
+        "inputs": "images", "values": "images", "rows": "digits", "layer": "layers.2", "take": "images[rows]",
+        "load": lambda name: f"images_of({name}).to(run.device)",
+        "kit": _of_digits,
+        "own": lambda *roles: "",
+        "toy": "plait.demo.methods", "source": "Digits", "model": "SmallClassifier", "type": "Tensor",
+    }  # fmt: skip
+
+
+def _of_digits(*roles: str) -> str:
+    """Import lines for what plait.demo has for some roles."""
+    names: dict[str, list[str]] = {}
+    for role in roles:
+        module, name = OF_DIGITS[role]
+        names.setdefault(module, []).append(name)
+    return "".join(f"from {module} import {', '.join(sorted(some))}\n" for module, some in sorted(names.items()))
+
+
+def _folder_of(hook: str, words: dict[str, Any]) -> Path:
+    """The templates of a hook: the domain's, else those of domains with data of their own, else everybody's."""
+    root = templates()
+    places = [root / "domains" / str(words["domain"]), *([root / "own"] if words["is_own"] else []), root]
+    return next(place / "hooks" / hook for place in places if (place / "hooks" / hook).is_dir())
+
+
+def _facts(name: str, hooks: list[str], domain: str) -> dict[str, Any]:
     package = name.replace("-", "_")
+    words = _words(domain, package)
     camel = "".join(part.capitalize() for part in name.split("-"))
     several = len(hooks) > 1
     methods = []
     for hook in hooks:
-        about = yaml.safe_load((templates() / "hooks" / hook / "about.yaml").read_text(encoding="utf-8"))
+        folder = _folder_of(hook, words)
+        text = (folder / "about.yaml").read_text(encoding="utf-8")
+        for placeholder, word in {"ROWS": words["rows"], "ITEM": words["item"], "LAYER": words["layer"]}.items():
+            text = text.replace(placeholder, word)
+        about = yaml.safe_load(text)
         cls = camel + ("".join(part.capitalize() for part in hook.split("_")) if several else "")
         module = f"plugin/{hook}.py" if several else "plugin.py"
         methods.append(
@@ -86,6 +169,7 @@ def _facts(name: str, hooks: list[str]) -> dict[str, Any]:
                 "name": name,
                 "cls": cls,
                 "module": module,
+                "folder": folder,
                 "target": f"{package}.{module.removesuffix('.py').replace('/', '.')}:{cls}",
                 "readme_step": about["step"].replace("NAME", name),
                 "summary": about["summary"],
@@ -93,11 +177,12 @@ def _facts(name: str, hooks: list[str]) -> dict[str, Any]:
             }
         )
     return {
+        **words,
         "name": name,
         "package": package,
         "api": API,
         "methods": methods,
-        "summaries": [m["summary"] for m in methods],
+        "summaries": list(dict.fromkeys(m["summary"] for m in methods)),
     }
 
 
@@ -107,8 +192,7 @@ def _files(facts: dict[str, Any]) -> list[tuple[str, str]]:
     steps: list[str] = []
     files = []
     for method in methods:
-        folder = templates() / "hooks" / method["hook"]
-        for template in sorted(folder.glob("*.jinja")):
+        for template in sorted(method["folder"].glob("*.jinja")):
             text = _render(template, {**facts, **method})
             file = template.name.removesuffix(".jinja")
             if file == "steps.yaml":
@@ -121,6 +205,10 @@ def _files(facts: dict[str, Any]) -> list[tuple[str, str]]:
                 files.append((text, f"src/{package}/{file}"))
     if len(methods) > 1:
         files.append(('"""The package\'s methods, one file a hook."""\n', f"src/{package}/plugin/__init__.py"))
+    if facts["is_own"]:
+        for folder in (templates() / "domains" / facts["domain"], templates() / "own"):
+            for template in sorted(folder.glob("*.jinja")):
+                files.append((_render(template, facts), f"src/{package}/{template.name.removesuffix('.jinja')}"))
     skeleton = templates() / "skeleton"
     for template in sorted(skeleton.rglob("*.jinja")):
         target = str(template.relative_to(skeleton)).removesuffix(".jinja")
