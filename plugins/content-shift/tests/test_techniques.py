@@ -5,7 +5,13 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler, SD3ControlNetModel
+from diffusers import (
+    DDIMScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    PNDMScheduler,
+    SD3ControlNetModel,
+)
 from plait import Run
 from plait.configuration import configure
 from plait.methods import find
@@ -82,6 +88,136 @@ def test_a_controlnet_of_sd3_adds_to_blocks(tiny):
         control.check(tiny(SD15).denoiser)
 
 
+def flux_controlnet(denoiser, **changes):
+    """With residuals, also of the control image, which a fresh one has none of."""
+    own = {name: value for name, value in denoiser.config.items() if not name.startswith("_")}
+    config = {**own, "num_layers": 1, "num_single_layers": 1, **changes}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = FluxControlNetModel.from_config(config).eval().requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if name.startswith("controlnet_"):
+                parameter.normal_(0, 0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def flux(tiny):
+    """The backbone, images and a pass of them."""
+    backbone = tiny("flux")
+    size = backbone.default_size // 16
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    call = extractor("vit-block*-out", image_size=size).prepare(
+        backbone, images, rows=range(2), seed=0, prompts=["a horse", "a red cat"], timestep=50
+    )
+    return backbone, images, call
+
+
+FLUX_KINDS = {
+    "one block of each": {},
+    "none of single stream": {"num_single_layers": 0},
+    "as many": {"num_layers": 2, "num_single_layers": 2},
+    "without guidance": {"guidance_embeds": False},
+    "union": {"num_mode": 3},
+    "with an encoder of its own": {"conditioning_embedding_channels": 4, "num_layers": 2, "patch_size": 2},
+}
+
+
+@pytest.mark.parametrize("kind", FLUX_KINDS)
+def test_a_controlnet_of_flux_gives_what_the_pipeline_of_diffusers_computes(flux, kind):
+    backbone, images, call = flux
+    model = flux_controlnet(backbone.denoiser, **FLUX_KINDS[kind])
+    mode = 1 if kind == "union" else None
+    bucket = Bucket(controls=(Control(model, 0.7, mode=mode),))
+    bucket.check(backbone, 50)
+    steered = bucket(backbone, call, 50)
+    found = backbone.denoise(steered.sample, steered.timestep, steered.condition)
+
+    batch, channels, height, width = call.sample.shape
+    vae = backbone.encoder
+    shown = canny(images)
+    if model.input_hint_block is None:
+        latents = (vae.encode(shown * 2 - 1).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+        condition = FluxControlNetPipeline._pack_latents(latents, batch, channels, height, width)
+    else:
+        condition = shown * 2 - 1
+    tokens = FluxControlNetPipeline._pack_latents(call.sample, batch, channels, height, width)
+    shared = {
+        "timestep": torch.full((batch,), float(call.timestep)) / 1000,
+        "pooled_projections": call.condition["pooled_projections"],
+        "encoder_hidden_states": call.condition["encoder_hidden_states"],
+        "txt_ids": torch.zeros(call.condition["encoder_hidden_states"].shape[1], 3),
+        "img_ids": FluxControlNetPipeline._prepare_latent_image_ids(
+            batch, height // 2, width // 2, "cpu", call.sample.dtype
+        ),
+        "return_dict": False,
+    }
+    double, single = model(
+        hidden_states=tokens,
+        controlnet_cond=condition,
+        controlnet_mode=None if mode is None else torch.full((batch, 1), mode),
+        conditioning_scale=0.7,
+        guidance=torch.ones(batch) if model.config.guidance_embeds else None,
+        **shared,
+    )
+    (out,) = backbone.denoiser(
+        hidden_states=tokens,
+        guidance=torch.ones(batch),
+        controlnet_block_samples=double,
+        controlnet_single_block_samples=single,
+        controlnet_blocks_repeat=model.input_hint_block is not None,
+        **shared,
+    )
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    expected = FluxControlNetPipeline._unpack_latents(out, height * scale, width * scale, scale)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, backbone.denoise(call.sample, call.timestep, call.condition), atol=1e-3)
+
+
+def test_controlnets_of_flux_of_other_depths_add_up(flux):
+    backbone, _, call = flux
+    short, long = (flux_controlnet(backbone.denoiser, num_layers=n, num_single_layers=n) for n in (1, 2))
+    before = backbone.fingerprint()
+
+    def residuals(*models):
+        return Bucket(controls=tuple(map(Control, models)))(backbone, call, 50).condition
+
+    one, other, both = residuals(short), residuals(long), residuals(short, long)
+    for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
+        assert len(both[name]) == 2
+        for a, b, total in zip(one[name], other[name], both[name], strict=True):
+            assert torch.equal(a + b, total)
+    assert backbone.fingerprint() == before
+
+
+def test_a_controlnet_of_flux_that_does_not_fit_is_refused(flux, tiny):
+    backbone = flux[0]
+    with pytest.raises(ValueError, match="FluxControlNetModel for a SD3Transformer2DModel"):
+        Control(flux_controlnet(backbone.denoiser)).check(tiny("sd3").denoiser)
+    for wrong, sentence in {
+        "joint_attention_dim": "joint_attention_dim is 8 and the denoiser's 16",
+        "in_channels": "in_channels is 8 and the denoiser's 16",
+        "num_layers": "num_layers is 8, more than the denoiser's 2",
+        "num_mode": "the mode is None, and the union ControlNet needs one from 0 to 7",
+    }.items():
+        with pytest.raises(ValueError, match=sentence):
+            Control(flux_controlnet(backbone.denoiser, **{wrong: 8})).check(backbone.denoiser)
+    with pytest.raises(ValueError, match="the mode is 1, but the FluxControlNetModel is no union"):
+        Control(flux_controlnet(backbone.denoiser), mode=1).check(backbone.denoiser)
+
+
+def test_a_controlnet_of_flux_from_its_folder(flux, run, tmp_path, controlnet):
+    backbone = flux[0]
+    flux_controlnet(backbone.denoiser, num_mode=3).save_pretrained(tmp_path / "flux")
+    method = ContentShift(extractor=extractor("vit-block*-out"), control=str(tmp_path / "flux"), control_mode=2)
+    (control,) = method.bucket(backbone, run).controls
+    assert type(control.model) is FluxControlNetModel
+    assert control.mode == 2
+    controlnet(SD15, 0.5).save_pretrained(tmp_path / "sd15")
+    with pytest.raises(ValueError, match="a ControlNetModel; a FluxTransformer2DModel needs a FluxControlNetModel"):
+        attrs.evolve(method, control=str(tmp_path / "sd15")).bucket(backbone, run)
+
+
 def test_residuals_of_several_controlnets_add_up(backbone, images, controlnet):
     one = Control(controlnet(SD15, 0.5))
     twice = features(backbone, images, Bucket(controls=(one, one)))
@@ -132,6 +268,9 @@ def test_control_that_does_not_fit_is_refused(tiny, backbone, images, controlnet
     small = Control(controlnet(SD15, 0.0), image=lambda pixels: pixels[..., ::2, ::2])
     with pytest.raises(ValueError, match="the control image has shape"):
         features(backbone, images, Bucket(controls=(small,)))
+    grey = Control(controlnet(SD15, 0.0), image=outlines)
+    with pytest.raises(ValueError, match="the control image has 1 channels and the model takes 3"):
+        features(backbone, images, Bucket(controls=(grey,)))
     signed = Control(controlnet(SD15, 0.0), image=lambda pixels: 2 * pixels - 1)
     with pytest.raises(ValueError, match=r"ranges from -.* \[0, 1\] is needed"):
         features(backbone, images, Bucket(controls=(signed,)))
@@ -528,5 +667,5 @@ def test_a_controlnet_of_a_folder(backbone, run, controlnet, tmp_path):
         torch.equal(a, b) for a, b in zip(control.model.parameters(), controlnet(SD15, 0.5).parameters(), strict=True)
     )
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(ValueError, match="cannot be read as a ControlNet"):
+    with pytest.raises(ValueError, match="cannot be read as a ControlNetModel"):
         attrs.evolve(method, control=str(tmp_path / "nothing")).bucket(backbone, run)
