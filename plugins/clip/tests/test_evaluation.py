@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plait_clip import prompts, tiny_fusion_model, zero_shot
-from plait_clip.plugin.evaluation import LinearProbe, Retrieval, SupervisedFineTune, ZeroShot
+from plait_clip import digit_pairs, prompts, tiny_fusion_model, tiny_model, zero_shot
+from plait_clip.plugin.evaluation import LinearProbe, Retrieval, SupervisedFineTune, ZeroShot, success_rate
 from plait_clip.retrieval import evaluate_retrieval, recall, retrieval_ranks
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -20,6 +20,41 @@ def test_zero_shot_on_digits(trained, digits, run):
     less = ZeroShot(templates=("{}",), top=(1,)).evaluate(model=trained, data=digits["test"], run=run[0]).rows[0]
     assert list(less) == ["CA@1"]
     assert less["CA@1"] > 0.3
+
+
+def test_models_and_data_sets_by_name_are_rows_of_one_table(run):
+    run, data = run[0], digit_pairs(40)
+    models, parts = {"a": tiny_model(), "b": tiny_model()}, {"some": data.select(range(20)), "all": data}
+    for method in (ZeroShot(templates="digits"), Retrieval()):
+        table = method.evaluate(model=models, data=parts, run=run).rows
+        assert [(row["model"], row["data"]) for row in table] == [
+            ("a", "some"), ("b", "some"), ("a", "all"), ("b", "all"),
+        ]  # fmt: skip
+        alone = method.evaluate(model=models["b"], data=parts["some"], run=run).rows[0]
+        assert table[1] == {"model": "b", "data": "some", **alone}
+        one_model = method.evaluate(model=models["a"], data=parts, run=run).rows
+        assert [next(iter(row)) for row in one_model] == ["data", "data"]
+    splits = {"train": data, "test": parts["some"]}
+    probed = LinearProbe(num_epochs=1).evaluate(model=models, data=splits, run=run).rows
+    assert [(row["model"], row["split"]) for row in probed] == [("a", "test"), ("b", "test")]
+    models["b"].model.token_embedding.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"model b, data all: .* are not finite"):
+        ZeroShot(templates="digits").evaluate(model=models, data={"all": data}, run=run)
+    with pytest.raises(ValueError, match="there is no model"):
+        ZeroShot().evaluate(model={}, data=data, run=run)
+
+
+def test_success_rate_counts_images_of_other_classes_and_poisoned_ones(run):
+    labels, predicted = torch.tensor([7, 7, 1, 2, 3]), torch.tensor([7, 7, 7, 2, 7])
+    data = datasets.Dataset.from_dict({"label": labels.tolist()})
+    assert success_rate(predicted, labels, 7, data) == pytest.approx(2 / 3)
+    poisoned = data.add_column("is_backdoor", [False, True, False, False, False])
+    assert success_rate(predicted, labels, 7, poisoned) == pytest.approx(3 / 4)
+    assert success_rate(predicted[:1], labels[:1], 7, data) is None
+    row = ZeroShot(templates="digits", target="seven").evaluate(model=tiny_model(), data=digit_pairs(40), run=run[0])
+    assert 0 <= row.rows[0]["ASR"] <= 1
+    with pytest.raises(ValueError, match="target is 'eleven'; the classes are zero, one"):
+        ZeroShot(templates="digits", target="eleven").evaluate(model=tiny_model(), data=digit_pairs(40), run=run[0])
 
 
 def test_the_head_is_the_mean_of_normalised_prompts(trained):

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plait_sa_aet.choices import Triangle
 from plait_sa_aet.images import quantize
 from plait_sa_aet.randomness import PerImage, ReleasedStreams
-from plait_sa_aet.choices import Triangle
 from plait_sa_aet.sa_aet import caption_targets, evolve_images, semantic_projection, sub
 from plait_sa_aet.source import Source
 from plait_sa_aet.views import ScaledViews

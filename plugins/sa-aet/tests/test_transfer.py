@@ -154,6 +154,20 @@ def _cleaned(pairs):
     return [[text.lower().rstrip("!") for text in captions] for captions in pairs["captions"]]
 
 
+def test_a_defender_reads_restored_images_and_wants_low_rates(pairs, knowing):
+    data = {"restored": pairs, "b": pairs}
+    report = Transfer(top=(1,), reader="defender", num_panels=0).evaluate(knowing, data, pairs, Run())
+    assert set(report.better.values()) == {"lower"}
+    assert all("setting" not in row for row in report.rows)
+    assert [(row["source"], row["target"]) for row in report.rows] == [
+        (source, target) for source in data for target in knowing
+    ]
+    assert all(row["ASR"] == 0 for row in report.rows)
+    assert "White-box" not in report.notes[0]
+    attacker = Transfer(top=(1,), num_panels=0).evaluate(knowing, data, pairs, Run())
+    assert set(attacker.better.values()) == {"higher"}
+
+
 def test_a_single_model_and_a_single_dataset_have_no_names(pairs, knowing):
     report = Transfer(top=(1,)).evaluate(knowing["a"], shifted(pairs, 1), pairs, Run())
     assert [list(row) for row in report.rows] == [["ASR", "TR ASR@1", "IR ASR@1"]]

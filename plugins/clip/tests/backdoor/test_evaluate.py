@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plait import Report, hookimpl
+from plait_clip import tiny_model
 from plait_clip.backdoor import metrics
 from plait_clip.backdoor.plugin.attacks import Backdoor, BadNet, BadNetFixed, Blended, TrojVqa, from_manifest
 from plait_clip.backdoor.plugin.defences import SquareUnlearn
@@ -222,6 +223,24 @@ def test_bad_requests(victim, digits, dirty):
         evaluated(ClipBackdoor(templates="digits"), victim, {"poisoned": dirty})
     with pytest.raises(ValueError, match="no backdoor manifest"):
         evaluated(ClipBackdoor(templates="digits"), victim, {"test": digits["test"], "poisoned": digits["test"]})
+
+
+def test_models_and_scores_by_name_are_rows_of_one_table(digits, dirty):
+    models, data = {"a": tiny_model(), "b": tiny_model()}, digits["test"].select(range(30))
+    method = ClipBackdoor(templates="digits", trigger=BadNetFixed(target="seven", templates="digits", patch_size=2))
+    table = method.evaluate(model=models, data=data, reference=None, run=plait.Run())
+    assert [row["model"] for row in table.rows] == ["a", "b"]
+    alone = method.evaluate(model=models["b"], data=data, reference=None, run=plait.Run())
+    assert table.rows[1] == {"model": "b", **alone.rows[0]}
+    assert [panel.title.split(":")[0] for panel in table.panels] == ["a", "b"]
+    before = method.evaluate(model=models, data=data, reference=models, run=plait.Run())
+    assert before.rows == table.rows
+    with pytest.raises(ValueError, match="reference lacks b"):
+        method.evaluate(model=models, data=data, reference={"a": models["a"]}, run=plait.Run())
+    scored = dirty.select(range(60)).add_column("suspicion", [i / 60 for i in range(60)])
+    found = BackdoorDetection(top=(4,), num_shown=0).evaluate(data={"x": scored, "y": scored}, run=plait.Run())
+    assert [row["data"] for row in found.rows] == ["x", "y"]
+    assert [curve.name.split(":")[0] for curve in found.curves] == ["x", "y"]
 
 
 def test_every_attack_is_a_trigger():

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from functools import partial
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from plait.report import Image, Panel, Report, png
@@ -38,16 +38,31 @@ def clean_recall(rows: Sequence[Row]) -> Report:
     return Report(title="clean recall", rows=rows, formats={name: ".3f" for name in rows[0] if "R@" in name})
 
 
-def success(table: list[Row], sources: Iterable[str], panels: list[Panel]) -> tuple[Report, str]:
-    """The table of success rates, with the means over other targets, and a warning on resampling, or "" where it is none."""
+def success(
+    table: list[Row],
+    sources: Iterable[str],
+    panels: list[Panel],
+    *,
+    reader: Literal["attacker", "defender"] = "attacker",
+) -> tuple[Report, str]:
+    """The table of success rates, with the means over other targets, and a warning on resampling, or "" where it is none.
+
+    Args:
+        reader: to a defender low rates are better, and the sources say how images were made, not which model was attacked:
+            there are no settings, and no means over other targets.
+    """
     place = {source: i for i, source in enumerate(sources)}
     table = sorted(table, key=lambda row: place[row.get("source", "")])  # targets keep their order
     rates = [name for name in table[0] if "ASR" in name]
     notes = [
         "ASR@k: of the queries answered within the first k without the attack, the share (%) that is not with it; "
         "all images and all captions of the gallery are adversarial. TR: image → caption, IR: caption → image. "
-        "ASR is the mean of TR and IR ASR@1. White-box: the target is the model that was attacked."
+        "ASR is the mean of TR and IR ASR@1."
     ]
+    if reader == "attacker":
+        notes[0] += " White-box: the target is the model that was attacked."
+    else:
+        table = [{name: value for name, value in row.items() if name != "setting"} for row in table]
     warning = ""
     worst = max(table, key=lambda row: row[RESAMPLING])
     if worst[RESAMPLING] > 0:
@@ -64,7 +79,7 @@ def success(table: list[Row], sources: Iterable[str], panels: list[Panel]) -> tu
         table = [{name: value for name, value in row.items() if name != RESAMPLING} for row in table]
     report = Report(
         rows=[*table, *_means(table, rates)],
-        better=dict.fromkeys(rates, "higher"),
+        better=dict.fromkeys(rates, "higher" if reader == "attacker" else "lower"),
         formats=dict.fromkeys([*rates, RESAMPLING], ".2f"),
         panels=panels,
         notes=notes,

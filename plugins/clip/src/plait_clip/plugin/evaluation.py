@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import attrs
@@ -13,8 +13,73 @@ from plait.fields import field, in_range
 from plait_clip import probe, prompts
 from plait_clip import retrieval as rt
 from plait_clip import zero_shot as zs
+from plait_clip.backdoor.poison import IS_BACKDOOR, flags_of
 from plait_clip.model import on_device
 from plait_clip.pair_batches import PairLoader, image_batches
+
+
+def of_each(model: Any, data: Any, measure: Callable[[Any, Any], Report]) -> Report:
+    """What ``measure(model, data)`` finds for a model or each of a mapping, on a data set or each of a mapping, as one report.
+
+    Its rows say in the columns ``model`` and ``data`` which they are of, where there is a mapping.
+
+    Raises:
+        ValueError: a mapping is empty; what ``measure`` raises, with the names that it is about.
+    """
+    models = model if isinstance(model, Mapping) else {"": model}
+    parts = data if isinstance(data, Mapping) else {"": data}
+    if not models or not parts:
+        raise ValueError(f"there is no {'data set' if models else 'model'} to measure; give at least one")
+    found: list[tuple[dict[str, str], Report]] = []
+    for part_name, part in parts.items():
+        for model_name, one in models.items():
+            named = {"model": str(model_name), "data": str(part_name)}
+            which = {kind: name for kind, name in named.items() if name}
+            try:
+                found.append((which, measure(one, part)))
+            except (ValueError, TypeError) as error:
+                if not which:
+                    raise
+                about = ", ".join(f"{kind} {name}" for kind, name in which.items())
+                raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{about}: {error}") from error
+    return Report(
+        rows=[{**which, **row} for which, report in found for row in report.rows],
+        better={column: way for _, report in found for column, way in report.better.items()},
+        formats={column: form for _, report in found for column, form in report.formats.items()},
+        notes=list(dict.fromkeys(_about(which, note) for which, report in found for note in report.notes)),
+        curves=[attrs.evolve(one, name=_about(which, one.name)) for which, report in found for one in report.curves],
+        panels=[attrs.evolve(one, title=_about(which, one.title)) for which, report in found for one in report.panels],
+    )
+
+
+def _about(which: Mapping[str, str], text: str) -> str:
+    return ": ".join([", ".join(which.values()), text] if which else [text])
+
+
+def class_number(target: str | int, names: list[str]) -> int:
+    """The label that a name or a number of a class stands for.
+
+    Raises:
+        ValueError: it is no class.
+    """
+    found = names.index(target) if target in names else target
+    if found not in range(len(names)):
+        raise ValueError(f"target is {target!r}; the classes are {', '.join(names[:20])}")
+    return int(found)
+
+
+def success_rate(predicted: torch.Tensor, labels: torch.Tensor, target: int, data: Any) -> float | None:
+    """ASR: the share of the images of other classes that are called ``target``; None where there is none.
+
+    Poisoned rows of ``data`` have the target's label, and show another class.
+    """
+    others = labels != target
+    if IS_BACKDOOR in data.column_names:
+        others |= torch.from_numpy(flags_of(data))
+    return float((predicted[others] == target).float().mean()) if bool(others.any()) else None
+
+
+TARGET = "class name or number; adds ASR: share of the images of other classes called this"
 
 
 @attrs.frozen(kw_only=True)
@@ -51,19 +116,30 @@ class ZeroShotFields:
 class ZeroShot(ZeroShotFields):
     """Zero-shot classification accuracy: CA@1, 3, 5 and 10 (Radford et al., ICML 2021)."""
 
+    target: str | int | None = field(None, TARGET)
+
     @hookimpl
     def evaluate(self, model: Any, data: Any, run: Any) -> Report:
+        """Of a model or of several by name, on a data set or on several."""
+        return of_each(model, data, lambda one, part: self._measured(one, part, run))
+
+    def _measured(self, model: Any, data: Any, run: Any) -> Report:
         model = on_device(model, run.device)
         labels, names = self.labels_and_names(data)
         head = zs.zero_shot_head(model, names, prompts.templates(self.templates), precision=self.precision)
         top = zs.classify(model, head, data, top=max(self.top), batch_size=self.batch_size, precision=self.precision)
         ranks = [m for m in self.top if m < len(names)] or [1]
-        return _shares({f"CA@{m}": zs.accuracy(top, labels, m) for m in ranks})
+        row: dict[str, float | None] = {f"CA@{m}": zs.accuracy(top, labels, m) for m in ranks}
+        report = _shares(row)
+        if self.target is None:
+            return report
+        success = success_rate(top[:, 0], labels, class_number(self.target, names), data)
+        return attrs.evolve(report, rows=[row | {"ASR": success}], formats={**report.formats, "ASR": ".3f"})
 
 
-def _shares(row: dict[str, float]) -> Report:
+def _shares(row: Mapping[str, float | None]) -> Report:
     """A row of shares, higher is better."""
-    return Report(rows=[row], better=dict.fromkeys(row, "higher"), formats=dict.fromkeys(row, ".3f"))
+    return Report(rows=[dict(row)], better=dict.fromkeys(row, "higher"), formats=dict.fromkeys(row, ".3f"))
 
 
 @attrs.frozen(kw_only=True)
@@ -82,6 +158,10 @@ class Retrieval:
 
     @hookimpl
     def evaluate(self, model: Any, data: Any, run: Any) -> Report:
+        """Of a model or of several by name, on a data set or on several."""
+        return of_each(model, data, lambda one, part: self._measured(one, part, run))
+
+    def _measured(self, model: Any, data: Any, run: Any) -> Report:
         text_ranks, image_ranks = rt.evaluate_retrieval(
             on_device(model, run.device),
             data,
@@ -102,9 +182,7 @@ class _ClassifierFields:
     num_epochs: int = field(10, "passes over the training split", in_range(1))
     batch_size: int = field(128, "images per step", in_range(1))
     weight_decay: float = field(0.01, "AdamW decay of the weights", in_range(0))
-    target: str | int | None = field(
-        None, "class name or number; adds ASR: share of the rows of other classes called this"
-    )
+    target: str | int | None = field(None, TARGET)
     precision: Literal["fp32", "bf16"] = field("fp32", "arithmetic of the image tower; bf16: mixed precision")
 
 
@@ -116,8 +194,12 @@ class LinearProbe(_ClassifierFields):
 
     @hookimpl
     def evaluate(self, model: Any, data: Any, run: Any) -> Report:
-        model = on_device(model, run.device)
+        """Of a model or of several by name; ``data`` maps ``train`` and the splits to measure on."""
         splits = _Splits(data, self.target)
+        return of_each(model, None, lambda one, _: self._measured(one, splits, run))
+
+    def _measured(self, model: Any, splits: _Splits, run: Any) -> Report:
+        model = on_device(model, run.device)
 
         def features(part: Any) -> torch.Tensor:
             batches = image_batches(part, model.image_input, batch_size=256)
@@ -146,8 +228,12 @@ class SupervisedFineTune(_ClassifierFields):
 
     @hookimpl
     def evaluate(self, model: Any, data: Any, run: Any) -> Report:
-        model = on_device(model, run.device)
+        """Of a model or of several by name; ``data`` maps ``train`` and the splits to measure on."""
         splits = _Splits(data, self.target)
+        return of_each(model, None, lambda one, _: self._measured(one, splits, run))
+
+    def _measured(self, model: Any, splits: _Splits, run: Any) -> Report:
+        model = on_device(model, run.device)
         if len(splits.train) < self.batch_size:
             raise ValueError(f"train has {len(splits.train)} rows, fewer than batch_size {self.batch_size}")
         pairs = PairLoader(splits.captioned_train(), model)
@@ -196,9 +282,7 @@ class _Splits:
             raise ValueError("train has rows of one class only; a classifier needs at least two")
         self.measured = {name: part for name, part in data.items() if name != "train"}
         self.labels = {name: zs.labels_and_names(part)[0] for name, part in self.measured.items()}
-        self.target = self.names.index(target) if target in self.names else target
-        if target is not None and self.target not in range(self.num_classes):
-            raise ValueError(f"target is {target!r}; the classes are {', '.join(self.names[:20])}")
+        self.target = None if target is None else class_number(target, self.names)
 
     def captioned_train(self) -> Any:
         """The training split with its class names as captions."""
@@ -211,7 +295,6 @@ class _Splits:
             predicted, labels = predict(part), self.labels[name]
             row: dict[str, Any] = {"split": name, "accuracy": float((predicted == labels).float().mean())}
             if self.target is not None:
-                others = predicted[labels != self.target]
-                row["ASR"] = float((others == self.target).float().mean()) if len(others) else None
+                row["ASR"] = success_rate(predicted, labels, self.target, part)
             rows.append(row)
         return Report(rows=rows, better={"accuracy": "higher"}, formats={"accuracy": ".3f", "ASR": ".3f"})

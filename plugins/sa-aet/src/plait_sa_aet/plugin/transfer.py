@@ -28,6 +28,11 @@ class Transfer:
     mixed_kinds: bool = field(
         False, "allow contrastive and fusion models in one table, whose scores are not made in the same way"
     )
+    reader: Literal["attacker", "defender"] = field(
+        "attacker",
+        "who reads the table: a high success rate is good for an attacker, a low one for a defender, whose data may be "
+        "restored images of any name, so that his table tells no white-box attacks from transferred ones",
+    )
     num_panels: int = field(4, "pairs shown in the report: clean, adversarial, difference", in_range(0))
     batch_size: int = field(256, "images at a time", in_range(1))
     precision: Literal["fp32", "bf16"] = field("fp32", "arithmetic of the towers")
@@ -71,7 +76,7 @@ class Transfer:
             if (one.source, one.target) == shown:
                 panels = [transfer_report.pictures(one, clean, attacked[one.source], self.num_panels, **scoring)]
         run.add(transfer_report.clean_recall(list(recalls.values())))
-        report, warning = transfer_report.success(table, attacked, panels)
+        report, warning = transfer_report.success(table, attacked, panels, reader=self.reader)
         if warning:
             run.warn(warning)
         return report

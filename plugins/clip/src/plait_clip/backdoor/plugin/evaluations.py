@@ -23,7 +23,7 @@ from plait_clip.backdoor.pictures import comparison, contact_sheet
 from plait_clip.backdoor.plugin.attacks import Backdoor, from_manifest
 from plait_clip.backdoor.poison import IS_BACKDOOR, flags_of
 from plait_clip.model import on_device
-from plait_clip.plugin.evaluation import ZeroShotFields
+from plait_clip.plugin.evaluation import ZeroShotFields, of_each
 
 TEST, POISONED = "test", "poisoned"
 FORMAT = ".3f"
@@ -34,8 +34,8 @@ class ClipBackdoor(ZeroShotFields):
     """Clean accuracy (CA@m) and attack success rate (ASR@m) of a backdoored or cleaned image-text model.
 
     ``data`` is the clean test set, or a mapping with the parts ``test`` and ``poisoned``: without the field
-    ``trigger`` it is that which poisoned the latter. ``reference``, if given, is the model before the defence: the
-    pictures then show its predictions too.
+    ``trigger`` it is that which poisoned the latter. ``model`` is one or several by name. ``reference``, if given, is the
+    model before the defence (or that of each, by the same names): the pictures then show its predictions too.
     """
 
     trigger: Any = method_field(
@@ -60,6 +60,17 @@ class ClipBackdoor(ZeroShotFields):
 
     @hookimpl
     def evaluate(self, model: Any, data: Any, reference: Any | None, run: Any) -> Report:
+        if not isinstance(reference, Mapping):
+            return of_each(model, None, lambda one, _: self._measured(one, data, reference, run))
+        if not isinstance(model, Mapping) or (alone := [name for name in model if name not in reference]):
+            missing = (
+                f"lacks {', '.join(map(str, alone))}" if isinstance(model, Mapping) else "has names, and model has none"
+            )
+            raise ValueError(f"reference {missing}; give one model, or that before the defence for each of model")
+        pairs = {name: (one, reference[name]) for name, one in model.items()}
+        return of_each(pairs, None, lambda pair, _: self._measured(pair[0], data, pair[1], run))
+
+    def _measured(self, model: Any, data: Any, reference: Any | None, run: Any) -> Report:
         test, attack = self._parts(data)
         labels, names = self.labels_and_names(test)
         model = on_device(model, run.device)
@@ -205,6 +216,10 @@ class BackdoorDetection:
 
     @hookimpl
     def evaluate(self, data: Any, run: Any) -> Report:
+        """Of a data set or of several by name."""
+        return of_each(None, data, lambda _, part: self._measured(part))
+
+    def _measured(self, data: Any) -> Report:
         if not isinstance(data, datasets.Dataset):
             raise ValueError(f"data is a {type(data).__name__}; backdoor-detection needs a dataset with the scores")
         if not len(data):
