@@ -208,14 +208,27 @@ def test_a_single_expert_with_lambda_one_is_that_expert(family):
 
 @pytest.mark.parametrize("family", ["BERT", "T5"], indirect=True)
 def test_classifiers_are_fine_tuned_merged_trained_and_merged_again(family, tokenizer):
-    _, folder = family
+    name, folder = family
     data, run = {task: texts(task) for task in TASKS}, plait.Run(on_warning=lambda sentence: None)
     base = load(folder / "base")
     training = plugin.MultiTaskTraining(num_steps=2, batch_size=4, train_heads=True, tokenizer=tokenizer)
     experts = {
         task: training.optimize(model=load(folder / "base", part), data=part, run=run) for task, part in data.items()
     }
-    assert {expert.tasks for expert in experts.values()} == {("accuracy",)}
+    for expert, part in zip(experts.values(), data.values(), strict=True):
+        assert type(expert) is FAMILIES[name][2]
+        assert not expert.training
+        fresh = load(folder / "base", part).state_dict()
+        assert all(torch.isfinite(value).all() for value in expert.state_dict().values())
+        assert any(
+            not torch.equal(value, fresh[key])
+            for key, value in expert.state_dict().items()
+            if "head" in key or "classifier" in key
+        )
+    with pytest.raises(
+        ValueError, match="has one head, and data are of the tasks colour, mood; give those of one task"
+    ):
+        training.optimize(model=base, data=data, run=run)
     experts = {
         task: training.optimize(model=load(folder / "base", part), data={task: part}, run=run)
         for task, part in data.items()

@@ -158,6 +158,14 @@ def split_head(model: nn.Module, places: tuple[str, ...]) -> tuple[nn.Module, In
     return encoder, InnerHead(heads)
 
 
+def join_head(encoder: nn.Module, head: InnerHead) -> nn.Module:
+    """The inverse of :func:`split_head`: the classifier around the tensors of both."""
+    model = same_tensors(encoder)
+    for place, part in zip(socket_places(encoder), head, strict=True):
+        model.set_submodule(place, part)
+    return model
+
+
 def with_place_of_head(base: nn.Module, expert: nn.Module, places: tuple[str, ...]) -> nn.Module:
     """A base of transformers that has no head, inside a classifier of an expert's class; any other base as it is.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import attrs
 import torch
@@ -23,6 +23,10 @@ from plait_wemoe.states import NO_STATISTICS, State, recompute_statistics, with_
 from plait_wemoe.tasks import IndividualModels
 
 STATISTICS_BATCH = 128
+# Kinds: what a data set for each task may come as, and models that answer by a head.
+DATA = ("dataset", "clients")
+WITH_HEADS = ("multi-task-model", "classifier", "image-text-model")
+BY_INPUTS = {"base": (*WITH_HEADS, "model-folder"), "experts": (*WITH_HEADS, "model-folder"), "data": DATA}
 
 
 @attrs.frozen(kw_only=True)
@@ -40,6 +44,8 @@ class ReadsData:
 @attrs.frozen(kw_only=True)
 class Merging(ReadsData):
     """What all merge methods have in common."""
+
+    takes: ClassVar[Mapping[str, Any]] = {"data": DATA}
 
     templates: tuple[str, ...] | str = field(
         "photo", "prompts with {} for zero-shot heads of image-text models, or a set's name"
@@ -72,6 +78,8 @@ class Merging(ReadsData):
 @attrs.frozen(kw_only=True)
 class Individual(Merging):
     """No merge: every task keeps its own expert (upper bound, T times the size)."""
+
+    gives = "multi-task-model"
 
     @hookimpl
     def merge(self, base: Any, experts: Any, data: Any | None, run: Any) -> IndividualModels:
@@ -188,6 +196,8 @@ class Dare(Trimming):
 @attrs.frozen(kw_only=True)
 class ByInputs(OneModel):
     """What methods have in common that weigh the experts by what some inputs do in them."""
+
+    takes = BY_INPUTS
 
     num_examples: int = field(256, "inputs per task", in_range(1))
     batch_size: int = field(32, "inputs at a time", in_range(1))

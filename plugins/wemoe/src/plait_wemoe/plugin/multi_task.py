@@ -15,12 +15,12 @@ from plait.report import Image, Panel, png
 from plait_wemoe.evaluation import bytes_on_disk, routing_figure, scores, stored_numbers, task_routing
 from plait_wemoe.folders import ModelFolder
 from plait_wemoe.four_tasks import task_dataset
-from plait_wemoe.heads import CosineHead
+from plait_wemoe.heads import CosineHead, join_head
 from plait_wemoe.mixture import WeightEnsemblingMoE
-from plait_wemoe.plugin.merging import ReadsData
+from plait_wemoe.plugin.merging import DATA, WITH_HEADS, ReadsData
 from plait_wemoe.pool import label_names
 from plait_wemoe.supervised import LabelledTask, labelled_tasks, of_tasks, train_tasks
-from plait_wemoe.tasks import MultiTaskModel, WithHeads
+from plait_wemoe.tasks import MultiTaskModel
 from plait_wemoe.texts import text_classifier
 from plait_wemoe.vit import seeded_vit
 
@@ -28,6 +28,10 @@ from plait_wemoe.vit import seeded_vit
 @attrs.frozen(kw_only=True)
 class FourTasks:
     """Small classification tasks from packaged digits and photographs, 16×16: train and test of one of four."""
+
+    gives = "dataset"
+    columns_made = ("image", "label")
+    splits = ("train", "test")
 
     task: Literal["digits", "clutter", "rotated", "textures"] = field(
         REQUIRED, "which: digits, digits over photos, digits turned and renamed, textures"
@@ -41,6 +45,10 @@ class FourTasks:
 @attrs.frozen(kw_only=True)
 class MultiTaskViT:
     """A small fresh vision transformer with one cosine head per task of ``data``."""
+
+    takes = {"data": DATA}
+    gives = "multi-task-model"
+    columns_needed = ("label",)
 
     image_size: int = field(16, "side, pixels", in_range(1))
     patch_size: int = field(4, "side of a patch, pixels", in_range(1))
@@ -74,6 +82,9 @@ class MultiTaskViT:
 class TextClassifier:
     """A classifier of texts, of transformers; ``data``, one labelled data set, gives it a head for its classes."""
 
+    takes = {"data": "dataset"}
+    columns_needed = ("label",)
+
     source: str = path_or_name_field(REQUIRED, "local folder of save_pretrained, or owner/name on the Hugging Face hub")
 
     @hookimpl
@@ -88,6 +99,8 @@ class TextClassifier:
 class FolderModel:
     """A model that stays in its folder of safetensors: merges that need the weights alone read it tensor by tensor."""
 
+    gives = "model-folder"
+
     folder: Path = field(
         REQUIRED, "folder as save_pretrained writes it: safetensors (also in shards), configuration, tokenizer"
     )
@@ -101,6 +114,8 @@ class FolderModel:
 class MultiTaskTraining(ReadsData):
     """Supervised training on the tasks of ``data``: pre-training, one expert, or joint training."""
 
+    takes = {"model": WITH_HEADS, "data": DATA}
+    columns_needed = ("label",)
     renamed_fields: ClassVar[Mapping[str, str]] = {"lr": "learning_rate"}
 
     num_steps: int = field(250, "optimizer steps", in_range(0))
@@ -112,11 +127,15 @@ class MultiTaskTraining(ReadsData):
     examples_per_class: int | None = field(None, "use the first ones of every class only; default: all", in_range(1))
 
     @hookimpl
-    def optimize(self, model: Any, data: Any, run: Any) -> WithHeads:
-        model, data = of_tasks(model, data)
-        tasks = labelled_tasks(data, model, self.tokenizer, self.image_processor, run.warn, self.examples_per_class)
-        return train_tasks(
-            model.to(run.device),
+    def optimize(self, model: Any, data: Any, run: Any) -> torch.nn.Module:
+        several, data = of_tasks(model, data)
+        if several is not model and len(data) > 1:
+            raise ValueError(
+                f"a {type(model).__name__} has one head, and data are of the tasks {', '.join(data)}; give those of one task"
+            )
+        tasks = labelled_tasks(data, several, self.tokenizer, self.image_processor, run.warn, self.examples_per_class)
+        trained = train_tasks(
+            several.to(run.device),
             tasks,
             num_steps=self.num_steps,
             batch_size=self.batch_size,
@@ -128,11 +147,16 @@ class MultiTaskTraining(ReadsData):
             track=lambda steps: run.track(steps, "train"),
             on_step=lambda step, loss: run.log(step=step, loss=loss),
         )
+        # A classifier comes back as one, its own head in its place.
+        return trained if several is model else join_head(trained.encoder, next(iter(trained.task_heads)))
 
 
 @attrs.frozen(kw_only=True)
 class MultiTaskAccuracy(ReadsData):
     """Accuracy of every task and their mean, size, and what the routers do."""
+
+    takes = {"model": (*WITH_HEADS, "model-folder"), "data": DATA}
+    columns_needed = ("label",)
 
     batch_size: int = field(128, "inputs at a time", in_range(1))
     batches: tuple[Literal["one-task", "mixed"], ...] = field(

@@ -16,7 +16,7 @@ from plait_wemoe.baselines import adaptive
 from plait_wemoe.columns import ShuffledBatches
 from plait_wemoe.heads import Features
 from plait_wemoe.inputs import input_dtype
-from plait_wemoe.plugin.merging import OneModel
+from plait_wemoe.plugin.merging import BY_INPUTS, OneModel
 from plait_wemoe.pool import Pool
 from plait_wemoe.states import State, with_state
 from plait_wemoe.upscaling import UpscaleConfig
@@ -28,6 +28,8 @@ T = TypeVar("T")
 @attrs.frozen(kw_only=True)
 class Adaptive(OneModel):
     """What methods that train on unlabelled data have in common."""
+
+    takes = BY_INPUTS
 
     renamed_fields: ClassVar[Mapping[str, str]] = {
         "lr": "learning_rate",
