@@ -1,5 +1,8 @@
 """Class labels mean the same in all splits, whatever a saved dataset holds."""
 
+import subprocess
+import sys
+
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from plait_vision.columns import is_saved_dataset, read_saved, with_class_labels
@@ -75,3 +78,9 @@ def test_saved_datasets(tmp_path):
     (tmp_path / "one" / "dataset_info.json").write_text("{")
     with pytest.raises(ValueError, match="one cannot be read as a saved dataset"):
         read_saved(tmp_path / "one")
+
+
+def test_reading_a_pipeline_needs_no_torch():
+    modules = "plait_vision.plugin, plait_vision.rows, plait_vision.recognition"
+    code = f"import {modules}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

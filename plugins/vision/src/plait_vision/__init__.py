@@ -32,6 +32,7 @@ from plait_vision.files import (
     tar_shards,
 )
 from plait_vision.images import SUFFIXES, Transparency, as_cell, check_rules, decode, encode_png, is_image_name, size
+from plait_vision.kinds import CLASSIFIERS, DATA
 from plait_vision.rules import ImageRules
 from plait_vision.tables import read_table
 from plait_vision.writing import write_rows, write_tables
@@ -49,16 +50,13 @@ if TYPE_CHECKING:
         on_device,
     )
     from plait_vision.labelled import ImageRows, class_names_of, class_number
-    from plait_vision.recognition import CLASSIFIERS, ClassifierFields
-    from plait_vision.rows import DATA
+    from plait_vision.recognition import ClassifierFields
 
 # Whoever only reads images does without torch.
 _WITH_TORCH = {
     "over_splits": "attacking",
     "class_names_of": "labelled",
     "class_number": "labelled",
-    "DATA": "rows",
-    "CLASSIFIERS": "recognition",
     "AnyClassifier": "classifiers",
     "Classifier": "classifiers",
     "ClassifierFields": "recognition",

@@ -6,14 +6,12 @@ Images are ``[N, 3, H, W]`` in [0, 1]; a classifier gives logits ``[N, C]``. Not
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Norm = Literal["linf", "l2"]
-Loss = Literal["cross-entropy", "margin"]
+from plait_vision.kinds import Loss, Norm
 
 
 def fgsm(classifier: nn.Module, images: Tensor, classes: Tensor, epsilon: float, *, targeted: bool = False) -> Tensor:

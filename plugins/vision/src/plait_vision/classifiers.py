@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TEMPLATES = ("a photo of a {}.",)
-ALL_TASKS = "*"
+from plait_vision.kinds import ALL_TASKS, TEMPLATES
+
 _TEXTS_AT_ONCE = 1024
 _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
 

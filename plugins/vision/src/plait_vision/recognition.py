@@ -7,37 +7,23 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 import plait
-import torch
-import torch.nn.functional as F
 from plait import Report, hookimpl
 from plait.fields import REQUIRED, field, in_range
 from plait.freezing import thawed
 from plait.weights import read_weights
-from torch import Tensor
 
-from plait_vision import networks
-from plait_vision.adversarial import Loss, Norm, fgsm, pgd, start_noise, to_eight_bits
-from plait_vision.attacking import over_splits, with_attacked_images
-from plait_vision.classifiers import (
-    ALL_TASKS,
-    TEMPLATES,
-    AnyClassifier,
-    Classifier,
-    as_classifier,
-    evaluating,
-    is_image_text_model,
-    is_multi_task_model,
-    on_device,
-)
-from plait_vision.labelled import ImageRows, as_pixels, class_names_of, class_number, in_order_of, labels_of
-from plait_vision.rows import DATA
-from plait_vision.supervised import Settings, train_classifier
+from plait_vision.kinds import ALL_TASKS, CLASSIFIERS, DATA, TEMPLATES, Loss, Norm
 
-CLASSIFIERS = ("classifier", "image-text-model", "multi-task-model")
+# Reading a pipeline needs the fields alone: whatever imports torch waits until something is computed.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from plait_vision.classifiers import AnyClassifier, Classifier
+    from plait_vision.labelled import ImageRows
 
 
 @attrs.frozen(kw_only=True)
@@ -60,6 +46,8 @@ class ClassifierFields:
             prepared: see :func:`plait_vision.as_classifier`.
             all_tasks: a model of several tasks, where none is named, answers with the mean of all.
         """
+        from plait_vision.classifiers import as_classifier, is_image_text_model, is_multi_task_model, on_device
+
         model = on_device(model, device)
         names = self.class_names or (names if is_image_text_model(model) else None)
         task = ALL_TASKS if all_tasks and self.task is None and is_multi_task_model(model) else self.task
@@ -67,11 +55,15 @@ class ClassifierFields:
 
     def classifier_and_labels(self, model: Any, data: Any, device: Any) -> tuple[AnyClassifier, Tensor]:
         """Of a model on a device and a data set: the classifier, and the labels by the numbers of its classes."""
+        from plait_vision.labelled import labels_of
+
         classifier = self.classifier(model, device, labels_of(data)[1])
         return classifier, self.labels(data, classifier)
 
     def labels(self, data: Any, classifier: AnyClassifier) -> Tensor:
         """The data's labels by the numbers of the classifier's classes."""
+        from plait_vision.labelled import in_order_of, labels_of
+
         labels, names = labels_of(data)
         return in_order_of(labels, None if self.class_names else names, classifier.class_names)
 
@@ -110,6 +102,10 @@ class _Network:
         return found | ({"size": self.size, "shorter": None} if self.size is not None else {})
 
     def _built(self, builder: Any, data: Any, run: Any, **facts: Any) -> Classifier:
+        import torch
+
+        from plait_vision import networks
+
         state = None if self.weights is None else read_weights(self.weights)
         names, count = _classes(data)
         count = self.num_classes or count or (networks.outputs_of(state) if state else None)
@@ -146,6 +142,8 @@ class Torchvision(_Network):
     @hookimpl
     def load_model(self, data: Any | None, run: Any) -> Classifier:
         """A ``plait_vision.Classifier``, in evaluation mode."""
+        from plait_vision import networks
+
         networks.check_torchvision(self.architecture)
         found = networks.torchvision_preparation(self.architecture, self.weights is not None)
         return self._built(
@@ -160,6 +158,8 @@ class Timm(_Network):
     @hookimpl
     def load_model(self, data: Any | None, run: Any) -> Classifier:
         """A ``plait_vision.Classifier``, in evaluation mode."""
+        from plait_vision import networks
+
         networks.check_timm(self.architecture)
         found = networks.timm_preparation(self.architecture, self.arguments, self.weights is not None)
         return self._built(networks.timm_classifier, data, run, preparation=self._preparation(found))
@@ -176,12 +176,16 @@ class Transformers:
     @hookimpl
     def load_model(self, run: Any) -> Classifier:
         """A ``plait_vision.Classifier``, in evaluation mode."""
+        from plait_vision import networks
+
         return networks.read_transformers(Path(self.folder))
 
 
 def _classes(data: Any) -> tuple[tuple[str, ...] | None, int | None]:
     if data is None:
         return None, None
+    from plait_vision.labelled import labels_of
+
     part = _train(data)
     if len(part) == 0:
         raise ValueError("the data has no rows; give at least one")
@@ -231,6 +235,12 @@ class ClassifierTraining(ClassifierFields):
     @hookimpl
     def optimize(self, model: Any, data: Any, run: Any) -> Any:
         """A trained copy of the model, in evaluation mode; of a source with splits, trained on ``train``."""
+        import torch
+
+        from plait_vision.classifiers import evaluating, on_device
+        from plait_vision.labelled import ImageRows, class_names_of
+        from plait_vision.supervised import Settings, train_classifier
+
         part = _train(data)
         images = ImageRows(part)
         trained = copy.deepcopy(on_device(model, run.device))
@@ -288,6 +298,8 @@ class Accuracy(ClassifierFields):
     @hookimpl
     def evaluate(self, model: Any, data: Any, run: Any) -> Report:
         """A row for each model and data set."""
+        from plait_vision.labelled import ImageRows, in_order_of, labels_of
+
         models = model if isinstance(model, Mapping) else {"": model}
         parts = data if isinstance(data, Mapping) else {"": data}
         if not models or not parts:
@@ -322,6 +334,12 @@ class Accuracy(ClassifierFields):
         self, classifier: AnyClassifier, images: ImageRows, labels: Tensor, run: Any, what: str
     ) -> tuple[Tensor, float]:
         """The likeliest classes, int64 [N, max(top)], and the mean cross-entropy."""
+        import torch
+        import torch.nn.functional as F
+
+        from plait_vision.classifiers import evaluating
+        from plait_vision.labelled import as_pixels
+
         found: list[Tensor] = []
         order: list[int] = []
         loss = 0.0
@@ -343,6 +361,8 @@ class Accuracy(ClassifierFields):
         return answers[torch.tensor(order).argsort()], loss / len(images)
 
     def _row(self, top: Tensor, loss: float, labels: Tensor, names: Sequence[str] | None) -> dict[str, float | None]:
+        from plait_vision.labelled import class_number
+
         row: dict[str, float | None] = {}
         for rank in self.top:
             if rank <= top.shape[1]:
@@ -404,9 +424,18 @@ class _LogitAttack(ClassifierFields):
     @hookimpl
     def attack(self, model: Any, data: Any, run: Any) -> Any:
         """The data with ``image`` replaced, 8-bit PNG; the budget holds after rounding."""
+        from plait_vision.attacking import over_splits
+
         return over_splits(data, lambda part, split: self._attacked(model, part, split, run))
 
     def _attacked(self, model: Any, data: Any, split: str, run: Any) -> Any:
+        import torch
+
+        from plait_vision.adversarial import to_eight_bits
+        from plait_vision.attacking import with_attacked_images
+        from plait_vision.classifiers import evaluating
+        from plait_vision.labelled import ImageRows, as_pixels, class_names_of, class_number
+
         ImageRows(data)  # refuses what is no data set of images
         names = class_names_of(data)
         classifier = self.classifier(model, run.device, names)
@@ -437,6 +466,8 @@ class Fgsm(_LogitAttack):
     def changed(
         self, classifier: AnyClassifier, images: Tensor, classes: Tensor, rows: Sequence[int], seed: int
     ) -> Tensor:
+        from plait_vision.adversarial import fgsm
+
         return fgsm(classifier, images, classes, self.epsilon, targeted=self.target is not None)
 
 
@@ -459,6 +490,8 @@ class PgdLogits(_LogitAttack):
     def changed(
         self, classifier: AnyClassifier, images: Tensor, classes: Tensor, rows: Sequence[int], seed: int
     ) -> Tensor:
+        from plait_vision.adversarial import pgd, start_noise
+
         return pgd(
             classifier,
             images,

@@ -15,9 +15,8 @@ from plait.fields import REQUIRED, field, in_range
 
 from plait_vision.columns import with_class_labels
 from plait_vision.images import decode, encode_png
+from plait_vision.kinds import DATA
 from plait_vision.writing import write_rows
-
-DATA = ("dataset", "clients")
 
 
 @attrs.frozen(kw_only=True)
