@@ -281,3 +281,71 @@ def test_folders_that_are_no_classifiers(tmp_path):
         load(tmp_path, unnamed)
     with pytest.raises(ValueError, match="there is no model to evaluate"):
         plugin.MultiTaskAccuracy().evaluate(model={}, data={"mood": texts("mood")}, run=plait.Run())
+
+
+METHODS_FILE = '''
+import attrs, datasets
+from plait import hookimpl
+
+TASKS = {"colour": ["red", "green", "blue"], "mood": ["good", "bad"]}
+
+
+@attrs.frozen(kw_only=True)
+class Texts:
+    """Texts of a task."""
+
+    task: str = "mood"
+
+    @hookimpl
+    def load_data(self, run):
+        names = TASKS[self.task]
+        rows = {"text": [f"so {name} [END]" for name in names] * 4, "label": [*range(len(names))] * 4}
+        data = datasets.Dataset.from_dict(rows).cast_column("label", datasets.ClassLabel(names=names))
+        return {"train": data, "test": data}
+'''
+
+PIPELINE = """
+plait: 1
+name: texts
+steps:
+  colour: {load-data: "./methods.py:Texts", with: {task: colour}}
+  mood: {load-data: "./methods.py:Texts"}
+  base: {load-model: text-classifier, with: {source: MODELS/base}}
+  known: {load-model: text-classifier, with: {source: MODELS/colour}}
+  fresh: {load-model: text-classifier, from: {data: mood.train}, with: {source: MODELS/base}}
+  tuned:
+    optimize: multi-task
+    from: {model: fresh, data: {mood: mood.train}}
+    with: {tokenizer: TOKENIZER, train_heads: true, num_steps: 2, batch_size: 4}
+  merged:
+    merge: e-wemoe
+    from: {base: base, experts: {colour: known, mood: tuned}, data: {colour: colour.test, mood: mood.test}}
+    with: {tokenizer: TOKENIZER, num_steps: 2, batch_size: 4}
+  folder: {load-model: model-folder, with: {folder: MODELS/base}}
+  other: {load-model: model-folder, with: {folder: MODELS/mood}}
+  streamed: {merge: ties, from: {base: folder, experts: {mood: other}}}
+  accuracy:
+    evaluate: multi-task
+    from: {model: merged, data: {colour: colour.test, mood: mood.test}}
+    with: {tokenizer: TOKENIZER}
+  of-one:
+    evaluate: multi-task
+    from: {model: {tuned: tuned, streamed: streamed}, data: mood.test}
+    with: {tokenizer: TOKENIZER}
+"""
+
+
+@pytest.mark.parametrize("family", ["DistilBERT"], indirect=True)
+def test_a_pipeline_of_texts(family, tokenizer, tmp_path, monkeypatch):
+    _, folder = family
+    if not (folder / "whole").exists():  # a base with a head, as a folder of its own
+        load(folder / "base", texts("mood")).save_pretrained(folder / "whole")
+    (tmp_path / "methods.py").write_text(METHODS_FILE)
+    text = PIPELINE.replace("MODELS/base}}\n  other", "MODELS/whole}}\n  other")
+    text = text.replace("MODELS", str(folder)).replace("TOKENIZER", str(tokenizer))
+    (tmp_path / "texts.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    result = plait.run(tmp_path / "texts.yaml")
+    assert {"colour", "mood", "mean"} <= result.output("accuracy").rows[0].keys()
+    assert [row["method"] for row in result.output("of-one").rows] == ["tuned", "streamed"]
+    assert all("accuracy" in row for row in result.output("of-one").rows)
