@@ -1,4 +1,4 @@
-"""What the site adds to the pages in this folder: a page for every package, the gallery of pipelines, colours of code.
+"""What the site adds to the pages in this folder: a page for every package, all ready-made pipelines, colours of code.
 
 MkDocs calls the functions (``hooks`` in ``mkdocs.yml``). The texts stay where they are read first: in the packages'
 READMEs and in the pipelines themselves.
@@ -32,7 +32,7 @@ def on_files(files: Files, config: Any) -> Files:
     made = {
         **{f"packages/{folder.name}.md": _package(folder) for folder in PLUGINS},
         "packages/index.md": _packages(),
-        "gallery.md": _gallery(),
+        "ready-made.md": _ready_made(),
         "code.css": HtmlFormatter(style="default").get_style_defs(".codehilite") + LAYOUT,
     }
     for place, content in made.items():
@@ -70,7 +70,7 @@ def _relinked(match: re.Match[str], folder: Path) -> str:
     if place.parent == DOCS and place.suffix == ".md":
         return f"[{text}](../{place.name}{anchor})"
     if place.parent == ROOT / "pipelines":
-        return f"[{text}](../gallery.md#{place.stem})"
+        return f"[{text}](../ready-made.md#{place.stem})"
     return text
 
 
@@ -84,7 +84,7 @@ def _packages() -> str:
     return "\n".join([*lines, ""])
 
 
-def _gallery() -> str:
+def _ready_made() -> str:
     """Every ready-made pipeline: what it shows, its steps as a picture, its text."""
     lines = [
         "# Ready-made pipelines",
