@@ -27,6 +27,8 @@ _NOT_OF_THE_ALGORITHM = ("table", "keep_float")
 class EnsIR:
     """Ensemble of restored images by range-wise Gaussian mixtures (Sun et al., NeurIPS 2024), as published."""
 
+    takes = {"candidates": "dataset", "data": "dataset"}  # the reference may also be a table, which is a model
+
     bin_width: int = field(32, "width of a bin, in 8-bit levels; 256 / width bins a model", in_range(1, 256))
     default_weight: tuple[float, ...] | None = field(
         None, "one weight per model, sum 1: start of every cell", in_range(0)

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 class _Ensemble:
     """What all have in common."""
 
+    takes = {"candidates": "dataset", "reference": "dataset"}
+    gives = "dataset"
+
     keep_float: bool = field(False, "also store unrounded images, which psnr-ssim with rounding: false then scores")
 
     def fused(self, run: Run, scenes: Scenes, fuse: Callable[[Tensor], Tensor]) -> Dataset:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 FLOAT_COLUMN = "image_float"
 SAMPLE_PREFIX = "image_sample_"
+# What methods that work on every split, or on every client's data, take (see plait.contract).
+DATA = ("dataset", "clients")
 FLOAT_FEATURE = List(List(List(Value("float32"))))
 
 

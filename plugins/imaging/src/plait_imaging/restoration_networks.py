@@ -23,6 +23,8 @@ _HELD_BYTES = 512 << 20
 class LoadResidualCNN:
     """A small fresh convolutional network, image → image, also several times as large."""
 
+    gives = "restorer"
+
     channels: int = field(32, "of the hidden layers", in_range(1))
     num_layers: int = field(6, "3 × 3 convolutions", in_range(2))
     scale: int = field(1, "the result is so many times as high and wide", in_range(1))
@@ -41,6 +43,9 @@ class LoadResidualCNN:
 @attrs.frozen(kw_only=True)
 class TrainRestorationNetwork:
     """Plain training of any network from image to image on pairs of ``image`` and ``target``."""
+
+    takes = {"data": "dataset"}
+    columns_needed = ("image", "target")
 
     loss: Literal["l1", "l2"] = field("l1", "mean absolute or mean squared error")
     num_steps: int = field(1000, "of Adam", in_range(1))

@@ -13,7 +13,7 @@ from plait import Run, hookimpl
 from plait.fields import field, in_range, method_field
 
 from plait_imaging import filters
-from plait_imaging.images import map_images, over_splits
+from plait_imaging.images import DATA, map_images, over_splits
 from plait_imaging.transforms import MotionBlur
 
 
@@ -29,6 +29,9 @@ def _window(default: tuple[int, int]) -> Any:
 @attrs.frozen(kw_only=True)
 class _Restorer:
     """A filter of one image."""
+
+    takes = {"data": DATA}
+    columns_needed = ("image",)
 
     def filtered(self, image: np.ndarray) -> np.ndarray:
         """uint8 ``[H, W, 3]`` → uint8, or float in [0, 1]."""

@@ -103,6 +103,9 @@ def _compare(data: Any, reference: Any, *, needs_truth: bool) -> _Comparison:
 class _Scoring:
     """What all metrics of images have."""
 
+    takes = {"data": "dataset", "reference": "dataset"}
+    columns_needed = {"data": ("image",), "reference": ("image",)}
+
     listed: int = field(50, "images in the per-image tables; averages are over all", in_range(0))
     by: str | None = field(
         None, "column of the first dataset, e.g. weather: also the mean over the images of each of its values"

@@ -72,6 +72,9 @@ class Photos:
     The defaults are the tiles of the small-scale check of EnsIR: two of 256 × 256 pixels from each photograph.
     """
 
+    gives = "dataset"
+    columns_made = ("image", "name", "photo")
+
     splits: dict[str, tuple[str, ...]] = field(
         attrs.Factory(_default_splits),
         "split → photographs: astronaut, china, rocket, chelsea, coffee, flower, motorcycle; each in one split only",
@@ -163,6 +166,9 @@ class _FileRules(ImageRules):
 class ImageFolder(_FileRules):
     """A folder of images; ``name`` is a file's path inside it without the suffix."""
 
+    gives = "dataset"
+    columns_made = ("image", "name")
+
     folder: Path = field(REQUIRED, "the folder, or a zip or tar")
     recursive: bool = field(False, "also take the images in its subfolders")
 
@@ -183,6 +189,9 @@ class ImageFolder(_FileRules):
 @attrs.frozen(kw_only=True)
 class ImagePairs(_FileRules):
     """Two folders, degraded images and their targets, matched by file stem."""
+
+    gives = "dataset"
+    columns_made = ("image", "target", "name")
 
     inputs: Path = field(REQUIRED, "folder, zip or tar of degraded images")
     targets: Path = field(REQUIRED, "folder, zip or tar of clean images")
@@ -229,6 +238,8 @@ class ImagePairs(_FileRules):
 @attrs.frozen(kw_only=True)
 class HFDataset:
     """A dataset of the Hugging Face hub, or of a local folder."""
+
+    gives = "dataset"
 
     path: str = path_or_name_field(REQUIRED, "name on the hub, or a folder (save_to_disk, parquet, image folder …)")
     config: str | None = field(None, "configuration of the dataset, where it has several")

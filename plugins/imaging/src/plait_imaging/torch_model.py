@@ -14,7 +14,7 @@ from plait.fields import code_field, field, in_range
 from plait.importing import makes, named_object
 from plait.weights import is_torchscript, read_weights
 
-from plait_imaging.images import map_images, names, over_splits, to_float
+from plait_imaging.images import DATA, FLOAT_COLUMN, map_images, names, over_splits, to_float
 from plait_imaging.tiling import run_tiled
 
 
@@ -24,6 +24,9 @@ class TorchModel:
 
     The network maps float ``[N, 3, H, W]`` in [0, 1] to the same, or to a multiple of that size.
     """
+
+    takes = {"data": DATA}
+    columns_needed = ("image",)
 
     file: Path | None = field(
         None, "TorchScript file; or weights (.safetensors, .pth, .pt, .ckpt, .bin), and architecture says of what"
@@ -56,6 +59,11 @@ class TorchModel:
             raise ValueError("arguments are for architecture, which is not given; leave them out")
         if self.entry is not None and self.architecture is None:
             raise ValueError("entry is for the weights of architecture, which is not given; leave it out")
+
+    @property
+    def columns_made(self) -> tuple[str, ...]:
+        """The unrounded images where they are kept."""
+        return (FLOAT_COLUMN,) if self.keep_float else ()
 
     @hookimpl
     def restore(self, model: torch.nn.Module | None, data: Any, run: Run) -> Any:

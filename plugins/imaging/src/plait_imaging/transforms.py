@@ -7,17 +7,18 @@ The result is rounded to 8 bit. A ``target`` that is there already stays: after 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import attrs
 import numpy as np
 import torch
 from datasets import Dataset
 from plait import Run, hookimpl
+from plait.contract import Declared, declared
 from plait.fields import field, in_range, method_list_field
 
 from plait_imaging import degradations, weather
-from plait_imaging.images import map_images, names, over_splits, read_batches, sizes, write_images
+from plait_imaging.images import DATA, map_images, names, over_splits, read_batches, sizes, write_images
 
 
 def _pixels(image: torch.Tensor) -> np.ndarray:
@@ -33,6 +34,11 @@ def _tensor(pixels: np.ndarray) -> torch.Tensor:
 @attrs.frozen(kw_only=True)
 class _Degradation:
     """A degradation that needs nothing but the image."""
+
+    takes = {"data": DATA}
+    gives = "data"
+    columns_needed = ("image",)
+    columns_made: ClassVar[tuple[str, ...]] = ("target",)
 
     def degrade(self, image: np.ndarray) -> np.ndarray:
         """One float image ``[H, W, 3]`` in [0, 1], degraded."""
@@ -57,6 +63,11 @@ class _Degradation:
 @attrs.frozen(kw_only=True)
 class _RandomDegradation:
     """A degradation that draws; what an image gets depends on its name, not on its place in the data."""
+
+    takes = {"data": DATA}
+    gives = "data"
+    columns_needed: ClassVar[Any] = ("image",)
+    columns_made: ClassVar[tuple[str, ...]] = ("target",)
 
     first_seed: int | None = field(
         None,
@@ -159,6 +170,11 @@ class _Veil(_Weather):
         None, "column with depth maps as images, black near and white far; without it, far is up and some noise"
     )
 
+    @property
+    def columns_needed(self) -> tuple[str, ...]:
+        """The image, and its depth map."""
+        return ("image",) if self.depth is None else ("image", self.depth)
+
     def options(self, source: Dataset, row: int) -> dict[str, Any]:
         """Air light, and the depth of a row."""
         return {"air_light": self.air_light, "depth": None if self.depth is None else _depth(source, self.depth, row)}
@@ -225,6 +241,8 @@ class Raindrops(_Weather):
 @attrs.frozen(kw_only=True)
 class Weathers(_Falling):
     """Several weathers, image by image in turn; column ``weather`` says which."""
+
+    columns_made = ("target", "weather")
 
     weathers: tuple[Literal["rain", "snow", "raindrops", "haze"], ...] = field(
         ("rain", "snow", "raindrops", "haze"), "which ones, in their turn"
@@ -358,6 +376,11 @@ class Downsample(_Degradation):
 class RandomCrops:
     """Square windows of the images at random places, as rows of their own; ``NAME_0``, ``NAME_1`` …"""
 
+    takes = {"data": DATA}
+    gives = "data"
+    columns_needed = ("image",)
+    columns_made = ("name",)
+
     size: int = field(64, "side of a window, in pixels", in_range(1))
     crops_per_image: int = field(8, "windows of an image; they may overlap", in_range(1))
     least_contrast: float = field(
@@ -421,6 +444,39 @@ class Compose:
     def __attrs_post_init__(self) -> None:
         if not self.transforms:
             raise ValueError("transforms is empty; list at least one, e.g. [{gaussian-blur: {sigma: 2}}, jpeg]")
+
+    @property
+    def gives(self) -> str | None:
+        """What it is given, where all parts give that."""
+        return "data" if all(part.gives == "data" for part in self._parts()) else None
+
+    @property
+    def columns_needed(self) -> tuple[str, ...]:
+        """What the parts need and no earlier one makes."""
+        made: set[str] = set()
+        needed: list[str] = []
+        for part in self._parts():
+            needed += [column for column in part.columns_needed.get("data", ()) if column not in made]
+            made |= set(part.columns_made or ())
+        return tuple(dict.fromkeys(needed))
+
+    @property
+    def columns_made(self) -> tuple[str, ...] | None:
+        """What the last parts leave of what they make."""
+        made: dict[str, None] = {}
+        for part in self._parts():
+            kept = made if part.columns_kept is None else [name for name in made if name in part.columns_kept]
+            made = dict.fromkeys([*kept, *(part.columns_made or ())])
+        return tuple(made)
+
+    @property
+    def columns_kept(self) -> tuple[str, ...] | None:
+        """What every part keeps."""
+        limits = [set(part.columns_kept) for part in self._parts() if part.columns_kept is not None]
+        return tuple(sorted(set.intersection(*limits))) if limits else None
+
+    def _parts(self) -> list[Declared]:
+        return [declared(method, "transform") for method in self.transforms]
 
     @hookimpl
     def transform(self, data: Any, run: Run) -> Any:
