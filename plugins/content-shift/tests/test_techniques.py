@@ -11,6 +11,7 @@ from diffusers import (
     FluxControlNetPipeline,
     PNDMScheduler,
     SD3ControlNetModel,
+    T2IAdapter,
 )
 from plait import Run
 from plait.configuration import configure
@@ -21,7 +22,7 @@ from plait_content_shift.examples import digits
 from plait_content_shift.lora import LowRank, applied
 from plait_content_shift.lora_files import read_lora
 from plait_content_shift.plugin import ContentShift
-from plait_content_shift.techniques import Bucket, Control, Lora
+from plait_content_shift.techniques import Adapter, Bucket, Control, Lora
 from safetensors.torch import load_file, save_file
 
 SD15 = "sd15"
@@ -274,6 +275,132 @@ def test_control_that_does_not_fit_is_refused(tiny, backbone, images, controlnet
     signed = Control(controlnet(SD15, 0.0), image=lambda pixels: 2 * pixels - 1)
     with pytest.raises(ValueError, match=r"ranges from -.* \[0, 1\] is needed"):
         features(backbone, images, Bucket(controls=(signed,)))
+
+
+# --- T2I-Adapter
+
+ADAPTERS = {
+    "full": ("sd15", "full_adapter", {"channels": [8, 16, 16, 16], "downscale_factor": 8}),
+    "light": ("sd15", "light_adapter", {"channels": [8, 16, 16], "downscale_factor": 8}),
+    "one channel": ("sd15", "full_adapter", {"channels": [8, 16, 16, 16], "downscale_factor": 8, "in_channels": 1}),
+    "sdxl": ("sdxl", "full_adapter_xl", {"channels": [8, 16, 16, 16], "downscale_factor": 16}),
+}
+
+
+def t2i_adapter(name, **changes):
+    _, kind, config = ADAPTERS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return T2IAdapter(adapter_type=kind, **{"num_res_blocks": 1, **config, **changes}).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_gives_what_the_unet_of_diffusers_computes(tiny, name):
+    backbone = tiny(ADAPTERS[name][0])
+    model = t2i_adapter(name)
+    images = torch.rand(2, 3, backbone.default_size, backbone.default_size, generator=torch.Generator().manual_seed(0))
+    call = extractor().prepare(backbone, images, rows=range(2), seed=0, prompts=["a horse"] * 2, timestep=50)
+    bucket = Bucket(adapters=(Adapter(model, 0.7),))
+    bucket.check(backbone, 50)
+    before = backbone.fingerprint()
+    steered = bucket(backbone, call, 50)
+    found = backbone.denoise(steered.sample, steered.timestep, steered.condition)
+    shown = canny(images)
+    states = [0.7 * state for state in model(shown[:, :1] if model.config.in_channels == 1 else shown)]
+    expected = backbone.denoiser(
+        call.sample,
+        int(call.timestep),
+        encoder_hidden_states=call.condition["encoder_hidden_states"].expand(2, -1, -1),
+        added_cond_kwargs={
+            key: value.expand(2, -1) for key, value in call.condition.get("added_cond_kwargs", {}).items()
+        },
+        down_intrablock_additional_residuals=states,
+    ).sample
+    assert not states, "the U-Net has taken all of them"
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, backbone.denoise(call.sample, call.timestep, call.condition), atol=1e-3)
+    assert backbone.fingerprint() == before
+
+
+def test_an_adapter_of_scale_0_changes_no_bit_and_several_add_up(backbone, images, controlnet):
+    one = Adapter(t2i_adapter("full"))
+    none, double = attrs.evolve(one, scale=0.0), attrs.evolve(one, scale=2.0)
+    control = Control(controlnet(SD15, 0.5))
+    plain = features(backbone, images)
+    assert same(features(backbone, images, Bucket(adapters=(none,))), plain)
+    alone = features(backbone, images, Bucket(controls=(control,)))
+    assert same(features(backbone, images, Bucket(controls=(control,), adapters=(none,))), alone)
+    twice = features(backbone, images, Bucket(controls=(control,), adapters=(one, one)))
+    expected = features(backbone, images, Bucket(controls=(control,), adapters=(double,)))
+    assert all(torch.allclose(twice[name], expected[name], atol=1e-4) for name in plain)
+    assert not torch.allclose(twice["unet-out"], alone["unet-out"], atol=1e-3)
+
+
+def test_an_adapter_steers_every_step_and_looks_once(backbone, images):
+    looks = []
+
+    def look(pixels):
+        looks.append(len(pixels))
+        return canny(pixels)
+
+    with_adapter = Bucket(adapters=(Adapter(t2i_adapter("full"), image=look),), denoise_from=53, guidance=2.0)
+    given = []
+    handle = backbone.denoiser.register_forward_pre_hook(
+        lambda m, args, kwargs: given.append(len(kwargs["down_intrablock_additional_residuals"])), with_kwargs=True
+    )
+    try:
+        features(backbone, images, with_adapter)
+    finally:
+        handle.remove()
+    assert looks == [2]
+    assert len(given) > 3
+    assert set(given) == {4}
+
+
+def test_after_an_exception_below_an_adapter_the_base_is_as_it_was(backbone, images):
+    before = backbone.fingerprint()
+
+    def fail(pixels):
+        raise RuntimeError("no edges today")
+
+    bucket = Bucket(loras=(Lora(lora_for(backbone)),), adapters=(Adapter(t2i_adapter("full"), image=fail),))
+    with pytest.raises(RuntimeError, match="no edges"):
+        features(backbone, images, bucket)
+    assert backbone.fingerprint() == before
+    assert hooks_of(backbone) == 0
+
+
+def test_an_adapter_that_does_not_fit_is_refused(tiny, backbone, images):
+    with pytest.raises(ValueError, match="a T2IAdapter for a FluxTransformer2DModel"):
+        Adapter(t2i_adapter("full")).check(tiny("flux"))
+    for wrong in (
+        t2i_adapter("sdxl"),
+        t2i_adapter("full", channels=[8, 16, 16]),
+        t2i_adapter("full", channels=[8, 16, 16, 32]),
+        t2i_adapter("full", downscale_factor=4),
+    ):
+        with pytest.raises(
+            ValueError, match=r"features are 8 channels at 1/.*, and the U-Net takes 8 channels at 1/8, 16"
+        ):
+            Bucket(adapters=(Adapter(wrong),)).check(backbone, 50)
+    grey = Bucket(adapters=(Adapter(t2i_adapter("full"), image=outlines),))
+    with pytest.raises(ValueError, match="the control image has 1 channels and the model takes 3"):
+        features(backbone, images, grey)
+
+
+def test_an_adapter_of_a_folder(backbone, run, controlnet, tmp_path):
+    model = t2i_adapter("light")
+    model.save_pretrained(tmp_path / "adapter")
+    method = ContentShift(extractor=extractor(), adapter=str(tmp_path / "adapter"), adapter_scale=0.5)
+    (adapter,) = method.bucket(backbone, run).adapters
+    assert adapter.scale == 0.5
+    assert all(torch.equal(a, b) for a, b in zip(adapter.model.parameters(), model.parameters(), strict=True))
+    assert method.label == "adapter"
+    controlnet(SD15, 0.5).save_pretrained(tmp_path / "control")
+    with pytest.raises(
+        ValueError, match=r"adapter is .*, a ControlNetModel; a UNet2DConditionModel needs a T2IAdapter"
+    ):
+        attrs.evolve(method, adapter=str(tmp_path / "control")).bucket(backbone, run)
 
 
 # --- LoRA

@@ -142,12 +142,12 @@ def img2img(
             prompts=tuple(texts),
             rows=tuple(rows) or tuple(range(len(images))),
         )
-        shown = [control.shown(model, call) for control in bucket.controls]
+        shown = bucket.shown(model, call)
         return model.decode(_redrawn(model, bucket, call, shown, start, num_steps))
 
 
 def _redrawn(
-    model: Backbone, bucket: Bucket, call: DenoiserCall, shown: Sequence[Tensor], start: int, num_steps: int
+    model: Backbone, bucket: Bucket, call: DenoiserCall, shown: Sequence[Any], start: int, num_steps: int
 ) -> Tensor:
     config = model.scheduler.config
     times = torch.linspace(start, 0, num_steps + 1).round().tolist()

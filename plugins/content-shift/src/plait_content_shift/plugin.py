@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from plait_content_shift.baselines import mean
 from plait_content_shift.content_shift import extract, seed_of_bucket
-from plait_content_shift.control_images import canny, has_exact_canny, outlines
+from plait_content_shift.control_images import ControlImages, canny, has_exact_canny, outlines
 from plait_content_shift.lora_files import read_lora
-from plait_content_shift.techniques import Bucket, Control, Lora, leaked_labels
+from plait_content_shift.techniques import Adapter, Bucket, Control, Lora, leaked_labels
 
 OWN = "own"
 _STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -59,6 +59,10 @@ class ContentShift:
     canny_low: int = field(100, "lower threshold of Canny", in_range(0, 255))
     canny_high: int = field(200, "upper threshold of Canny", in_range(0, 255))
     control_scale: float = field(1.0, "of the ControlNet's residuals", in_range(0))
+    adapter: str | None = path_or_name_field(
+        None, "T2I-Adapter of a U-Net: a folder or a name on the hub; it is shown the control image"
+    )
+    adapter_scale: float = field(1.0, "of the T2I-Adapter's features", in_range(0))
     control_mode: int | None = field(None, "which of its kinds of image, for a union ControlNet of Flux", in_range(0))
     lora: Path | None = field(None, "LoRA file (.safetensors of peft, diffusers or kohya, LoCon too)")
     lora_scale: float = field(1.0, "of the LoRA", in_range(0))
@@ -101,6 +105,7 @@ class ContentShift:
         parts = {
             "prompt": self.prompt is not None or self.caption_column is not None or self.captions is not None,
             "control": self.control is not None,
+            "adapter": self.adapter is not None,
             "lora": self.lora is not None,
             "function": self.function is not None,
             f"from {self.denoise_from}": self.denoise_from is not None,
@@ -125,11 +130,18 @@ class ContentShift:
         Raises:
             ValueError: one does not fit.
         """
-        controls = (self._control(backbone, run),) if self.control is not None else ()
+        controls: tuple[Control, ...] = ()
+        adapters: tuple[Adapter, ...] = ()
+        shown = self._shown(run) if self.control is not None or self.adapter is not None else canny
+        if self.control is not None:
+            controls = (Control(_controlnet(self.control, backbone), self.control_scale, shown, self.control_mode),)
+        if self.adapter is not None:
+            adapters = (Adapter(_loaded("T2IAdapter", "adapter", self.adapter, backbone), self.adapter_scale, shown),)
         loras = (Lora(read_lora(self.lora, backbone.components), self.lora_scale),) if self.lora is not None else ()
         bucket = Bucket(
             prompt=self.prompt,
             controls=controls,
+            adapters=adapters,
             loras=loras,
             denoise_from=self.denoise_from,
             guidance=self.guidance,
@@ -139,7 +151,9 @@ class ContentShift:
         )
         bucket.check(backbone, self.nominal(backbone))
         if self.denoise_from is not None and not bucket.steers:
-            run.warn("denoise_from without ControlNet or LoRA lets the image drift; add a technique that holds it")
+            run.warn(
+                "denoise_from without ControlNet, T2I-Adapter or LoRA lets the image drift; add a technique that holds it"
+            )
         return bucket
 
     def texts(self, rows: datasets.Dataset) -> list[str] | None:
@@ -208,20 +222,21 @@ class ContentShift:
             description=f"features, {name}",
         )
 
-    def _control(self, backbone: Backbone, run: Run) -> Control:
-        image = functools.partial(canny, low=self.canny_low, high=self.canny_high)
-        if self.control_image == "canny" and not has_exact_canny():
+    def _shown(self, run: Run) -> ControlImages:
+        if self.control_image == "outlines":
+            return outlines
+        if not has_exact_canny():
             run.warn(
                 "OpenCV is not installed: Canny edges are scikit-image's, approximately those that ControlNets were trained with"
             )
-        model = _controlnet(self.control, backbone)
-        shown = outlines if self.control_image == "outlines" else image
-        return Control(model, self.control_scale, shown, self.control_mode)
+        return functools.partial(canny, low=self.canny_low, high=self.canny_high)
 
     def _origin(self, backbone: Backbone, seed: int, timestep: float, texts: Sequence[str] | None) -> Origin:
         plain: Origin = self.extractor.origin(backbone, seed)
         own = (
             "control",
+            "adapter",
+            "adapter_scale",
             "control_image",
             "canny_low",
             "canny_high",

@@ -145,13 +145,63 @@ class Control:
         Raises:
             ValueError: it is of another size or number of channels than needed, or not in [0, 1].
         """
-        shown = _control_image(self.image, call.images, getattr(self.model.config, "conditioning_channels", 3))
+        shown = self.image(call.images)
+        _check_control_image(shown, call.images, getattr(self.model.config, "conditioning_channels", 3))
         if not self.is_of_blocks:
             return shown
         if getattr(self.model, "input_hint_block", None) is not None:
             return shown * 2 - 1  # ControlNets with an encoder of their own see pixels
         latents = backbone.latents(backbone.moments(shown))
         return _tokens(latents) if self.is_of_flux else latents
+
+
+@attrs.frozen(eq=False)
+class Adapter:
+    """A T2I-Adapter: features of the control image, added inside a U-Net's way down. It sees neither noise nor text.
+
+    Args:
+        model: a diffusers ``T2IAdapter``, full, light or of SDXL.
+        scale: of its features.
+        image: images [B, 3, S, S] in [0, 1] → what it is shown, in [0, 1]. One that takes a single channel is shown the mean.
+    """
+
+    model: nn.Module
+    scale: float = 1.0
+    image: ControlImages = canny
+
+    def check(self, backbone: Backbone) -> None:
+        """Whether it fits a backbone.
+
+        Raises:
+            ValueError: it is for another one.
+        """
+        own, kind = type(self.model).__name__, type(backbone.denoiser).__name__
+        if own != "T2IAdapter" or kind != "UNet2DConditionModel":
+            raise ValueError(f"a {own} for a {kind}: T2IAdapter is taken for U-Nets with text (SD 1.x, SDXL)")
+        given, places = _levels(self.model), _places(backbone)
+        # The last place, the middle, is left free by adapters of U-Nets with four levels.
+        if given not in (places, places[:-1]):
+            raise ValueError(
+                f"the T2I-Adapter's features are {_said(given)}, and the U-Net takes {_said(places)}; give an adapter of this very"
+                " U-Net"
+            )
+
+    def shown(self, backbone: Backbone, call: DenoiserCall) -> tuple[Tensor, ...]:
+        """Its features, which depend on the image alone, so that they are made once for all steps.
+
+        Raises:
+            ValueError: the control image is of another size or number of channels than needed, or not in [0, 1].
+        """
+        channels = int(self.model.config.in_channels)
+        shown = self.image(call.images)
+        shown = shown.mean(1, keepdim=True) if channels == 1 else shown
+        _check_control_image(shown, call.images, channels)
+        features = self.model(shown.to(next(self.model.parameters())))
+        return tuple(self.scale * feature.to(backbone.dtype) for feature in features)
+
+    def residuals(self, denoiser: Any, call: DenoiserCall, shown: Sequence[Tensor]) -> dict[str, Any]:
+        """Keyword arguments of the denoiser, for one pass: the U-Net empties the list."""
+        return {"down_intrablock_additional_residuals": list(shown)}
 
 
 @attrs.frozen(eq=False)
@@ -169,6 +219,7 @@ class Bucket:
     Attributes:
         prompt: for all images (§4.1); None: the extractor's own.
         controls: several ControlNets: their residuals are added up.
+        adapters: several T2I-Adapters: their features are added up.
         loras: applied together.
         denoise_from: nominal timestep to denoise from before features are read; None: one pass.
         guidance: classifier-free guidance while denoising; 1: none. Features are of the conditional branch.
@@ -177,6 +228,7 @@ class Bucket:
 
     prompt: str | None = None
     controls: tuple[Control, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
     loras: tuple[Lora, ...] = ()
     denoise_from: int | None = None
     guidance: float = 1.0
@@ -185,16 +237,18 @@ class Bucket:
     @property
     def steers(self) -> bool:
         """Whether something but noise and prompt changes a pass."""
-        return bool(self.controls or self.loras or self.functions)
+        return bool(self.controls or self.adapters or self.loras or self.functions)
 
     def check(self, backbone: Backbone, timestep: float) -> None:
         """Refuse what does not fit, before the first pass.
 
         Raises:
-            ValueError: a ControlNet of another model; ``denoise_from`` outside (t, t + 50].
+            ValueError: a ControlNet or T2I-Adapter of another model; ``denoise_from`` outside (t, t + 50].
         """
         for control in self.controls:
             control.check(backbone.denoiser)
+        for adapter in self.adapters:
+            adapter.check(backbone)
         if self.denoise_from is not None and not timestep < self.denoise_from <= timestep + MOST_DENOISING:
             raise ValueError(
                 f"denoise_from is {self.denoise_from}; with timestep {timestep:g} allowed is {timestep + 1:g} to"
@@ -218,23 +272,30 @@ class Bucket:
         Args:
             call: at ``denoise_from`` where it is given, else at ``nominal``.
         """
-        shown = [control.shown(backbone, call) for control in self.controls]
+        shown = self.shown(backbone, call)
         if self.denoise_from is not None:
             call = self._denoised(backbone, call, nominal, shown)
         return self._steered(backbone.denoiser, call, shown)
 
-    def _steered(self, denoiser: nn.Module, call: DenoiserCall, shown: Sequence[Tensor]) -> DenoiserCall:
+    @property
+    def shown_images(self) -> tuple[Control | Adapter, ...]:
+        """The techniques that are shown a control image."""
+        return (*self.controls, *self.adapters)
+
+    def shown(self, backbone: Backbone, call: DenoiserCall) -> list[Any]:
+        """What each of :attr:`shown_images` makes of the images, once for all steps."""
+        return [one.shown(backbone, call) for one in self.shown_images]
+
+    def _steered(self, denoiser: nn.Module, call: DenoiserCall, shown: Sequence[Any]) -> DenoiserCall:
         for function in self.functions:
             call = function(call)
-        if not self.controls:
-            return call
         residuals: dict[str, Any] = {}
-        for control, image in zip(self.controls, shown, strict=True):
-            for name, own in control.residuals(denoiser, call, image).items():
+        for one, image in zip(self.shown_images, shown, strict=True):
+            for name, own in one.residuals(denoiser, call, image).items():
                 residuals[name] = _sum(residuals[name], own) if name in residuals else own
         return attrs.evolve(call, condition={**call.condition, **residuals})
 
-    def predicted(self, backbone: Backbone, call: DenoiserCall, shown: Sequence[Tensor]) -> Tensor:
+    def predicted(self, backbone: Backbone, call: DenoiserCall, shown: Sequence[Any]) -> Tensor:
         """The network's output for a sample, guided where asked."""
         steered = self._steered(backbone.denoiser, call, shown)
         out = backbone.denoise(steered.sample, steered.timestep, steered.condition)
@@ -245,9 +306,7 @@ class Bucket:
         plain = backbone.denoise(steered.sample, steered.timestep, steered.condition)
         return plain + self.guidance * (out - plain)
 
-    def _denoised(
-        self, backbone: Backbone, call: DenoiserCall, nominal: float, shown: Sequence[Tensor]
-    ) -> DenoiserCall:
+    def _denoised(self, backbone: Backbone, call: DenoiserCall, nominal: float, shown: Sequence[Any]) -> DenoiserCall:
         """Steps of the model's own scheduler down to the first timestep that is not above the nominal one (App. A.2)."""
         if hasattr(backbone.scheduler, "scale_noise") and not hasattr(backbone.scheduler, "alphas_cumprod"):
             return self._flowed(backbone, call, nominal, shown)
@@ -267,7 +326,7 @@ class Bucket:
             x = scheduler.step(self.predicted(backbone, call, shown), time, x, return_dict=False)[0].to(x.dtype)
         return call
 
-    def _flowed(self, backbone: Backbone, call: DenoiserCall, nominal: float, shown: Sequence[Tensor]) -> DenoiserCall:
+    def _flowed(self, backbone: Backbone, call: DenoiserCall, nominal: float, shown: Sequence[Any]) -> DenoiserCall:
         """Flow models: Euler steps of one nominal timestep."""
         assert self.denoise_from is not None
         for at in range(self.denoise_from, int(nominal), -1):
@@ -283,9 +342,7 @@ def _scale(scheduler: Any, time: Any) -> float:
     return float(copy.deepcopy(scheduler).scale_model_input(torch.ones(1, 1, 1, 1), time))
 
 
-def _control_image(make: ControlImages, images: Tensor, channels: int) -> Tensor:
-    """What is shown of images, of as many channels as are needed."""
-    shown = make(images)
+def _check_control_image(shown: Tensor, images: Tensor, channels: int) -> None:
     if shown.shape[-2:] != images.shape[-2:] or len(shown) != len(images):
         raise ValueError(f"the control image has shape {list(shown.shape)}; the images have {list(images.shape)}")
     if shown.shape[1] != channels:
@@ -295,7 +352,6 @@ def _control_image(make: ControlImages, images: Tensor, channels: int) -> Tensor
     low, high = float(shown.min()), float(shown.max())
     if low < 0 or high > 1:
         raise ValueError(f"the control image ranges from {low:.3g} to {high:.3g}; [0, 1] is needed")
-    return shown
 
 
 def _tokens(sample: Tensor) -> Tensor:
@@ -311,9 +367,33 @@ def _placed(blocks: Sequence[Tensor] | None, count: int, repeats: bool) -> tuple
     return tuple(blocks[number % len(blocks) if repeats else number // share] for number in range(count))
 
 
+def _levels(adapter: Any) -> list[tuple[int, int]]:
+    """Channels of an adapter's features and pixels that one value stands for, found without computing them."""
+    with torch.device("meta"):
+        shape_only = type(adapter).from_config(adapter.config)
+    side = adapter.total_downscale_factor
+    features = shape_only(torch.empty(1, adapter.config.in_channels, side, side, device="meta"))
+    return [(feature.shape[1], side // feature.shape[-1]) for feature in features]
+
+
+def _places(backbone: Backbone) -> list[tuple[int, int]]:
+    """The same of where a U-Net adds them: in its blocks with attention, behind those without, behind the middle."""
+    denoiser: Any = backbone.denoiser
+    pixels, places = backbone.pixels_per_latent, []
+    for block, channels in zip(denoiser.down_blocks, denoiser.config.block_out_channels, strict=True):
+        after = pixels * (1 if block.downsamplers is None else 2)
+        places.append((channels, pixels if getattr(block, "has_cross_attention", False) else after))
+        pixels = after
+    return [*places, (denoiser.config.block_out_channels[-1], pixels)]
+
+
+def _said(levels: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{channels} channels at 1/{pixels}" for channels, pixels in levels)
+
+
 def _sum(one: Any, other: Any) -> Any:
-    if isinstance(one, tuple):
-        return tuple(a + b for a, b in zip(one, other, strict=True))
+    if isinstance(one, (tuple, list)):
+        return type(one)(a + b for a, b in zip(one, other, strict=True))
     return one + other
 
 
