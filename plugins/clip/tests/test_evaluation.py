@@ -53,7 +53,7 @@ def test_success_rate_counts_images_of_other_classes_and_poisoned_ones(run):
     assert success_rate(predicted[:1], labels[:1], 7, data) is None
     row = ZeroShot(templates="digits", target="seven").evaluate(model=tiny_model(), data=digit_pairs(40), run=run[0])
     assert 0 <= row.rows[0]["ASR"] <= 1
-    with pytest.raises(ValueError, match="target is 'eleven'; the classes are zero, one"):
+    with pytest.raises(ValueError, match=r"target is 'eleven'.*the classes are zero, one"):
         ZeroShot(templates="digits", target="eleven").evaluate(model=tiny_model(), data=digit_pairs(40), run=run[0])
 
 

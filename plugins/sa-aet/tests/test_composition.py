@@ -1,5 +1,7 @@
 """Each method puts the tested parts together in the order of the paper: compared with that order written out here."""
 
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -152,3 +154,14 @@ def test_the_whole_of_sa_aet_is_one_call(data):
     plain = attacked(dra)
     assert not torch.equal(plain.images, once.images)
     assert torch.equal(plain.images, attacked(sa_aet, corpus=None, triangle="full", project_candidates=False).images)
+
+
+def test_the_fields_of_methods_are_read_without_what_computes():
+    """So that a run of hundreds of steps begins at once."""
+    modules = ("plait_sa_aet.plugin.attacks", "plait_sa_aet.plugin.scenes", "plait_sa_aet.plugin.transfer")
+    heavy = {"torch", "open_clip", "datasets", "matplotlib", "transformers"}
+    program = (
+        f"import sys, plait_clip.plugin.training, {', '.join(modules)}\nprint({heavy!r} & set(sys.modules) or 'none')"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "none"

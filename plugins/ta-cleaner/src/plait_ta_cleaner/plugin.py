@@ -33,6 +33,7 @@ from plait_ta_cleaner.subcaptions import (
     Subcaption,
     SubcaptionSource,
     as_columns,
+    column_names,
     draw_from_columns,
     subcaption_source,
 )
@@ -99,6 +100,13 @@ class SubcaptionFields:
 class Subcaptions(SubcaptionFields):
     """Factual and counterfactual sub-captions of captions as columns caption_pos and caption_neg_1 … (TA-Cleaner)."""
 
+    takes = {"data": "dataset"}
+    gives = "data"
+
+    @property
+    def columns_made(self) -> tuple[str, ...]:
+        return tuple(column_names(self.n_negatives))
+
     @hookimpl
     def transform(self, data: Any, run: Any) -> datasets.Dataset:
         if not isinstance(data, datasets.Dataset):
@@ -134,6 +142,9 @@ class SubtextFields(SubcaptionFields):
 @attrs.frozen(kw_only=True)
 class TaCleaner(SubtextFields, CleanClipFields):
     """CleanCLIP with a contrast to factual and counterfactual sub-captions (Xun et al., 2024). Data: clean."""
+
+    takes = {"model": "image-text-model", "data": "dataset"}
+    columns_needed = ("image",)
 
     ta_weight: float = field(1.0, "weight of the alignment with sub-captions", in_range(0))
     negative_scope: algorithm.NegativeScope = field(
@@ -226,6 +237,9 @@ class TaCleaner(SubtextFields, CleanClipFields):
 @attrs.frozen(kw_only=True)
 class FtHardNegatives(SubtextFields, FineTuningFields):
     """Plain fine-tuning with counterfactual captions as further negatives: TA-Cleaner without CleanCLIP. Data: clean."""
+
+    takes = {"model": "image-text-model", "data": "dataset"}
+    columns_needed = ("image",)
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> Any:

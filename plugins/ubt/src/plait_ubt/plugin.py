@@ -27,6 +27,9 @@ from plait_ubt.ubt import find_suspicious, ubt
 class Ubt:
     """UBT: overfit to expose poisoned pairs, then unlearn only their tokens (Liang et al., 2024)."""
 
+    takes = {"model": "image-text-model", "data": "dataset", "reference": "image-text-model"}
+    columns_needed = ("image",)
+
     rank_mode: RankMode = field(
         "low_reference", "suspicious are the pairs least similar to the reference model, or most similar to the suspect"
     )

@@ -50,6 +50,8 @@ class _ImageFields:
 class ImageText(_ImageFields):
     """Image-caption pairs from a list, a tar, a folder or a Hugging Face dataset."""
 
+    gives = "dataset"
+
     source: str = path_or_name_field(
         REQUIRED,
         "a .csv, .tsv, .json (also COCO's and Karpathy's), .jsonl or .parquet list, a WebDataset .tar, a folder with "
@@ -152,6 +154,8 @@ class ImageText(_ImageFields):
 class ClassFolder(_ImageFields):
     """A folder of images for each class, captioned by templates; folders of splits may lie between."""
 
+    gives = "dataset"
+
     folder: Path = field(REQUIRED, "a folder, zip or tar that holds <class>/<image> or <split>/<class>/<image>")
     templates: tuple[str, ...] | str = field(
         "photo",
@@ -188,6 +192,10 @@ class ClassFolder(_ImageFields):
 class Digits:
     """scikit-learn's 1,797 handwritten digits with captions; needs no file. Splits: train, test."""
 
+    gives = "dataset"
+    columns_made = ("image", "captions", "label")
+    splits = ("train", "test")
+
     num_train: int = field(1400, "digits for training; the others are the test split", in_range(10, 1787))
 
     @hookimpl
@@ -205,9 +213,13 @@ class Digits:
 _RANGE = re.compile(r"^(train|test)(?:\[(\d*):(\d*)\])?$")
 
 
-@attrs.frozen(kw_only=True)
+# Without slots, so that the class itself has no `splits`: of a method that is what it declares.
+@attrs.frozen(kw_only=True, slots=False)
 class FashionMnist:
     """Fashion-MNIST with truthful captions (Xiao et al., 2017), from local files."""
+
+    gives = "dataset"
+    columns_made = ("image", "captions", "label")
 
     folder: Path = field(
         REQUIRED,

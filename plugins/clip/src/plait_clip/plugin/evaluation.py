@@ -9,6 +9,8 @@ import attrs
 import torch
 from plait import Report, hookimpl
 from plait.fields import field, in_range
+from plait_vision import class_number
+from plait_vision.rows import DATA
 
 from plait_clip import probe, prompts
 from plait_clip import retrieval as rt
@@ -54,18 +56,6 @@ def of_each(model: Any, data: Any, measure: Callable[[Any, Any], Report]) -> Rep
 
 def _about(which: Mapping[str, str], text: str) -> str:
     return ": ".join([", ".join(which.values()), text] if which else [text])
-
-
-def class_number(target: str | int, names: list[str]) -> int:
-    """The label that a name or a number of a class stands for.
-
-    Raises:
-        ValueError: it is no class.
-    """
-    found = names.index(target) if target in names else target
-    if found not in range(len(names)):
-        raise ValueError(f"target is {target!r}; the classes are {', '.join(names[:20])}")
-    return int(found)
 
 
 def success_rate(predicted: torch.Tensor, labels: torch.Tensor, target: int, data: Any) -> float | None:
@@ -116,6 +106,9 @@ class ZeroShotFields:
 class ZeroShot(ZeroShotFields):
     """Zero-shot classification accuracy: CA@1, 3, 5 and 10 (Radford et al., ICML 2021)."""
 
+    takes = {"model": "image-text-model", "data": DATA}
+    columns_needed = ("image", "label")
+
     target: str | int | None = field(None, TARGET)
 
     @hookimpl
@@ -133,7 +126,7 @@ class ZeroShot(ZeroShotFields):
         report = _shares(row)
         if self.target is None:
             return report
-        success = success_rate(top[:, 0], labels, class_number(self.target, names), data)
+        success = success_rate(top[:, 0], labels, class_number(self.target, names, len(names)), data)
         return attrs.evolve(report, rows=[row | {"ASR": success}], formats={**report.formats, "ASR": ".3f"})
 
 
@@ -145,6 +138,9 @@ def _shares(row: Mapping[str, float | None]) -> Report:
 @attrs.frozen(kw_only=True)
 class Retrieval:
     """Image-text retrieval: TR and IR R@1, 5 and 10; fusion models rerank (Karpathy & Fei-Fei, CVPR 2015)."""
+
+    takes = {"model": "image-text-model", "data": DATA}
+    columns_needed = ("image",)
 
     top: tuple[int, ...] = field((1, 5, 10), "ranks k of R@k", in_range(1))
     candidates: int = field(128, "nearest captions or images that a fusion model scores", in_range(1))
@@ -178,6 +174,9 @@ class Retrieval:
 @attrs.frozen(kw_only=True)
 class _ClassifierFields:
     """How a linear layer on image features is trained."""
+
+    takes = {"model": "image-text-model", "data": DATA}
+    columns_needed = ("image", "label")
 
     num_epochs: int = field(10, "passes over the training split", in_range(1))
     batch_size: int = field(128, "images per step", in_range(1))
@@ -282,7 +281,7 @@ class _Splits:
             raise ValueError("train has rows of one class only; a classifier needs at least two")
         self.measured = {name: part for name, part in data.items() if name != "train"}
         self.labels = {name: zs.labels_and_names(part)[0] for name, part in self.measured.items()}
-        self.target = None if target is None else class_number(target, self.names)
+        self.target = None if target is None else class_number(target, self.names, self.num_classes)
 
     def captioned_train(self) -> Any:
         """The training split with its class names as captions."""

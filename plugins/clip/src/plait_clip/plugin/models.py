@@ -18,6 +18,9 @@ from plait_clip.pair_batches import caption_column
 class OpenClip:
     """An open_clip model: fresh, pretrained, from a checkpoint or from a folder."""
 
+    takes = {"data": "dataset"}
+    gives = "image-text-model"
+
     architecture: str | None = path_or_name_field(
         None,
         "architecture name of open_clip, path of an open_clip JSON, hf-hub:owner/name, or tiny (8 px) or tiny-28 "
@@ -74,6 +77,8 @@ class OpenClip:
 @attrs.frozen(kw_only=True)
 class TransformersClip:
     """A CLIP, SigLIP or BLIP image-text matching model of transformers."""
+
+    gives = "image-text-model"
 
     source: str = path_or_name_field(REQUIRED, "local folder, or owner/name on the Hugging Face hub")
     revision: str | None = field(None, "branch, tag or commit of a hub model")

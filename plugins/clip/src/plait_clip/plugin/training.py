@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 class ClipContrastive:
     """Contrastive training of image and text towers on pairs (CLIP, Radford et al., ICML 2021)."""
 
+    takes = {"model": "image-text-model", "data": "dataset"}
+    columns_needed = ("image",)
+
     num_epochs: int = field(10, "passes over the data", in_range(1))
     batch_size: int = field(128, "pairs contrasted with one another, over all processes", in_range(2))
     learning_rate: float = field(1e-3, "peak rate", in_range(0, low_open=True))

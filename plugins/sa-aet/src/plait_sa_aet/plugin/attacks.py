@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 class Attack:
     """What all attacks share: batches, arithmetic, rounding, where the pairs go."""
 
+    takes = {"model": "image-text-model", "data": "dataset"}
+    columns_needed = ("image",)
+
     batch_size: int = field(8, "images attacked at a time", in_range(1))
     as_released: bool = field(
         False,

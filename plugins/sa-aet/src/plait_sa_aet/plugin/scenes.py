@@ -22,6 +22,8 @@ class DigitScenes:
     grey: tuple[float, float] = field((0.1, 0.45), "range of the background's level, in [0, 1]", in_range(0, 1))
     opacity: float = field(0.5, "of the digits' paint; 1 covers the background", in_range(0, 1, low_open=True))
 
+    gives = "dataset"
+    columns_made = ("image", "captions", "left", "left_colour", "right", "right_colour", "label")
     splits = ("train", "test")
 
     def __attrs_post_init__(self) -> None:
@@ -42,6 +44,8 @@ class DigitScenes:
 @attrs.frozen(kw_only=True)
 class SceneEncoder:
     """A small dual encoder for digit-scenes, with fresh weights; optimize: clip-contrastive trains it."""
+
+    gives = "image-text-model"
 
     architecture: Literal["cnn", "vit", "convnet"] = field("cnn", "image tower")
     cone: float = field(2.0, "weight of the direction that all features share; 0: none", in_range(0))

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 class Transfer:
     """Attack success rate on image-text retrieval, for every source and target (Jia et al., TPAMI 2025)."""
 
+    takes = {"model": "image-text-model", "data": "dataset", "reference": "dataset"}
+    columns_needed = {"data": ("image",), "reference": ("image",)}
+
     top: tuple[int, ...] = field((1, 5, 10), "ranks k of R@k and ASR@k", in_range(1))
     candidates: int = field(128, "nearest captions or images that a fusion model scores", in_range(1))
     source: str | None = field(None, "name of the model that was attacked, where data is one dataset without a name")

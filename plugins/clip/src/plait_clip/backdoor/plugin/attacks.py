@@ -35,6 +35,10 @@ NUM_SHOWN = 6
 class Backdoor:
     """What all backdoor attacks share: which pairs are poisoned, with which captions and label, and how images are stored."""
 
+    takes = {"model": "image-text-model", "data": "dataset"}
+    columns_needed = ("image",)
+    columns_made = ("is_backdoor", "source_row")
+
     name: ClassVar[str]
     prompt_prefix: ClassVar[str] = ""
 

@@ -42,6 +42,9 @@ class NoDefence:
 class FineTune(FineTuningFields):
     """Fine-tuning on clean pairs with CLIP's own loss. Data: clean."""
 
+    takes = {"model": "image-text-model", "data": "dataset"}
+    columns_needed = ("image",)
+
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
         trained, pairs = model_and_pairs(model, data, CLEAN, "fine-tune", run.device, run.warn)
@@ -60,6 +63,9 @@ class FineTune(FineTuningFields):
 @attrs.frozen(kw_only=True)
 class CleanClip(CleanClipFields):
     """Fine-tuning on clean pairs with an in-modal contrast to augmented views (Bansal et al., ICCV 2023). Data: clean."""
+
+    takes = {"model": "image-text-model", "data": "dataset"}
+    columns_needed = ("image",)
 
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> ImageTextModel:
@@ -85,6 +91,9 @@ class CleanClip(CleanClipFields):
 @attrs.frozen(kw_only=True)
 class Abl(FineTuningFields):
     """Anti-backdoor learning: unlearn the pairs that the model finds most similar (Li et al., NeurIPS 2021). Data: suspicious."""
+
+    takes = {"model": "image-text-model", "data": "dataset"}
+    columns_needed = ("image",)
 
     num_epochs: int = field(1, "passes over the pairs that are kept", in_range(1))
     isolation_share: float = field(
@@ -125,6 +134,9 @@ class Abl(FineTuningFields):
 class DropTop(FineTuningFields):
     """Train on, and remove the pairs that the model finds most similar (CleanCLIP's `progressive`). Data: suspicious."""
 
+    takes = {"model": "image-text-model", "data": "dataset"}
+    columns_needed = ("image",)
+
     removal_epochs: tuple[int, ...] = field((1, 2, 3), "epochs, counted from 1, that begin with a removal", in_range(1))
     removal_share: float = field(0.02, "share of what is left, removed each time", in_range(0, 0.5, low_open=True))
 
@@ -149,6 +161,9 @@ class DropTop(FineTuningFields):
 @attrs.frozen(kw_only=True)
 class SquareUnlearn(FineTuningFields):
     """Unlearn flagged pairs by their squared cosine; an oracle where the flags are the truth. Data: suspicious."""
+
+    takes = {"model": "image-text-model", "data": "dataset"}
+    columns_needed = ("image",)
 
     flags: str = field(
         IS_BACKDOOR, "boolean column with the pairs to unlearn; is_backdoor is the truth, which no real defender has"
@@ -181,6 +196,9 @@ class SquareUnlearn(FineTuningFields):
 @attrs.frozen(kw_only=True)
 class Par(FineTuningFields):
     """Perturb and recover: away from the given model, while augmented clean pairs are relearned. Data: clean."""
+
+    takes = {"model": "image-text-model", "data": "dataset"}
+    columns_needed = ("image",)
 
     batch_size: int = field(256, "pairs contrasted with one another", in_range(2))
     learning_rate: float = field(3e-6, "peak rate", in_range(0, low_open=True))

@@ -14,6 +14,7 @@ from plait import Report, hookimpl
 from plait.fields import field, in_range, method_field
 from plait.report import Curve, Panel
 from plait_vision.files import composed
+from plait_vision.rows import DATA
 from torch import Tensor
 
 from plait_clip import prompts
@@ -37,6 +38,9 @@ class ClipBackdoor(ZeroShotFields):
     ``trigger`` it is that which poisoned the latter. ``model`` is one or several by name. ``reference``, if given, is the
     model before the defence (or that of each, by the same names): the pictures then show its predictions too.
     """
+
+    takes = {"model": "image-text-model", "data": DATA, "reference": "image-text-model"}
+    columns_needed = ("image",)
 
     trigger: Any = method_field(
         "attack", "the backdoor attack whose trigger test images get; default: that of the part poisoned of data", None
@@ -207,12 +211,18 @@ class ClipBackdoor(ZeroShotFields):
 class BackdoorDetection:
     """How well suspicion scores find poisoned pairs: precision and recall of the top k, AUROC, average precision."""
 
+    takes = {"data": DATA}
+
     score: str = field("suspicion", "column of the scores, higher is more suspicious; null ranks last")
     flags: str = field(IS_BACKDOOR, "boolean column with the truth")
     top: tuple[int, ...] = field(
         (16, 64, 256), "k of precision@k and recall@k; those above the rows fall out", in_range(1)
     )
     num_shown: int = field(64, "most suspicious pairs in the picture", in_range(0, 256))
+
+    @property
+    def columns_needed(self) -> tuple[str, ...]:
+        return self.score, self.flags
 
     @hookimpl
     def evaluate(self, data: Any, run: Any) -> Report:
