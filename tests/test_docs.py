@@ -11,7 +11,9 @@ from pathlib import Path
 import plait
 import pytest
 import yaml
-from plait.pipeline import parse_pipeline
+from plait.errors import PipelineError
+from plait.pipeline import load_pipeline, parse_pipeline
+from plait.testing import conformance
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -47,6 +49,18 @@ def test_the_tutorial(workplace):
     assert "all checks passed" in done.stdout
     report = next(Path("runs/brighten").glob("*/report.md")).read_text()
     assert "| 0.2 | bright |" in report
+
+
+def test_what_does_not_fit_is_refused_as_the_page_says(workplace):
+    (told,) = (text for language, _, text in blocks("write-a-method.md") if language == "text")
+    with pytest.raises(PipelineError) as refused:
+        load_pipeline(Path("mark.yaml"))
+    assert [f"error: {problem}" for problem in refused.value.problems] == told.splitlines()
+
+
+test_the_methods_of_the_page_keep_what_they_say = pytest.mark.usefixtures("workplace")(
+    conformance("./mark.py:Mark", hook="transform")
+)
 
 
 @pytest.mark.slow
