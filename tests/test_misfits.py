@@ -23,10 +23,17 @@ gcn: {load-model: gnn, from: {data: nodes}}
 flat: {optimize: fgsam, from: {model: gcn, data: nodes}}
 restorer: {optimize: semiddm-weather, from: {data: {labelled: digits.train}}, with: {training: supervised}}
 restored: {restore: semiddm-weather, from: {model: restorer, data: attacked}}
-scores: {evaluate: accuracy, from: {model: {before: network, after: classifier}, data: restored}}
+clients: {transform: federated-partition, from: {data: digits}}
+plain: {load-model: federated-model, from: {data: clients.train}}
+federated: {aggregate: dfedcata, from: {model: plain, clients: clients.train}}
+tasks: {load-data: four-tasks, with: {task: digits}}
+several: {load-model: multi-task-vit, from: {data: {digits: tasks}}}
+scores: {evaluate: accuracy, from: {model: {before: network, after: classifier, of clients: federated}, data: restored}}
 """.splitlines()
 CLASSIFIERS = "a classifier or an image-text-model or a multi-task-model"
 IMAGES = "a dataset or the data of clients"
+TASKS = "a multi-task-model or a classifier or an image-text-model"
+MERGED = f"{TASKS} or a model-folder"
 GRAPHS = "a graph or a graph-tasks"
 
 
@@ -62,6 +69,10 @@ def test_steps_of_several_kits_fit():
         ("{evaluate: accuracy, from: {model: {a: classifier, b: gcn}, data: digits.test}}", "model", f"'model' of accuracy takes {CLASSIFIERS}, and gcn is a graph-network"),
         ("{evaluate: node-accuracy, from: {model: flat, data: nodes, reference: classifier}}", "reference", "'reference' of node-accuracy takes a graph-network, and classifier is a classifier"),
         ("{evaluate: learned-quality, from: {model: denoiser, data: restored}}", "model", "'model' of learned-quality takes a restorer, and denoiser is a diffusion-model"),
+        ("{aggregate: dfedcata, from: {model: denoiser, clients: clients.train}}", "model", "'model' of dfedcata takes a classifier, and denoiser is a diffusion-model"),
+        ("{evaluate: federated-accuracy, from: {model: gcn, data: digits.test}}", "model", f"'model' of federated-accuracy takes {CLASSIFIERS}, and gcn is a graph-network"),
+        ("{optimize: multi-task, from: {model: denoiser, data: {digits: tasks.train}}}", "model", f"'model' of multi-task takes {TASKS}, and denoiser is a diffusion-model"),
+        ("{merge: wemoe, from: {base: several, experts: {a: several, b: denoiser}, data: {a: tasks.test, b: tasks.test}}}", "experts", f"'experts' of wemoe takes {MERGED}, and denoiser is a diffusion-model"),
         # data of another kind
         ("{transform: resize, from: {data: graph}, with: {size: 8}}", "data", f"'data' of resize takes {IMAGES}, and graph is a graph"),
         ("{transform: concat, from: {data: [digits.train, features]}}", "data", f"'data' of concat takes {IMAGES}, and features is a feature-set"),
@@ -77,6 +88,12 @@ def test_steps_of_several_kits_fit():
         ("{evaluate: activation-ranking, from: {data: features, reference: digits.test}}", "reference", "'reference' of activation-ranking takes a feature-set, and digits.test is a dataset"),
         ("{evaluate: episode-accuracy, from: {model: gcn, data: nodes}}", "data", "'data' of episode-accuracy takes a graph-tasks, and nodes is a graph"),
         ("{evaluate: graph-sharpness, from: {model: flat, data: features}}", "data", f"'data' of graph-sharpness takes {GRAPHS}, and features is a feature-set"),
+        ("{aggregate: fedavg, from: {model: plain, clients: features}}", "clients", f"'clients' of fedavg takes {IMAGES}, and features is a feature-set"),
+        ("{transform: federated-partition, from: {data: graph}}", "data", "'data' of federated-partition takes a dataset, and graph is a graph"),
+        ("{optimize: diffusion, from: {model: fresh, data: clients}}", "data", "'data' of diffusion takes a dataset, and clients is the data of clients"),
+        ("{restore: median, from: {data: graph}}", "data", f"'data' of median takes {IMAGES}, and graph is a graph"),
+        ("{ensemble: average, from: {candidates: {a: digits.test, b: graph}}}", "candidates", "'candidates' of average takes a dataset, and graph is a graph"),
+        ("{evaluate: psnr-ssim, from: {data: features, reference: digits.test}}", "data", "'data' of psnr-ssim takes a dataset, and features is a feature-set"),
         # what is no model, and what is nothing at all
         ("{attack: fgsm, from: {model: digits, data: digits.test}}", "model", "'model' wants a model, and digits is data (a load-data step)"),
         ("{restore: semiddm-weather, from: {model: restorer, data: network}}", "data", "'data' wants data, and network is a model (a load-model step)"),
@@ -87,6 +104,9 @@ def test_steps_of_several_kits_fit():
         ("{transform: caption, from: {data: bare}}", "data", "caption needs the column 'label' of 'data', and bare lacks it; it has image"),
         ("{transform: select, from: {data: digits}, with: {columns: [image, lable]}}", "data", "select needs the column 'lable' of 'data', and digits lacks it (did you mean 'label'?); it has image, label"),
         ("{optimize: classifier-training, from: {model: network, data: bare.train}}", "data", "classifier-training needs the column 'label' of 'data', and bare.train lacks it; it has image"),
+        ("{transform: federated-partition, from: {data: bare}}", "data", "federated-partition needs the column 'label' of 'data', and bare lacks it; it has image"),
+        ("{aggregate: oledfl, from: {model: plain, clients: bare.train}}", "clients", "oledfl needs the column 'label' of 'clients', and bare.train lacks it; it has image"),
+        ("{optimize: restoration-network, from: {data: digits.train, model: network}}", "data", "restoration-network needs the column 'target' of 'data', and digits.train lacks it; it has image, label"),
         ("{attack: pgd-logits, from: {model: classifier, data: bare.test}}", "data", "pgd-logits needs the column 'label' of 'data', and bare.test lacks it; it has image"),
         ("{extract-feature: gdf, from: {model: denoiser, data: digits}, with: {prompt_column: captions}}", "data", "gdf needs the column 'captions' of 'data', and digits lacks it; it has image, label"),
         ("{extract-feature: content-shift, from: {model: denoiser, data: restored}, with: {extractor: gdf, caption_column: text}}", "data", "content-shift needs the column 'text' of 'data', and restored lacks it; it has image, label"),
