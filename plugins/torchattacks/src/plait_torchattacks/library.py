@@ -77,6 +77,14 @@ def budget(name: str, arguments: Mapping[str, Any]) -> tuple[float | None, Liter
     return full.get("eps"), "linf" if norm == "Linf" else "l2"
 
 
+def classes_needed(name: str, arguments: Mapping[str, Any]) -> int:
+    """How many classes a model must tell apart: the difference of logits ratio looks at the third or fourth best."""
+    full = {**parameters(name), **arguments}
+    if name == "APGDT" or (name == "AutoAttack" and full["version"] != "rand"):
+        return 4
+    return 3 if name == "AutoAttack" or full.get("loss") == "dlr" else 2
+
+
 def make(name: str, classifier: nn.Module, arguments: Mapping[str, Any], *, num_classes: int, seed: int) -> Any:
     """The attack; the number of classes and the seed of its own are given where the class has such arguments.
 

@@ -69,6 +69,10 @@ class Torchattacks(ClassifierFields):
                 count = classifier(first).shape[1]
             if int(classes.max()) >= count:
                 raise ValueError(f"label {int(classes.max())} occurs, and the model tells {count} classes apart")
+            if count < (needed := library.classes_needed(self.name, self._arguments)):
+                raise ValueError(
+                    f"{self.name} needs {needed} classes, and the model tells {count} apart; take PGD or Square"
+                )
             attack = library.make(self.name, classifier, self._arguments, num_classes=count, seed=seed)
             if self.target is not None:
                 names = classifier.class_names or self.class_names or class_names_of(data)
