@@ -671,7 +671,12 @@ def check(method: str, hook: str | None, example: str | None) -> None:
 @click.option(
     "--hook", "hooks", multiple=True, required=True, help="A hook that the package implements; may be repeated."
 )
-@click.option("--domain", default="image-classification", show_default=True, help="What the methods work on.")
+@click.option(
+    "--domain",
+    default="image-classification",
+    show_default=True,
+    help="What the methods work on; also image-text, text, graph, restoration, tensor.",
+)
 @click.option(
     "--in", "parent", type=click.Path(path_type=Path), default=Path(), help="Where to put the package's folder."
 )
