@@ -26,6 +26,8 @@ restored: {restore: semiddm-weather, from: {model: restorer, data: attacked}}
 clients: {transform: federated-partition, from: {data: digits}}
 plain: {load-model: federated-model, from: {data: clients.train}}
 federated: {aggregate: dfedcata, from: {model: plain, clients: clients.train}}
+scenes: {load-data: digit-scenes}
+clip: {load-model: open-clip}
 tasks: {load-data: four-tasks, with: {task: digits}}
 several: {load-model: multi-task-vit, from: {data: {digits: tasks}}}
 scores: {evaluate: accuracy, from: {model: {before: network, after: classifier, of clients: federated}, data: restored}}
@@ -69,8 +71,13 @@ def test_steps_of_several_kits_fit():
         ("{evaluate: accuracy, from: {model: {a: classifier, b: gcn}, data: digits.test}}", "model", f"'model' of accuracy takes {CLASSIFIERS}, and gcn is a graph-network"),
         ("{evaluate: node-accuracy, from: {model: flat, data: nodes, reference: classifier}}", "reference", "'reference' of node-accuracy takes a graph-network, and classifier is a classifier"),
         ("{evaluate: learned-quality, from: {model: denoiser, data: restored}}", "model", "'model' of learned-quality takes a restorer, and denoiser is a diffusion-model"),
+        ("{aggregate: fedavg, from: {model: clip, clients: clients.train}}", "model", "'model' of fedavg takes a classifier, and clip is an image-text-model"),
         ("{aggregate: dfedcata, from: {model: denoiser, clients: clients.train}}", "model", "'model' of dfedcata takes a classifier, and denoiser is a diffusion-model"),
         ("{evaluate: federated-accuracy, from: {model: gcn, data: digits.test}}", "model", f"'model' of federated-accuracy takes {CLASSIFIERS}, and gcn is a graph-network"),
+        ("{attack: pgd, from: {model: federated, data: scenes.test}}", "model", "'model' of pgd takes an image-text-model, and federated is a classifier"),
+        ("{defend: clean-clip, from: {model: federated, data: scenes.train}}", "model", "'model' of clean-clip takes an image-text-model, and federated is a classifier"),
+        ("{optimize: clip-contrastive, from: {model: denoiser, data: scenes.train}}", "model", "'model' of clip-contrastive takes an image-text-model, and denoiser is a diffusion-model"),
+        ("{evaluate: retrieval, from: {model: several, data: scenes.test}}", "model", "'model' of retrieval takes an image-text-model, and several is a multi-task-model"),
         ("{optimize: multi-task, from: {model: denoiser, data: {digits: tasks.train}}}", "model", f"'model' of multi-task takes {TASKS}, and denoiser is a diffusion-model"),
         ("{merge: wemoe, from: {base: several, experts: {a: several, b: denoiser}, data: {a: tasks.test, b: tasks.test}}}", "experts", f"'experts' of wemoe takes {MERGED}, and denoiser is a diffusion-model"),
         # data of another kind
@@ -91,6 +98,8 @@ def test_steps_of_several_kits_fit():
         ("{aggregate: fedavg, from: {model: plain, clients: features}}", "clients", f"'clients' of fedavg takes {IMAGES}, and features is a feature-set"),
         ("{transform: federated-partition, from: {data: graph}}", "data", "'data' of federated-partition takes a dataset, and graph is a graph"),
         ("{optimize: diffusion, from: {model: fresh, data: clients}}", "data", "'data' of diffusion takes a dataset, and clients is the data of clients"),
+        ("{attack: pgd, from: {model: clip, data: clients}}", "data", "'data' of pgd takes a dataset, and clients is the data of clients"),
+        ("{attack: badnet-fixed, from: {data: graph}}", "data", "'data' of badnet-fixed takes a dataset, and graph is a graph"),
         ("{restore: median, from: {data: graph}}", "data", f"'data' of median takes {IMAGES}, and graph is a graph"),
         ("{ensemble: average, from: {candidates: {a: digits.test, b: graph}}}", "candidates", "'candidates' of average takes a dataset, and graph is a graph"),
         ("{evaluate: psnr-ssim, from: {data: features, reference: digits.test}}", "data", "'data' of psnr-ssim takes a dataset, and features is a feature-set"),
@@ -106,6 +115,7 @@ def test_steps_of_several_kits_fit():
         ("{optimize: classifier-training, from: {model: network, data: bare.train}}", "data", "classifier-training needs the column 'label' of 'data', and bare.train lacks it; it has image"),
         ("{transform: federated-partition, from: {data: bare}}", "data", "federated-partition needs the column 'label' of 'data', and bare lacks it; it has image"),
         ("{aggregate: oledfl, from: {model: plain, clients: bare.train}}", "clients", "oledfl needs the column 'label' of 'clients', and bare.train lacks it; it has image"),
+        ("{evaluate: zero-shot, from: {model: clip, data: bare.test}}", "data", "zero-shot needs the column 'label' of 'data', and bare.test lacks it; it has image"),
         ("{optimize: restoration-network, from: {data: digits.train, model: network}}", "data", "restoration-network needs the column 'target' of 'data', and digits.train lacks it; it has image, label"),
         ("{attack: pgd-logits, from: {model: classifier, data: bare.test}}", "data", "pgd-logits needs the column 'label' of 'data', and bare.test lacks it; it has image"),
         ("{extract-feature: gdf, from: {model: denoiser, data: digits}, with: {prompt_column: captions}}", "data", "gdf needs the column 'captions' of 'data', and digits lacks it; it has image, label"),
