@@ -37,6 +37,7 @@ A method may also have
 * ``input_files()``: files beyond those that its fields name, such as the images of a list, so that the step
   runs again when one of them changes;
 * ``renamed_fields``: old name → new name of a field, so that a pipeline with the old one is told the new one;
+* ``example()``, a static function that returns a :class:`plait.testing.Example`, what ``plait check`` tries it on;
 * ``depends_on_libraries``: names of distributions (``("torch",)``) whose version is part of what makes its
   result. For all others the version is recorded, and ``plait plan`` tells where it differs.
 """

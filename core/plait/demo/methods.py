@@ -19,6 +19,8 @@ class Digits:
 
     num_train: int = field(400, "images of split train", in_range(1, 1600))
     num_test: int = field(150, "images of split test", in_range(1, 1600))
+    gives = "dataset"
+    columns_made = ("image", "name", "label")
     splits = ("train", "test")
 
     @hookimpl
@@ -33,6 +35,10 @@ class Noise:
     """Gaussian noise on every image."""
 
     sigma: float = field(0.2, "standard deviation, in [0, 1] units", in_range(0, 1))
+    takes = {"data": "dataset"}
+    gives = "data"
+    columns_needed = ("image",)
+    columns_made = ("target",)
 
     @hookimpl
     def transform(self, data: Any, run: Any) -> Any:
@@ -49,6 +55,7 @@ class SmallClassifier:
     """A two-layer classifier of the digits."""
 
     width: int = field(32, "hidden units", in_range(1, 4096))
+    gives = "classifier"
 
     @hookimpl
     def load_model(self, run: Any) -> Classifier:
@@ -62,6 +69,8 @@ class Training:
 
     num_steps: int = field(60, "updates", in_range(1))
     learning_rate: float = field(0.02, "of Adam", in_range(0, low_open=True))
+    takes = {"model": "classifier", "data": "dataset"}
+    columns_needed = ("image", "label")
 
     @hookimpl
     def optimize(self, model: Any, data: Any, run: Any) -> Classifier:
@@ -74,6 +83,9 @@ class Training:
 @attrs.frozen(kw_only=True)
 class Accuracy:
     """Share of images whose class the model finds."""
+
+    takes = {"model": "classifier", "data": "dataset"}
+    columns_needed = ("image", "label")
 
     @hookimpl
     def evaluate(self, model: Any, data: Any, run: Any) -> Report:
@@ -95,6 +107,9 @@ class Accuracy:
 @attrs.frozen(kw_only=True)
 class Error:
     """Root mean squared distance of images from their targets, in [0, 1] units."""
+
+    takes = {"data": "dataset", "reference": "dataset"}
+    columns_needed = ("image",)
 
     @hookimpl
     def evaluate(self, data: Any, reference: Any | None, run: Any) -> Report:
