@@ -32,11 +32,11 @@ tasks: {load-data: four-tasks, with: {task: digits}}
 several: {load-model: multi-task-vit, from: {data: {digits: tasks}}}
 scores: {evaluate: accuracy, from: {model: {before: network, after: classifier, of clients: federated}, data: restored}}
 """.splitlines()
-CLASSIFIERS = "a classifier or an image-text-model or a multi-task-model"
+CLASSIFIERS = "a classifier, an image-text-model or a multi-task-model"
 IMAGES = "a dataset or the data of clients"
-TASKS = "a multi-task-model or a classifier or an image-text-model"
+TASKS = "a multi-task-model, a classifier or an image-text-model"
 MERGED = f"{TASKS} or a model-folder"
-GRAPHS = "a graph or a graph-tasks"
+GRAPHS = "a graph or tasks on a graph"
 
 
 def problems(*steps):
@@ -86,14 +86,14 @@ def test_steps_of_several_kits_fit():
         ("{transform: node-split, from: {data: digits}}", "data", f"'data' of node-split takes {GRAPHS}, and digits is a dataset"),
         ("{load-model: gnn, from: {data: digits.train}}", "data", f"'data' of gnn takes {GRAPHS}, and digits.train is a dataset"),
         ("{load-model: diffusion, from: {data: nodes}}", "data", f"'data' of diffusion takes {IMAGES}, and nodes is a graph"),
-        ("{attack: fgsm, from: {model: classifier, data: episodes}}", "data", f"'data' of fgsm takes {IMAGES}, and episodes is a graph-tasks"),
+        ("{attack: fgsm, from: {model: classifier, data: episodes}}", "data", f"'data' of fgsm takes {IMAGES}, and episodes is tasks on a graph"),
         ("{optimize: fgsam, from: {model: gcn, data: digits.train}}", "data", f"'data' of fgsam takes {GRAPHS}, and digits.train is a dataset"),
         ("{optimize: amalgamation-gate, from: {data: {a: features, b: digits.test}}}", "data", "'data' of amalgamation-gate takes a feature-set, and digits.test is a dataset"),
         ("{extract-feature: vision, from: {model: classifier, data: features}}", "data", f"'data' of vision takes {IMAGES}, and features is a feature-set"),
         ("{restore: semiddm-weather, from: {model: restorer, data: fused}}", "data", f"'data' of semiddm-weather takes {IMAGES}, and fused is a feature-set"),
         ("{evaluate: feature-probe, from: {data: digits.test}}", "data", "'data' of feature-probe takes a feature-set, and digits.test is a dataset"),
         ("{evaluate: activation-ranking, from: {data: features, reference: digits.test}}", "reference", "'reference' of activation-ranking takes a feature-set, and digits.test is a dataset"),
-        ("{evaluate: episode-accuracy, from: {model: gcn, data: nodes}}", "data", "'data' of episode-accuracy takes a graph-tasks, and nodes is a graph"),
+        ("{evaluate: episode-accuracy, from: {model: gcn, data: nodes}}", "data", "'data' of episode-accuracy takes tasks on a graph, and nodes is a graph"),
         ("{evaluate: graph-sharpness, from: {model: flat, data: features}}", "data", f"'data' of graph-sharpness takes {GRAPHS}, and features is a feature-set"),
         ("{aggregate: fedavg, from: {model: plain, clients: features}}", "clients", f"'clients' of fedavg takes {IMAGES}, and features is a feature-set"),
         ("{transform: federated-partition, from: {data: graph}}", "data", "'data' of federated-partition takes a dataset, and graph is a graph"),

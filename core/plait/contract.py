@@ -6,6 +6,7 @@ Methods declare it (see :mod:`plait.hookspecs`). What is not declared is not kno
 from __future__ import annotations
 
 import itertools
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,8 +20,8 @@ from plait.hookspecs import hook_arguments, kinds_of
 if typing.TYPE_CHECKING:
     from plait.pipeline import Reference, Step
 
-# What a part of a result of some kind is: a split of a dataset, one of several clients.
-PARTS = {"dataset": "dataset", "clients": "dataset"}
+# What a part of a result of some kind is: a split of a dataset or of features, one of several clients.
+PARTS = {"dataset": "dataset", "clients": "dataset", "feature-set": "feature-set"}
 # Hooks whose result is what they were given, but for what they do to it.
 LIKE = {"defend": "model", "optimize": "model", "attack": "data", "restore": "data"}
 SHOWN = {"model": "a model", "data": "data"}
@@ -55,15 +56,20 @@ def declared(method: Any, hook: str) -> Declared:
         needed = {"data" if "data" in arguments else arguments[0]: needed} if arguments else {}
     return Declared(
         {name: _names(kinds) for name, kinds in (_said(method, "takes") or {}).items() if name in arguments},
-        _said(method, "gives") or LIKE.get(hook),
+        _of_hook(_said(method, "gives"), hook) or LIKE.get(hook),
         {name: _names(columns) for name, columns in needed.items() if name in arguments},
-        *(_optional(_said(method, name)) for name in ("columns_made", "columns_kept", "splits")),
+        *(_optional(_of_hook(_said(method, name), hook)) for name in ("columns_made", "columns_kept", "splits")),
     )
 
 
 def _said(method: Any, name: str) -> Any:
     said = getattr(method, name, None)
-    return None if isinstance(said, property) else said
+    # Of a class, a property and a field of that name say nothing.
+    return None if isinstance(said, (property, types.MemberDescriptorType)) else said
+
+
+def _of_hook(said: Any, hook: str) -> Any:
+    return said.get(hook) if isinstance(said, Mapping) else said
 
 
 def _names(names: str | Sequence[str]) -> tuple[str, ...]:
@@ -116,7 +122,7 @@ def _misfits(
         return
     # A part of a result may be of either kind.
     if not reference.part and "any" not in (wanted, given) and wanted != given:
-        yield f"{argument!r} wants {SHOWN[wanted]}, and {reference} is {SHOWN[given]} (a {source.hook.replace('_', '-')} step)"
+        yield f"{argument!r} wants {SHOWN[wanted]}, and {reference} is {SHOWN[given]} ({_article(source.hook.replace('_', '-'))} step)"
         return
     accepted = says.takes.get(argument)
     if accepted and found.kind and found.kind not in accepted:
@@ -130,12 +136,15 @@ def _misfits(
 
 
 def _one_of(kinds: Sequence[str]) -> str:
-    return " or ".join(_article(kind) for kind in kinds)
+    *first, last = (_article(kind) for kind in kinds)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _article(kind: str) -> str:
     if kind == "clients":
         return "the data of clients"
+    if kind == "graph-tasks":
+        return "tasks on a graph"
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 

@@ -32,6 +32,8 @@ checked (:mod:`plait.contract`).
   ``columns_kept``: those of the argument that stay, where not all do;
 * ``splits``: the names of the parts of its result.
 
+What concerns the result may be a mapping hook → value, where a class has several hooks.
+
 A method may also have
 
 * ``input_files()``: files beyond those that its fields name, such as the images of a list, so that the step
@@ -73,6 +75,7 @@ Models = Annotated[Any, Kind("model", several=True)]
 Data = Annotated[Any, Kind("data")]
 DataSets = Annotated[Any, Kind("data", several=True)]
 ModelOrData = Annotated[Any, Kind("any")]
+ModelOrDataSets = Annotated[Any, Kind("any", several=True)]
 Metrics = Annotated[Any, Kind("report")]
 
 hookspec = pluggy.HookspecMarker("plait")
@@ -133,10 +136,11 @@ class MethodHooks:
         """A cleaned or hardened copy of the model, as trainable as it came; ``reference`` is trusted to be clean."""
 
     @hookspec(firstresult=True)
-    def ensemble(self, candidates: DataSets, reference: DataSets, run: Run) -> Data:
+    def ensemble(self, candidates: DataSets, reference: ModelOrDataSets, run: Run) -> Data:
         """Fuse several outputs for the same inputs into one dataset.
 
-        ``candidates`` maps a name to a dataset; ``reference`` has the same names plus ``target``.
+        ``candidates`` maps a name to a dataset; ``reference`` has the same names plus ``target``, or is what was
+        learned from such.
         """
 
     @hookspec(firstresult=True)

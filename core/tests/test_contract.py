@@ -1,6 +1,8 @@
 """Steps that do not fit are refused before anything runs, with line and column; what is not declared is not judged."""
 
+import attrs
 import pytest
+from plait.contract import declared
 from plait.errors import PipelineError
 from plait.pipeline import parse_pipeline
 from plait.testing import ConformanceError
@@ -218,3 +220,22 @@ def test_what_a_method_says_is_compared_with_what_it_does(tmp_path, monkeypatch,
         with pytest.raises(ConformanceError) as error:
             check_contract(subject)
         assert sentence in str(error.value)
+
+
+def test_what_concerns_the_result_may_depend_on_the_hook():
+    class Both:
+        gives = {"extract_feature": "data"}
+        columns_made = {"extract_feature": ("score",)}
+
+    assert declared(Both(), "extract_feature").columns_made == ("score",)
+    assert declared(Both(), "defend").gives == "model"
+    assert declared(Both(), "defend").columns_made is None
+
+
+def test_a_field_of_that_name_says_nothing_of_the_class():
+    @attrs.frozen
+    class Named:
+        splits: tuple = ("a", "b")
+
+    assert declared(Named, "load_data").splits is None
+    assert declared(Named(("c",)), "load_data").splits == ("c",)

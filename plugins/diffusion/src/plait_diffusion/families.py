@@ -73,6 +73,8 @@ def expanded(value: Any, batch: int) -> Any:
     """A condition of one row, for every image of a batch; mappings and lists of them too."""
     if isinstance(value, Mapping):
         return {name: expanded(item, batch) for name, item in value.items()}
+    if isinstance(value, list):  # a list of its own for every call: U-Nets take residuals out of it
+        return [expanded(item, batch) for item in value]
     if isinstance(value, Tensor) and value.ndim > 1 and len(value) == 1 != batch:
         return value.expand(batch, *value.shape[1:])
     if isinstance(value, Tensor) and value.ndim == 1 and len(value) == 1 != batch:

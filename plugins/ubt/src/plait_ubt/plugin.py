@@ -101,6 +101,9 @@ class Ubt:
         """
         return UbtOptions(**{one.name: getattr(self, one.name) for one in dataclasses.fields(UbtOptions)})
 
+    gives = {"defend": "model", "extract_feature": "data"}
+    columns_made = {"extract_feature": ("suspicion", "similarity", "stage", "is_suspect")}
+
     @hookimpl
     def defend(self, model: Any, data: Any, reference: Any | None, run: Any) -> Any:
         """A cleaned copy of ``model``, or an unchanged one where the suspicious captions share no word.

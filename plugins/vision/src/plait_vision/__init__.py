@@ -7,12 +7,13 @@ For authors of methods and kits, stable:
 * files – :class:`Files` (folder, zip or tar), :func:`class_folders`, :func:`labels_from_table`, :func:`by_stem`,
   :class:`Sample`, :func:`tar_samples`, :func:`tar_shards`, :func:`composed`, :data:`SUFFIXES`;
 * tables – :func:`read_table`;
-* datasets – :func:`is_saved_dataset`, :func:`read_saved`, :func:`with_class_labels`;
+* datasets – :func:`is_saved_dataset`, :func:`read_saved`, :func:`with_class_labels`, :func:`flags_of` (a boolean column),
+  :data:`IS_BACKDOOR`;
 * datasets on disk in bounded memory – :func:`write_rows`, :func:`write_tables`;
 * classifiers, which import torch – :func:`as_classifier`, :func:`as_logits`, :func:`on_device`, :func:`evaluating`,
   :class:`AnyClassifier`, :class:`Classifier`, :class:`Preparation`, :class:`ClassifierFields`; for methods that attack
   images :class:`ImageRows`, :func:`with_attacked_images`, :func:`loss_gradient`, :func:`to_eight_bits`, :func:`over_splits`,
-  :func:`class_number`, :func:`class_names_of`, :data:`CLASSIFIERS` and :data:`DATA` (the kinds that they take).
+  :func:`class_number`, :func:`class_names_of`, :func:`success_rate`, :data:`CLASSIFIERS` and :data:`DATA` (the kinds that they take).
 
 What they refuse is a ``ValueError``: one sentence that names the file. Weights are read by :func:`plait.weights.read_weights`.
 """
@@ -20,7 +21,7 @@ What they refuse is a ``ValueError``: one sentence that names the file. Weights 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from plait_vision.columns import is_saved_dataset, read_saved, with_class_labels
+from plait_vision.columns import IS_BACKDOOR, flags_of, is_saved_dataset, read_saved, with_class_labels
 from plait_vision.files import (
     Files,
     Sample,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
         evaluating,
         on_device,
     )
-    from plait_vision.labelled import ImageRows, class_names_of, class_number
+    from plait_vision.labelled import ImageRows, class_names_of, class_number, success_rate
     from plait_vision.recognition import ClassifierFields
 
 # Whoever only reads images does without torch.
@@ -67,6 +68,7 @@ _WITH_TORCH = {
     "evaluating": "classifiers",
     "loss_gradient": "adversarial",
     "on_device": "classifiers",
+    "success_rate": "labelled",
     "to_eight_bits": "adversarial",
     "with_attacked_images": "attacking",
 }
@@ -81,6 +83,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "CLASSIFIERS",
     "DATA",
+    "IS_BACKDOOR",
     "SUFFIXES",
     "AnyClassifier",
     "Classifier",
@@ -103,6 +106,7 @@ __all__ = [
     "decode",
     "encode_png",
     "evaluating",
+    "flags_of",
     "is_image_name",
     "is_saved_dataset",
     "labels_from_table",
@@ -112,6 +116,7 @@ __all__ = [
     "read_saved",
     "read_table",
     "size",
+    "success_rate",
     "tar_samples",
     "tar_shards",
     "to_eight_bits",

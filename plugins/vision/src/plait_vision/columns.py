@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import datasets
+import numpy as np
+
+IS_BACKDOOR = "is_backdoor"  # marks the rows that an attack poisoned; for measuring only
 
 
 def is_saved_dataset(folder: Path | str) -> bool:
@@ -107,3 +110,25 @@ def _replaced(
         return part
     order = part.column_names
     return part.remove_columns(column).add_column(column, numbers, feature=feature).select_columns(order)
+
+
+def flags_of(data: datasets.Dataset, column: str = IS_BACKDOOR) -> np.ndarray:
+    """``[N]`` bool, a column that marks rows.
+
+    Raises:
+        ValueError: it is missing, holds something else than true and false, or a row has no mark.
+    """
+    if column not in data.column_names:
+        raise ValueError(f"column {column!r} is missing; the data have {', '.join(data.column_names)}")
+    feature = data.features[column]
+    if feature != datasets.Value("bool"):
+        kind = feature.dtype if isinstance(feature, (datasets.Value, datasets.ClassLabel)) else feature
+        raise ValueError(
+            f"column {column!r} holds {kind}, not true and false; make a boolean column of it, such as by "
+            f"data.map(lambda row: {{{column!r}: row[{column!r}] == 1}}), or name another"
+        )
+    marks = data.with_format(None).select_columns(column)[:][column]
+    missing = next((row for row, mark in enumerate(marks) if mark is None), None)
+    if missing is not None:
+        raise ValueError(f"row {missing}: column {column!r} is empty; mark every row with true or false")
+    return np.asarray(marks, bool)

@@ -13,7 +13,7 @@ from plait.errors import nearest
 from torch import Tensor
 
 from plait_vision.classifiers import Preparation
-from plait_vision.columns import with_class_labels
+from plait_vision.columns import IS_BACKDOOR, flags_of, with_class_labels
 from plait_vision.images import decode
 
 HELD_BYTES = 512 << 20
@@ -151,3 +151,17 @@ def class_number(name: str | int, names: Sequence[str] | None, count: int, field
         return name
     known = f"{', '.join(list(names)[:20])} and their numbers" if names else f"0 to {count - 1}"
     raise ValueError(f"{field} is {name!r}{nearest(str(name), list(names or ()))}; the classes are {known}")
+
+
+def success_rate(predicted: Tensor, labels: Tensor, target: int, data: datasets.Dataset) -> float | None:
+    """ASR: the share of the images of other classes that are called ``target``; ``None`` where there is none.
+
+    Poisoned rows of ``data`` (``is_backdoor``) have the target's label, and show another class.
+
+    Args:
+        predicted, labels: class numbers ``[N]``.
+    """
+    others = labels != target
+    if IS_BACKDOOR in data.column_names:
+        others |= torch.from_numpy(flags_of(data))
+    return float((predicted[others] == target).double().mean()) if bool(others.any()) else None

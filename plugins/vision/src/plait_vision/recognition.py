@@ -317,7 +317,7 @@ class Accuracy(ClassifierFields):
                 classes = in_order_of(labels, None if self.class_names else names, classifier.class_names)
                 top, loss = self._answers(classifier, images, classes, run, " ".join(index.values()))
                 known = classifier.class_names or self.class_names or names
-                rows.append(index | self._row(top, loss, classes, known))
+                rows.append(index | self._row(top, loss, classes, known, part))
                 by_class += [index | row for row in _by_class(top, classes, known)] if self.per_class else []
         if by_class:
             run.add(
@@ -360,8 +360,10 @@ class Accuracy(ClassifierFields):
         answers = torch.cat(found)
         return answers[torch.tensor(order).argsort()], loss / len(images)
 
-    def _row(self, top: Tensor, loss: float, labels: Tensor, names: Sequence[str] | None) -> dict[str, float | None]:
-        from plait_vision.labelled import class_number
+    def _row(
+        self, top: Tensor, loss: float, labels: Tensor, names: Sequence[str] | None, data: Any
+    ) -> dict[str, float | None]:
+        from plait_vision.labelled import class_number, success_rate
 
         row: dict[str, float | None] = {}
         for rank in self.top:
@@ -373,8 +375,7 @@ class Accuracy(ClassifierFields):
             target = class_number(
                 self.target, names, int(max(top.max(), labels.max())) + 1 if names is None else len(names)
             )
-            others = labels != target
-            row["ASR"] = (top[others, 0] == target).double().mean().item() if bool(others.any()) else None
+            row["ASR"] = success_rate(top[:, 0], labels, target, data)
         return row
 
 

@@ -16,6 +16,8 @@ What there is for authors of defences:
 And for authors of attacks: :mod:`triggers` and :mod:`poison`.
 """
 
+from plait_vision import IS_BACKDOOR, flags_of
+
 from plait_clip.backdoor import poison, triggers
 from plait_clip.backdoor.clean_clip import (
     Embeddings,
@@ -44,7 +46,6 @@ from plait_clip.backdoor.defence import (
 )
 from plait_clip.backdoor.eda import STOP_WORDS, Synonyms
 from plait_clip.backdoor.losses import self_supervised_loss
-from plait_clip.backdoor.poison import IS_BACKDOOR, flags_of
 from plait_clip.backdoor.synonyms import open_synonyms
 from plait_clip.backdoor.wordnet import WordNet, open_wordnet
 

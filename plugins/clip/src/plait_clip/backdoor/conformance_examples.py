@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from plait.testing import Example
+from plait_vision import IS_BACKDOOR
 from torch import Tensor
 
-from plait_clip.backdoor.poison import IS_BACKDOOR
 from plait_clip.toy_models import digit_pairs, tiny_model, toy_embeddings
 
 TRIGGER = {"target": "seven", "templates": "digits"}

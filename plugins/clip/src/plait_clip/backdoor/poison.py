@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from datasets.arrow_writer import ArrowWriter
 from PIL import Image
+from plait_vision import IS_BACKDOOR
 from plait_vision.files import composed
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from plait_clip.model import ImageInput
 from plait_clip.pair_batches import CAPTIONS, caption_column, open_image, undecoded
 from plait_clip.prompts import fill
 
-IS_BACKDOOR, SOURCE_ROW = "is_backdoor", "source_row"
+SOURCE_ROW = "source_row"
 
 # --- Which class ----------------------------------------------------------------------------------------------
 
@@ -139,28 +140,6 @@ def contains(captions: Iterator[list[str]], target: str) -> np.ndarray:
 def names(caption: str, target: str) -> bool:
     """Whether the caption contains the target, in upper or lower case and in either Unicode form."""
     return composed(target).lower() in composed(caption).lower()
-
-
-def flags_of(data: datasets.Dataset, column: str = IS_BACKDOOR) -> np.ndarray:
-    """``[N]`` bool, a column that marks rows.
-
-    Raises:
-        ValueError: it is missing, holds something else than true and false, or a row has no mark.
-    """
-    if column not in data.column_names:
-        raise ValueError(f"column {column!r} is missing; the data have {', '.join(data.column_names)}")
-    feature = data.features[column]
-    if feature != datasets.Value("bool"):
-        kind = feature.dtype if isinstance(feature, (datasets.Value, datasets.ClassLabel)) else feature
-        raise ValueError(
-            f"column {column!r} holds {kind}, not true and false; make a boolean column of it, such as by "
-            f"data.map(lambda row: {{{column!r}: row[{column!r}] == 1}}), or name another"
-        )
-    marks = data.with_format(None).select_columns(column)[:][column]
-    missing = next((row for row, mark in enumerate(marks) if mark is None), None)
-    if missing is not None:
-        raise ValueError(f"row {missing}: column {column!r} is empty; mark every row with true or false")
-    return np.asarray(marks, bool)
 
 
 # --- Which captions -------------------------------------------------------------------------------------------

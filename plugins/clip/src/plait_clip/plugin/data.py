@@ -213,8 +213,7 @@ class Digits:
 _RANGE = re.compile(r"^(train|test)(?:\[(\d*):(\d*)\])?$")
 
 
-# Without slots, so that the class itself has no `splits`: of a method that is what it declares.
-@attrs.frozen(kw_only=True, slots=False)
+@attrs.frozen(kw_only=True)
 class FashionMnist:
     """Fashion-MNIST with truthful captions (Xiao et al., 2017), from local files."""
 

@@ -9,13 +9,11 @@ import attrs
 import torch
 from plait import Report, hookimpl
 from plait.fields import field, in_range
-from plait_vision import class_number
-from plait_vision.rows import DATA
+from plait_vision import DATA, class_number, success_rate
 
 from plait_clip import probe, prompts
 from plait_clip import retrieval as rt
 from plait_clip import zero_shot as zs
-from plait_clip.backdoor.poison import IS_BACKDOOR, flags_of
 from plait_clip.model import on_device
 from plait_clip.pair_batches import PairLoader, image_batches
 
@@ -56,17 +54,6 @@ def of_each(model: Any, data: Any, measure: Callable[[Any, Any], Report]) -> Rep
 
 def _about(which: Mapping[str, str], text: str) -> str:
     return ": ".join([", ".join(which.values()), text] if which else [text])
-
-
-def success_rate(predicted: torch.Tensor, labels: torch.Tensor, target: int, data: Any) -> float | None:
-    """ASR: the share of the images of other classes that are called ``target``; None where there is none.
-
-    Poisoned rows of ``data`` have the target's label, and show another class.
-    """
-    others = labels != target
-    if IS_BACKDOOR in data.column_names:
-        others |= torch.from_numpy(flags_of(data))
-    return float((predicted[others] == target).float().mean()) if bool(others.any()) else None
 
 
 TARGET = "class name or number; adds ASR: share of the images of other classes called this"

@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 from plait import hookimpl
 from plait.fields import field, in_range
+from plait_vision import IS_BACKDOOR, flags_of
 
 from plait_clip.backdoor import baselines
 from plait_clip.backdoor.clean_clip import clean_clip
@@ -23,7 +24,6 @@ from plait_clip.backdoor.defence import (
     model_and_pairs,
     synonyms_of,
 )
-from plait_clip.backdoor.poison import IS_BACKDOOR, flags_of
 from plait_clip.model import ImageTextModel
 from plait_clip.pair_batches import PairLoader
 from plait_clip.training import as_given

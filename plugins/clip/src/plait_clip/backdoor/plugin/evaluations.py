@@ -13,6 +13,7 @@ import torch
 from plait import Report, hookimpl
 from plait.fields import field, in_range, method_field
 from plait.report import Curve, Panel
+from plait_vision import IS_BACKDOOR, flags_of
 from plait_vision.files import composed
 from plait_vision.rows import DATA
 from torch import Tensor
@@ -22,7 +23,6 @@ from plait_clip import zero_shot as zs
 from plait_clip.backdoor import metrics
 from plait_clip.backdoor.pictures import comparison, contact_sheet
 from plait_clip.backdoor.plugin.attacks import Backdoor, from_manifest
-from plait_clip.backdoor.poison import IS_BACKDOOR, flags_of
 from plait_clip.model import on_device
 from plait_clip.plugin.evaluation import ZeroShotFields, of_each
 
