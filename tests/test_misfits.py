@@ -35,7 +35,7 @@ scores: {evaluate: accuracy, from: {model: {before: network, after: classifier, 
 CLASSIFIERS = "a classifier, an image-text-model or a multi-task-model"
 IMAGES = "a dataset or the data of clients"
 TASKS = "a multi-task-model, a classifier or an image-text-model"
-MERGED = f"{TASKS} or a model-folder"
+MERGED = "a multi-task-model, a classifier, an image-text-model or a model-folder"
 GRAPHS = "a graph or tasks on a graph"
 
 
