@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: demo test test-fast lint bench figures docs wheels clean
 
 demo: $(VENV)/.ready
-	$(BIN)/plait run pipelines/quickstart.yaml
+	$(BIN)/plait run pipelines/demo.yaml
 
 test: $(VENV)/.ready lint
 	$(BIN)/pytest -n $(JOBS) --dist worksteal

@@ -554,3 +554,16 @@ def test_weights_that_do_not_keep_the_average_are_warned_about_or_refused(client
     assert "columns of the mixing matrix sum to 0.83 … 1.17" in warnings[0]
     with pytest.raises(ValueError, match="columns of the mixing matrix"):
         DFedAvg(**path, strict=True, **SHORT).aggregate(model=model, clients=clients, run=plait.Run())
+
+
+def test_accuracy_on_several_data_sets():
+    model, evaluate = torch.nn.Linear(4, 2), FederatedAccuracy().evaluate
+    one, two = rows(), rows().select(range(2))
+    both = evaluate(model={"net": model}, data={"one": one, "two": two}, run=plait.Run()).rows
+    assert [(row["model"], row["data"]) for row in both] == [("net", "one"), ("net", "two")]
+    (alone,) = evaluate(model={"net": model}, data=two, run=plait.Run()).rows
+    assert alone == {name: value for name, value in both[1].items() if name != "data"}
+    with pytest.raises(ValueError, match="data is an empty mapping"):
+        evaluate(model=model, data={}, run=plait.Run())
+    with pytest.raises(ValueError, match="data history is a list; a dataset is needed"):
+        evaluate(model=model, data={"history": [1]}, run=plait.Run())

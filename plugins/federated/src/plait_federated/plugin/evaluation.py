@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
 import torch
-from datasets import ClassLabel
+from datasets import ClassLabel, Dataset
 from plait import Report, hookimpl
 from plait.fields import field, in_range
 from plait.report import Curve, Image, Panel, png
@@ -71,7 +71,7 @@ class FederatedRounds:
 
 @attrs.frozen(kw_only=True)
 class FederatedAccuracy(ClassifierFields):
-    """Top-1 accuracy and cross-entropy of one model, or of each of several, on inputs of any kind.
+    """Top-1 accuracy and cross-entropy of one model, or of each of several, on one data set or each of several.
 
     Plain modules get the inputs as in federated training. Of a model of several tasks, such as a merged one with a linear head
     of each client, the default is the mean of the logits of all.
@@ -86,9 +86,25 @@ class FederatedAccuracy(ClassifierFields):
     @hookimpl
     def evaluate(self, model: Any, data: Any, run: Any) -> Report:
         models = dict(model) if isinstance(model, Mapping) else {"model": model}
+        sets = dict(data) if isinstance(data, Mapping) else {"": data}
+        if not sets:
+            raise ValueError("data is an empty mapping; give at least one data set")
+        rows = []
+        for name, some in sets.items():
+            index = {"data": str(name)} if isinstance(data, Mapping) else {}
+            if not isinstance(some, Dataset):
+                which = f"data {name}" if name else "data"
+                raise ValueError(f"{which} is a {type(some).__name__}; a dataset is needed")
+            rows += [{"model": row.pop("model"), **index, **row} for row in self._rows(models, some, run)]
+        return Report(
+            rows=rows,
+            better={"accuracy": "higher", "loss": "lower"},
+            formats={"accuracy": ".3f", "loss": ".3f"},
+        )
+
+    def _rows(self, models: Mapping[str, Any], data: Dataset, run: Any) -> Iterator[dict[str, Any]]:
         inputs, labels = inputs_of(data, self.column).to(run.device), torch.from_numpy(labels_of(data)).to(run.device)
         names = class_names(data) if isinstance(data.features["label"], ClassLabel) else None
-        rows = []
         for name, one in models.items():
             try:
                 classifier = self.classifier(one, run.device, names, prepared=True, all_tasks=True)
@@ -100,12 +116,7 @@ class FederatedAccuracy(ClassifierFields):
                 raise FloatingPointError(
                     f"model {name} has loss {loss}: its weights or outputs are not finite, so no answer counts"
                 )
-            rows.append({"model": name, "accuracy": accuracy, "loss": loss})
-        return Report(
-            rows=rows,
-            better={"accuracy": "higher", "loss": "lower"},
-            formats={"accuracy": ".3f", "loss": ".3f"},
-        )
+            yield {"model": name, "accuracy": accuracy, "loss": loss}
 
 
 @attrs.frozen(kw_only=True)
