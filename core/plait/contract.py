@@ -15,7 +15,7 @@ import attrs
 
 from plait.document import MERGE
 from plait.errors import nearest
-from plait.hookspecs import hook_arguments, kinds_of
+from plait.hookspecs import HOOKS, hook_arguments, kinds_of
 
 if typing.TYPE_CHECKING:
     from plait.pipeline import Reference, Step
@@ -69,7 +69,8 @@ def _said(method: Any, name: str) -> Any:
 
 
 def _of_hook(said: Any, hook: str) -> Any:
-    return said.get(hook) if isinstance(said, Mapping) else said
+    # A field named splits may be a mapping, too: of names, not of hooks.
+    return said.get(hook) if isinstance(said, Mapping) and said.keys() <= set(HOOKS) else said
 
 
 def _names(names: str | Sequence[str]) -> tuple[str, ...]:

@@ -239,3 +239,4 @@ def test_a_field_of_that_name_says_nothing_of_the_class():
 
     assert declared(Named, "load_data").splits is None
     assert declared(Named(("c",)), "load_data").splits == ("c",)
+    assert declared(Named({"train": [1], "test": [2]}), "load_data").splits == ("train", "test")

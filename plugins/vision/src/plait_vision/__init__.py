@@ -34,7 +34,6 @@ from plait_vision.files import (
 )
 from plait_vision.images import SUFFIXES, Transparency, as_cell, check_rules, decode, encode_png, is_image_name, size
 from plait_vision.kinds import CLASSIFIERS, DATA
-from plait_vision.rules import ImageRules
 from plait_vision.tables import read_table
 from plait_vision.writing import write_rows, write_tables
 
@@ -52,9 +51,10 @@ if TYPE_CHECKING:
     )
     from plait_vision.labelled import ImageRows, class_names_of, class_number, success_rate
     from plait_vision.recognition import ClassifierFields
+    from plait_vision.rules import ImageRules
 
-# Whoever only reads images does without torch.
-_WITH_TORCH = {
+# Whoever only reads images does without torch, and an algorithm that only wants logits without plait.
+_LATE = {
     "over_splits": "attacking",
     "class_names_of": "labelled",
     "class_number": "labelled",
@@ -62,6 +62,7 @@ _WITH_TORCH = {
     "Classifier": "classifiers",
     "ClassifierFields": "recognition",
     "ImageRows": "labelled",
+    "ImageRules": "rules",
     "Preparation": "classifiers",
     "as_classifier": "classifiers",
     "as_logits": "classifiers",
@@ -75,9 +76,9 @@ _WITH_TORCH = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WITH_TORCH:
+    if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
 
 
 __all__ = [
