@@ -115,10 +115,33 @@ def erased_or_moved(figures: list[Figure]) -> Canvas:
     return canvas
 
 
+def weather_recognition(figures: list[Figure]) -> Canvas:
+    """From every weather an arrow to what a restorer makes of it, by PSNR and by accuracy."""
+    canvas = Canvas(figsize=(7.2, 4.2), layout="constrained")
+    axes = canvas.subplots()
+    accuracy, psnr = of(figures, "recognition", "accuracy"), of(figures, "quality", "PSNR")
+    for weather, colour in (("rain", BLUE), ("snow", GREY), ("noise", RED)):
+        start = (psnr[weather].mean, accuracy[weather].mean)
+        axes.plot(*start, "o", color=colour, label=weather)
+        for restorer in ("median", "grey-opening", "total-variation"):
+            name = f"{restorer}-{weather}"
+            end = (psnr[name].mean, accuracy[name].mean)
+            axes.plot(*end, ".", color=colour, markersize=4)
+            axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": colour})
+            axes.annotate(restorer, end, (3, -8), textcoords="offset points", color=colour, fontsize=8)
+    axes.axhline(accuracy["clean"].mean, color="#cccccc", zorder=0)
+    axes.text(0.01, accuracy["clean"].mean - 0.016, "clean images", transform=axes.get_yaxis_transform(), fontsize=8)
+    axes.set(xlabel="PSNR, dB", ylabel="accuracy of a network that learned on clean images")
+    axes.margins(0.12)
+    axes.legend(loc="upper left", bbox_to_anchor=(0.02, 0.88))
+    return canvas
+
+
 PICTURES: dict[str, Callable[[list[Figure]], Canvas]] = {
     "gallery-poisoned-client": poisoned_client,
     "gallery-backdoor-direction": backdoor_direction,
     "gallery-erased-or-moved": erased_or_moved,
+    "gallery-weather-recognition": weather_recognition,
 }
 
 
