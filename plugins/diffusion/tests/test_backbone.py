@@ -6,6 +6,7 @@ import os
 import shutil
 
 import diffusers
+import plait
 import pytest
 import torch
 from plait import codecs
@@ -138,6 +139,16 @@ class TestFolders:
 
 
 class TestStoring:
+    def test_a_pipeline_that_moved_with_its_model_reads_it_where_it_is_now(self, source, tmp_path):
+        """The key of a path below the pipeline does not name where it lies, and a reference does."""
+        shutil.copytree(source, tmp_path / "before" / "sd15")
+        text = "plait: 1\nsteps: {model: {load-model: diffusion, with: {source: ./sd15}}}\n"
+        (tmp_path / "before" / "p.yaml").write_text(text)
+        runs = {"store": tmp_path / "store", "out": tmp_path / "runs"}
+        first = plait.run(tmp_path / "before" / "p.yaml", **runs).output("model").fingerprint()
+        (tmp_path / "before").rename(tmp_path / "after")
+        assert plait.run(tmp_path / "after" / "p.yaml", **runs).output("model").fingerprint() == first
+
     def test_unchanged_weights_of_the_user_are_referred_to(self, source, tmp_path):
         backbone = load_backbone(str(source))
         folder = stored(backbone, tmp_path / "a")

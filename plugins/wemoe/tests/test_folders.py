@@ -351,3 +351,18 @@ def test_peak_memory_is_a_part_of_one_model(tmp_path):
     average, ties, two_models = map(float, done.stdout.split())
     assert two_models > 64  # what is measured is memory; some of it is still held from before
     assert max(average, ties) < 64 / 2
+
+
+def test_a_pipeline_that_moved_with_its_models_reads_them_where_they_are_now(folders, tmp_path):
+    """The key of a path below the pipeline does not name where it lies, and a reference does."""
+    text = "plait: 1\nsteps: {model: {load-model: model-folder, with: {folder: ./model}}}\n"
+    shutil.copytree(folders / "a", tmp_path / "before" / "model")
+    (tmp_path / "before" / "p.yaml").write_text(text)
+    runs = {"store": tmp_path / "store", "out": tmp_path / "runs"}
+    first = plait.run(tmp_path / "before" / "p.yaml", **runs).output("model")
+    assert first.path == (tmp_path / "before" / "model").resolve()
+    (tmp_path / "before").rename(tmp_path / "after")
+    again = plait.run(tmp_path / "after" / "p.yaml", **runs).output("model")
+    assert again.path == (tmp_path / "after" / "model").resolve()
+    theirs = load_file(folders / "a" / "model.safetensors")
+    assert all(torch.equal(again.state()[name], value) for name, value in theirs.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import attrs
@@ -33,6 +34,11 @@ class LoadDiffusion:
     dtype: Literal["stored", "float32", "float16", "bfloat16"] = field("stored", "of all weights; stored: as they are")
     variant: str | None = field(None, "of the files' names, e.g. fp16 for *.fp16.safetensors")
     scheduler: str | None = path_or_name_field(None, "folder of the scheduler of a bare denoiser; default: beside it")
+
+    def input_files(self) -> list[Path]:
+        """Where the files lie, for the result refers to them: a folder that moved with the pipeline is loaded again."""
+        folder = None if self.source is None else Path(self.source).expanduser().absolute()
+        return sorted(file for file in folder.rglob("*") if file.is_file()) if folder and folder.is_dir() else []
 
     @hookimpl
     def load_model(self, data: Any | None, run: Any) -> Backbone:

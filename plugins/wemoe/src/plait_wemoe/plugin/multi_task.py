@@ -105,6 +105,12 @@ class FolderModel:
         REQUIRED, "folder as save_pretrained writes it: safetensors (also in shards), configuration, tokenizer"
     )
 
+    def input_files(self) -> list[Path]:
+        """Where the files lie, for the result refers to them: a folder that moved with the pipeline is loaded again."""
+        return (
+            sorted(file for file in self.folder.absolute().iterdir() if file.is_file()) if self.folder.is_dir() else []
+        )
+
     @hookimpl
     def load_model(self, run: Any) -> ModelFolder:
         return ModelFolder(self.folder)
