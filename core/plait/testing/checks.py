@@ -63,13 +63,23 @@ class WatchedRun(Run):
 
 
 @attrs.define
+class Call:
+    """One call of a method: its run, its result, and what it did to its inputs and to what the process shares."""
+
+    run: WatchedRun
+    result: Any
+    changed_inputs: list[str]
+    changed_states: list[str]
+
+
+@attrs.define
 class Subject:
     """A method with an example of its inputs; ``built_in``: the one of its hook, which may not suit it."""
 
     method: Method
     example: Example
     built_in: bool = False
-    _first: Any = None
+    _calls: list[Call] = attrs.field(factory=list)
 
     def instance(self, **fields: Any) -> Any:
         """The configured method."""
@@ -84,11 +94,19 @@ class Subject:
             arguments["run"] = run
         return function(**arguments)
 
+    def calls(self, number: int) -> list[Call]:
+        """So many calls with seed 0, each in surroundings of its own; all checks look at the same ones."""
+        while len(self._calls) < number:
+            inputs, states = copy.deepcopy(dict(self.example.arguments)), _shared_states()
+            run = self.run()
+            result = self.call(run)
+            changed = [name for name, state in _shared_states().items() if not _same_state(states[name], state)]
+            self._calls.append(Call(run, result, list(differences(inputs, dict(self.example.arguments))), changed))
+        return self._calls[:number]
+
     def result(self) -> Any:
         """The result for seed 0."""
-        if self._first is None:
-            self._first = self.call(self.run())
-        return self._first
+        return self.calls(1)[0].result
 
     def run(self, seed: int = 0, folder: Path | None = None) -> WatchedRun:
         """Fresh surroundings."""
@@ -154,9 +172,10 @@ def check_documented(subject: Subject) -> None:
 
 def check_repeatable(subject: Subject) -> None:
     """The same seed gives the same result, bit for bit; another seed another one where the method is random."""
-    if different := subject.differences(subject.result(), subject.call(subject.run())):
+    first, second = subject.calls(2)
+    if different := subject.differences(first.result, second.result):
         raise ConformanceError(f"two runs with one seed differ: {different[0]}{remedy(different[0], BETWEEN_RUNS)}")
-    if subject.example.random and not subject.differences(subject.result(), subject.call(subject.run(seed=1))):
+    if subject.example.random and not subject.differences(first.result, subject.call(subject.run(seed=1))):
         raise ConformanceError(
             "another seed gives the same result, though the example says that the method is random: draw from run.generator(),"
             " or say random=False in the example"
@@ -165,35 +184,23 @@ def check_repeatable(subject: Subject) -> None:
 
 def check_inputs_untouched(subject: Subject) -> None:
     """Inputs, train/eval modes, ``requires_grad`` flags, global random states and the default dtype stay as they were."""
+    first, second = subject.calls(2)
+    # Not of the first call, which imports: some libraries draw random numbers while they are imported.
+    for name in second.changed_states:
+        raise ConformanceError(f"{name} is changed; use run.generator() and give settings back")
+    for different in first.changed_inputs + second.changed_inputs:
+        raise ConformanceError(f"an input is modified in place: {different}{remedy(different, IN_PLACE)}")
+
+
+def _shared_states() -> dict[str, Any]:
     torch, numpy = require("torch"), require("numpy")
-    before = copy.deepcopy(dict(subject.example.arguments))
-    states = (
-        torch.get_rng_state(),
-        numpy.random.get_state()[1].copy(),
-        random.getstate(),
-        torch.get_default_dtype(),
-        torch.is_grad_enabled(),
-    )
-    subject.call(subject.run())
-    after = (
-        torch.get_rng_state(),
-        numpy.random.get_state()[1],
-        random.getstate(),
-        torch.get_default_dtype(),
-        torch.is_grad_enabled(),
-    )
-    names = (
-        "torch's global random state",
-        "NumPy's global random state",
-        "Python's global random state",
-        "the default dtype",
-        "grad mode",
-    )
-    for name, old, new in zip(names, states, after, strict=True):
-        if not _same_state(old, new):
-            raise ConformanceError(f"{name} is changed; use run.generator() and give settings back")
-    if different := list(differences(before, dict(subject.example.arguments))):
-        raise ConformanceError(f"an input is modified in place: {different[0]}{remedy(different[0], IN_PLACE)}")
+    return {
+        "torch's global random state": torch.get_rng_state(),
+        "NumPy's global random state": numpy.random.get_state()[1].copy(),
+        "Python's global random state": random.getstate(),
+        "the default dtype": torch.get_default_dtype(),
+        "grad mode": torch.is_grad_enabled(),
+    }
 
 
 def _same_state(old: Any, new: Any) -> bool:
@@ -326,9 +333,7 @@ def check_device(subject: Subject) -> None:
     """The device is taken from ``run``."""
     if not subject.example.device:
         raise NotApplicable("the example says that it computes on the CPU")
-    run = subject.run()
-    subject.call(run)
-    if not run.device_was_read:
+    if not subject.calls(1)[0].run.device_was_read:
         raise ConformanceError("run.device is never read; compute on it")
 
 
@@ -402,19 +407,17 @@ def check_progress(subject: Subject) -> None:
     """Progress is reported with ``run.track`` or ``run.log``."""
     if not subject.example.progress:
         raise NotApplicable("the example says that it is done at once")
-    run = subject.run()
-    subject.call(run)
-    if not run.ticks:
+    if not subject.calls(1)[0].run.ticks:
         raise ConformanceError("no progress is reported; loop over run.track(…)")
 
 
 def check_resume(subject: Subject) -> None:
     """Killed at any moment and run again in the same folder, the result is the same."""
-    run = subject.run()
-    expected = subject.call(run)
-    if run.ticks < 2:
+    first = subject.calls(1)[0]
+    expected, ticks = first.result, first.run.ticks
+    if ticks < 2:
         raise NotApplicable("it reports too little progress to be killed in between")
-    for kill_after in sorted({1, run.ticks // 2, run.ticks - 1}):
+    for kill_after in sorted({1, ticks // 2, ticks - 1}):
         folder = Path(tempfile.mkdtemp(prefix="plait-check-"))
         killed = subject.run(folder=folder)
         killed.kill_after = kill_after
@@ -426,7 +429,7 @@ def check_resume(subject: Subject) -> None:
             raise ConformanceError("a kill is swallowed: do not catch BaseException without raising it again")
         if different := subject.differences(expected, subject.call(subject.run(folder=folder))):
             raise ConformanceError(
-                f"killed after {kill_after} of {run.ticks} reports and run again, the result differs:"
+                f"killed after {kill_after} of {ticks} reports and run again, the result differs:"
                 f" {different[0]}{remedy(different[0], ON_RESUME)}"
             )
 

@@ -37,18 +37,20 @@ def scores(
     for routing in (routings if mixture is not None else ()) or (before,):
         if mixture is not None and routing != before:
             mixture.set_routing(routing)
-        for kind in batches:
-            # Without routing by batch an output does not depend on the batch; experts cannot be mixed.
-            if kind == "mixed" and (mixture is None or isinstance(model, IndividualModels)):
-                continue
-            if kind == "mixed":
-                found = mixed_accuracy(model, tasks, batch_size, generator())
-            else:
-                found = one_task_accuracy(model, tasks, batch_size)
-            facts = {"routing": routing, "batches": kind if mixture is not None else "any"}
-            yield {**facts, **found, "mean": sum(found.values()) / len(found)}
-        if mixture is not None and routing != before:
-            mixture.set_routing(before)
+        try:
+            for kind in batches:
+                # Without routing by batch an output does not depend on the batch; experts cannot be mixed.
+                if kind == "mixed" and (mixture is None or isinstance(model, IndividualModels)):
+                    continue
+                if kind == "mixed":
+                    found = mixed_accuracy(model, tasks, batch_size, generator())
+                else:
+                    found = one_task_accuracy(model, tasks, batch_size)
+                facts = {"routing": routing, "batches": kind if mixture is not None else "any"}
+                yield {**facts, **found, "mean": sum(found.values()) / len(found)}
+        finally:
+            if mixture is not None and routing != before:
+                mixture.set_routing(before)
 
 
 @torch.no_grad()

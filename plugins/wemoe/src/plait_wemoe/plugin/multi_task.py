@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,6 +12,7 @@ import torch
 from plait import Report, hookimpl
 from plait.fields import REQUIRED, field, in_range, path_or_name_field
 from plait.report import Image, Panel, png
+from plait_vision import evaluating, on_device
 
 from plait_wemoe.evaluation import bytes_on_disk, routing_figure, scores, stored_numbers, task_routing
 from plait_wemoe.folders import ModelFolder
@@ -183,13 +185,15 @@ class MultiTaskAccuracy(ReadsData):
             one, labelled = of_tasks(one, data)
             tasks = labelled_tasks(labelled, one, self.tokenizer, self.image_processor, run.warn)
             metrics |= dict.fromkeys([*tasks, "mean"])
-            one = one.to(run.device).eval()
+            one = on_device(one, run.device)
             size = {"parameters": stored_numbers(one), "bytes on disk": bytes_on_disk(one)}
             label = {"method": name} if name else {}
-            measured = scores(one, tasks, self.batch_size, self.batches, self.routing, lambda: run.generator("mixed"))
-            rows += [{**label, **row, **size} for row in measured]
-            if self.pictures and one.mixture is not None:
-                panels += self._panels(name, one.mixture, tasks)
+            with evaluating(one):
+                mixed = partial(run.generator, "mixed")
+                measured = scores(one, tasks, self.batch_size, self.batches, self.routing, mixed)
+                rows += [{**label, **row, **size} for row in measured]
+                if self.pictures and one.mixture is not None:
+                    panels += self._panels(name, one.mixture, tasks)
         better: dict[str, Literal["higher", "lower"]] = {**dict.fromkeys(metrics, "higher"), "bytes on disk": "lower"}
         return Report(
             rows=rows,
