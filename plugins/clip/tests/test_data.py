@@ -503,6 +503,30 @@ def test_saved_datasets_are_checked_too(folder, run):
         ImageText(source=str(folder / "parts"), split="val").load_data(run=run[0])
 
 
+def test_a_label_means_the_same_in_a_split_that_is_read_alone(folder, run):
+    rows = "".join(f"images/a.jpg,x,{label},{split}\n" for label, split in (("cat", "train"), ("dog", "test")))
+    (folder / "split.csv").write_text("image,caption,label,split\n" + rows)
+    image, texts = (
+        datasets.load_from_disk(str(folder / "saved")).rename_column("picture", "image"),
+        datasets.Value("string"),
+    )
+    parts = {split: image.select([0]).select_columns("image").add_column("text", ["x"]) for split in ("train", "test")}
+    named = {"train": datasets.ClassLabel(names=["cat", "dog"]), "test": datasets.ClassLabel(names=["dog", "cat"])}
+    for kind, labels in (("texts", {"train": "cat", "test": "dog"}), ("named", {"train": 0, "test": 0})):
+        both = {
+            split: part.add_column("label", [labels[split]], feature=texts if kind == "texts" else named[split])
+            for split, part in parts.items()
+        }
+        datasets.DatasetDict(both).save_to_disk(folder / kind)
+    for source in ("split.csv", "texts", "named"):
+        for data in (
+            ImageText(source=str(folder / source), split="test").load_data(run=run[0]),
+            ImageText(source=str(folder / source)).load_data(run=run[0])["test"],
+        ):
+            assert data.features["label"].names == ["cat", "dog"], source
+            assert data["label"][:] == [1], source
+
+
 def test_a_row_without_a_name_among_others(folder, run):
     """Parquet may hold bytes with and without a path."""
     content = picture()

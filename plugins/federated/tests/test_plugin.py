@@ -27,6 +27,7 @@ from plait_federated.plugin.training import (
     FedSAM,
     Scaffold,
 )
+from plait_vision import Classifier
 from safetensors import safe_open
 
 SHORT = {"rounds": 2, "batch_size": 32, "local_epochs": 1, "engine": "loop"}
@@ -522,8 +523,37 @@ def test_classes_may_be_texts():
     model = torch.nn.Linear(4, 2)
     by_number, by_name = (train_on(rows(label=names), model) for names in ([1, 0, 1, 0], ["b", "a", "b", "a"]))
     assert torch.equal(by_name.bias, by_number.bias)
-    with pytest.raises(ValueError, match="column label holds string; classes are whole numbers"):
+    with pytest.raises(ValueError, match="the labels are texts, and the model has no names for its classes"):
         FederatedAccuracy().evaluate(model=torch.nn.Linear(4, 2), data=test, run=plait.Run())
+
+
+def test_a_number_means_the_same_class_to_every_client_and_to_the_model():
+    """Clients, their test split and the model have the classes in other orders."""
+    labels, orders = [0, 0, 0, 1], (["a", "b"], ["b", "a"])
+    same, turned = (
+        rows(client=None, label=numbers).cast_column("label", ClassLabel(names=names))
+        for names, numbers in zip(orders, (labels, [1 - label for label in labels]), strict=True)
+    )
+    plain = torch.nn.Linear(4, 2)
+    assert torch.equal(train_on([same, turned], plain).bias, train_on([same, same], plain).bias)
+    method = DFedAvg(topology="full", **SHORT, output="all")
+    clients = partitioned(same, num_clients=2, scheme="iid")
+    by_test = [
+        method.aggregate(model=plain, clients={**clients, "test": test}, run=plait.Run())["history"][-1]["loss"]
+        for test in (same, turned)
+    ]
+    assert by_test[0] == by_test[1]
+    models = [Classifier(plain, class_names=names) for names in orders]
+    for model in models:
+        model.preparation = None
+        trained = [train_on([data, data], model).network.bias for data in (same, turned)]
+        assert torch.equal(trained[0], trained[1])
+        assert accuracy_of(model, same) == accuracy_of(model, turned)
+    assert accuracy_of(models[0], same) == 1 - accuracy_of(models[1], same)
+
+
+def accuracy_of(model, data):
+    return FederatedAccuracy().evaluate(model=model, data=data, run=plait.Run()).value("accuracy")
 
 
 def test_clients_may_weigh_by_size(digits):

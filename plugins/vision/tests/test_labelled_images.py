@@ -115,6 +115,9 @@ def test_splits_share_their_classes_wherever_they_come_from(tmp_path):
         assert data["train"]["label"][:] == [1]
         test = LabelledImages(source=source, split="test", max_per_class=1).load_data(Run())
         assert sorted(test["label"]) == [0, 1]
+        train = LabelledImages(source=source, split="train").load_data(Run())  # has no cat
+        assert train.features["label"].names == ["cat", "dog"]
+        assert train["label"][:] == [1]
         with pytest.raises(ValueError, match=r"split is 'val'; .* has (train, test|test, train)"):
             LabelledImages(source=source, split="val").load_data(Run())
 
@@ -132,6 +135,20 @@ def test_numbers_of_tables_and_shards_are_those_of_the_classes(tmp_path):
     # Folders are names, as everywhere: in alphabetical order.
     tens = folder(tmp_path / "tens", {f"{n}/a.png": png(ARRAYS["a"]) for n in (1, 2, 10)})
     assert LabelledImages(source=tens).load_data(Run()).features["label"].names == ["1", "10", "2"]
+
+
+def test_a_split_alone_has_the_classes_of_all_its_rows_without_one_aside(tmp_path):
+    flat = folder(tmp_path / "flat", {f"{name}.png": png(array) for name, array in ARRAYS.items()})
+    (tmp_path / "labels.csv").write_text("file,label,split\na,3,train\nb,0,train\nc,1,test\nd,0,test\n")
+    test = LabelledImages(source=flat, labels=tmp_path / "labels.csv", split="test").load_data(Run())
+    assert test.features["label"].num_classes == 4
+    cell = {"bytes": png(ARRAYS["a"]), "path": None}
+    parts = {"train": ["dog", "cat"], "test": [None, None]}
+    saved = {split: Dataset.from_dict({"image": [cell, cell], "label": labels}) for split, labels in parts.items()}
+    DatasetDict({split: part.cast_column("image", Image()) for split, part in saved.items()}).save_to_disk(
+        tmp_path / "saved"
+    )
+    assert LabelledImages(source=tmp_path / "saved", split="train").load_data(Run())["label"][:] == [1, 0]
 
 
 def test_what_cannot_be_read_is_named(tmp_path):

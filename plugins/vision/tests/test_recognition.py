@@ -96,6 +96,16 @@ def test_classes_go_together_by_name():
     assert accuracy(model, data, class_names=("light", "dark")).value("accuracy") == 0.0  # by number
 
 
+def test_texts_have_the_numbers_of_the_models_classes_and_no_others():
+    data = datasets.Dataset.from_dict({"image": pictures("white"), "label": ["light"]})  # alone, light would be class 0
+    data = data.cast_column("image", datasets.Image())
+    assert accuracy(plait_classifier(["dark", "light"]), data).value("accuracy") == 1.0
+    assert accuracy(Brightness(), data, class_names=("dark", "light")).value("accuracy") == 1.0
+    for method in (Accuracy().evaluate, ClassifierTraining().optimize, Fgsm().attack):
+        with pytest.raises(ValueError, match="the labels are texts, and the model has no names for its classes"):
+            method(model=Brightness(), data=data, run=plait.Run())
+
+
 def plait_classifier(names):
     from plait_vision import Classifier
 

@@ -109,18 +109,47 @@ def test_an_origin_that_exists_is_refused():
         transform("concat", {"a": DATA}, origin="label")
 
 
-def test_classes_renamed_joined_and_left_out():
+def test_numbers_of_classes_stay_whatever_is_renamed():
     pets = transform("relabel", DATA, classes={"cat": "pet", "dog": "pet"})
-    assert pets.features["label"].names == ["pet", "tree"]
+    assert pets.features["label"].names == ["pet", "dog", "tree"]
     assert names(pets) == ["pet", "pet", "tree"] * 2
     assert pets.column_names == DATA.column_names
-    few = transform("relabel", {"train": DATA, "test": DATA.select([2, 1])}, classes={"dog": "dog"}, others="drop")
+    as_tree = transform("relabel", DATA, classes={"cat": "tree", "dog": "tree"})
+    assert as_tree.features["label"].names == ["cat", "dog", "tree"]
+    assert as_tree["label"][:] == [2] * 6
+    swapped = transform("relabel", DATA, classes={"cat": "dog", "dog": "cat"})
+    assert swapped.features == DATA.features
+    assert names(swapped) == ["dog", "cat", "tree"] * 2
+    chain = transform("relabel", DATA, classes={"cat": "dog", "dog": "wolf"})
+    assert chain.features["label"].names == ["cat", "dog", "tree", "wolf"]
+    assert names(chain) == ["dog", "wolf", "tree"] * 2
+
+
+def test_classes_are_left_out_and_numbered_anew_on_request():
+    parts = {"train": DATA, "test": DATA.select([2, 1])}
+    few = transform("relabel", parts, classes={"dog": "dog"}, others="drop")
     assert {split: names(part) for split, part in few.items()} == {"train": ["dog", "dog"], "test": ["dog"]}
-    assert few["test"].features == few["train"].features
+    assert [part.features for part in few.values()] == [DATA.features] * 2
+    anew = transform("relabel", parts, classes={"dog": "dog", "tree": "plant"}, others="drop", unused="drop")
+    assert [part.features["label"].names for part in anew.values()] == [["dog", "plant"]] * 2
+    joined = transform("relabel", DATA, classes={"cat": "pet", "dog": "pet"}, unused="drop")
+    assert joined.features["label"].names == ["pet", "tree"]
+    assert names(joined) == ["pet", "pet", "tree"] * 2
     with pytest.raises(ValueError, match="classes names 'caat'"):
         transform("relabel", DATA, classes={"caat": "x"})
     with pytest.raises(ValueError, match="not classes with names"):
         transform("relabel", DATA.cast_column("label", Value("int64")), classes={"cat": "x"})
+
+
+def test_splits_of_other_classes_are_relabelled_alike():
+    features = Features({"label": ClassLabel(names=["tree", "cat"])})
+    parts = {
+        "train": DATA.remove_columns("image"),
+        "test": Dataset.from_dict({"label": [0, 1]}, features=features),
+    }
+    done = transform("relabel", parts, classes={"dog": "wolf"})
+    assert [part.features["label"].names for part in done.values()] == [["cat", "wolf", "tree"]] * 2
+    assert names(done["test"]) == ["tree", "cat"]
 
 
 def test_captions_of_the_right_and_of_another_class():

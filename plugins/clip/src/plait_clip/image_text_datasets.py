@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
 from PIL import Image
-from plait_vision.columns import with_class_labels
+from plait_vision.columns import class_names_in, with_class_labels
 from plait_vision.images import as_cell
 from plait_vision.writing import write_rows
 
@@ -138,6 +138,7 @@ def from_rows(
     folder: Path,
     *,
     names: Sequence[str] | None = None,
+    labels: Collection[str] = (),
     rules: Mapping[str, Any] = NO_RULES,
     skip_bad_images: bool = False,
     threads: int = 8,
@@ -150,6 +151,8 @@ def from_rows(
     Args:
         names: class names; labels are numbers into them or names among them. Default: the names that
             occur, or as many names as the highest number says.
+        labels: of rows that are not among these, such as another split's: their classes have numbers, too; looked at when
+            all rows have come.
         rules: of :func:`plait_vision.images.decode`, for transparent and deep images.
         skip_bad_images: leave out rows whose image is missing, damaged or refused.
 
@@ -177,7 +180,7 @@ def from_rows(
     parts = {split: writer.finish() for split, writer in writers.items()}
     if not parts:
         raise ValueError(f"the source has no rows{f'; {skipped} had no readable image' if skipped else ''}")
-    return _with_classes(parts, names), skipped
+    return _with_classes(parts, names, labels), skipped
 
 
 def flattened(dataset: datasets.Dataset, path: Path) -> datasets.Dataset:
@@ -260,14 +263,18 @@ def _cell_of(
         return None, error
 
 
-def _with_classes(parts: dict[str, datasets.Dataset], names: Sequence[str] | None) -> dict[str, datasets.Dataset]:
+def _with_classes(
+    parts: dict[str, datasets.Dataset], names: Sequence[str] | None, others: Collection[str]
+) -> dict[str, datasets.Dataset]:
     """The text labels as ``ClassLabel``, with the same names in all parts; numbers are those of the classes."""
     labelled = {split: part for split, part in parts.items() if "label" in part.column_names}
     if not labelled:
         return parts
-    if all(label.isdigit() for part in labelled.values() for label in part.unique("label")):
+    occurring = set(others).union(*(part.unique("label") for part in labelled.values()))
+    if all(label.isdigit() for label in occurring):
         labelled = {split: _with_numbers(part) for split, part in labelled.items()}
-    return {**parts, **with_class_labels(labelled, names=names)}
+        names = names or [str(number) for number in range(max(map(int, occurring)) + 1)]
+    return {**parts, **with_class_labels(labelled, names=names or sorted(occurring))}
 
 
 def _with_numbers(part: datasets.Dataset) -> datasets.Dataset:
@@ -275,8 +282,22 @@ def _with_numbers(part: datasets.Dataset) -> datasets.Dataset:
     return part.remove_columns("label").add_column("label", numbers)
 
 
-def with_label_names(parts: dict[str, datasets.Dataset], names: Sequence[str] | None) -> dict[str, datasets.Dataset]:
-    """Datasets whose labels are texts, or to which names are given, with ``ClassLabel`` labels, alike in all parts."""
+def with_label_names(
+    parts: dict[str, datasets.Dataset],
+    names: Sequence[str] | None,
+    every: Mapping[str, datasets.Dataset],
+    column: str,
+) -> dict[str, datasets.Dataset]:
+    """Datasets whose labels are texts, of several ``ClassLabel``, or to which names are given, as one ``ClassLabel``.
+
+    Args:
+        every: all splits of the source, so that a label means the same in each; their labels are in ``column``.
+    """
     labelled = {split: part for split, part in parts.items() if "label" in part.column_names}
-    texts = any(part.features["label"].dtype in ("string", "large_string") for part in labelled.values())
-    return {**parts, **with_class_labels(labelled, names=names)} if texts or (labelled and names) else parts
+    sources = {split: part for split, part in every.items() if column in part.column_names}
+    kinds = [part.features[column] for part in sources.values()]
+    texts = any(getattr(kind, "dtype", "") in ("string", "large_string") for kind in kinds)
+    named = [kind for kind in kinds if isinstance(kind, datasets.ClassLabel)]
+    if not labelled or not (texts or names or any(kind != named[0] for kind in named)):
+        return parts
+    return {**parts, **with_class_labels(labelled, names=names or class_names_in(sources, column))}

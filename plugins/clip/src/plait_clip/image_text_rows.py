@@ -121,12 +121,14 @@ def read_names(
             yield row.image
 
 
-def of_split(rows: Iterable[ImageTextRow], split: str, seen: set[str]) -> Iterator[ImageTextRow]:
-    """The rows of a split; the names of all splits that occur are added to ``seen``."""
+def of_split(rows: Iterable[ImageTextRow], split: str, seen: set[str], labels: set[str]) -> Iterator[ImageTextRow]:
+    """The rows of a split; the names of all splits that occur are added to ``seen``, the labels of the others to ``labels``."""
     for row in rows:
         seen.add(row.split)
         if row.split == split:
             yield row
+        elif isinstance(row.label, str) or (row.label is not None and row.label >= 0):
+            labels.add(str(row.label))
 
 
 def _folder(path: Path, columns: ListColumns, image_root: Path | None, table: TableFormat) -> Iterator[ImageTextRow]:

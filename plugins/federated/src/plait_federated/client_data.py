@@ -42,11 +42,12 @@ def joined(clients: Any) -> Any:
                 f"the dataset of client {number} has other columns than that of client 0: {_kinds(client)} against "
                 f"{_kinds(clients[0])}; give all clients the same"
             )
+    same = with_numbered_classes({str(number): client for number, client in enumerate(clients)})
     parts = [
         client.remove_columns([name for name in client.column_names if name == "client"]).add_column(
             "client", np.full(len(client), number), feature=Value("int32")
         )
-        for number, client in enumerate(clients)
+        for number, client in enumerate(same.values())
     ]
     return concatenate_datasets(parts)
 
@@ -61,10 +62,15 @@ def train_of(data: Any) -> Dataset:
 
 
 def with_numbered_classes(data: Any) -> Any:
-    """The splits with labels that are texts as ``ClassLabel``, the same in all; anything else as it is."""
+    """The splits with labels that are texts, or of several ``ClassLabel``, as one ``ClassLabel``; anything else as it is.
+
+    Classes go together by name: a number means the same in all splits.
+    """
     splits = {"train": data} if isinstance(data, Dataset) else dict(data) if isinstance(data, Mapping) else {}
     labelled = {name: part for name, part in splits.items() if isinstance(part, Dataset) and "label" in part.features}
-    if not any(getattr(part.features["label"], "dtype", "") == "string" for part in labelled.values()):
+    kinds = [part.features["label"] for part in labelled.values()]
+    named = [kind for kind in kinds if isinstance(kind, ClassLabel)]
+    if not any(getattr(kind, "dtype", "") == "string" for kind in kinds) and all(kind == named[0] for kind in named):
         return data
     numbered = with_class_labels(labelled)
     return numbered["train"] if isinstance(data, Dataset) else splits | numbered
@@ -85,11 +91,14 @@ def labels_of(data: Dataset) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def class_names(data: Dataset) -> list[str]:
+def own_class_names(data: Dataset) -> list[str] | None:
+    """The names that the data has for its classes, in the order of their numbers."""
     feature = data.features.get("label")
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    return [str(label) for label in range(int(labels_of(data).max()) + 1)]
+    return list(feature.names) if isinstance(feature, ClassLabel) else None
+
+
+def class_names(data: Dataset) -> list[str]:
+    return own_class_names(data) or [str(label) for label in range(int(labels_of(data).max()) + 1)]
 
 
 def client_members(data: Dataset) -> tuple[Tensor, ...]:

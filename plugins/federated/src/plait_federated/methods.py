@@ -14,10 +14,12 @@ from typing import Any, ClassVar, Literal
 
 import attrs
 import torch
+from datasets import Dataset
 from plait import hookimpl
 from plait.fields import field, in_range
 from plait.freezing import thawed
 from plait_vision import DATA
+from plait_vision.labelled import in_order_of
 from torch import nn
 
 from plait_federated.client_data import (
@@ -25,6 +27,7 @@ from plait_federated.client_data import (
     inputs_of,
     joined,
     labels_of,
+    own_class_names,
     split_of,
     train_of,
     with_numbered_classes,
@@ -225,7 +228,7 @@ def train(
         raise ValueError(f"seed is {run.seed}; federated methods need one below 2**31")
     clients = with_numbered_classes(joined(clients))
     split, test = train_of(clients), split_of(clients, "test")
-    labels = torch.from_numpy(labels_of(split))
+    labels = _numbers(split, model)
     shards = ClientShards(
         inputs_of(split, config.column),
         labels,
@@ -253,7 +256,7 @@ def train(
             shards,
             config.settings(run.seed),
             graph=graph,
-            test=None if test is None else (inputs_of(test, config.column), torch.from_numpy(labels_of(test))),
+            test=None if test is None else (inputs_of(test, config.column), _numbers(test, model)),
             engine=config.engine,
             folder=loop.folder,
             device=run.device,
@@ -263,6 +266,12 @@ def train(
             **of_peers,
         )
     return _result(config, outcome, model)
+
+
+def _numbers(data: Dataset, model: nn.Module) -> torch.Tensor:
+    """The labels, int64 ``[N]``, by the numbers of the model's classes where it and the data have names for them."""
+    labels = torch.from_numpy(labels_of(data))
+    return in_order_of(labels, own_class_names(data), getattr(model, "class_names", None))
 
 
 def _result(config: Federated, outcome: TrainingOutcome, model: nn.Module) -> nn.Module | dict[str, Any]:

@@ -238,7 +238,9 @@ def _num_classes(labels: np.ndarray) -> int:
     occurring = np.unique(labels)
     gaps = np.flatnonzero(occurring != np.arange(len(occurring)))
     if len(gaps):
-        raise ValueError(f"class {gaps[0]} has no sample; number the classes 0, 1, … without gaps")
+        raise ValueError(
+            f"class {gaps[0]} has no sample; number the classes 0, 1, … without gaps (of named classes: transform: relabel with unused: drop)"
+        )
     return len(occurring)
 
 

@@ -52,12 +52,8 @@ def with_class_labels(
             raise ValueError(f"{split or 'the dataset'} has no column {column!r} but {', '.join(part.column_names)}")
     labels = {split: _labels(part, column, split) for split, part in parts.items()}
     occurring = {label for column_labels in labels.values() for label in column_labels}
+    names = list(names or class_names_in(parts, column))
     texts = any(isinstance(label, str) for label in occurring)
-    if texts and not all(isinstance(label, str) for label in occurring):
-        raise ValueError(f"column {column!r} holds names in one split and numbers in another; give the same in all")
-    names = list(names or _own_names(parts, column) or (sorted(map(str, occurring)) if texts else []))
-    if not texts:
-        names = names or [str(number) for number in range(max(map(int, occurring), default=-1) + 1)]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"duplicate class name {twice[0]!r}; rename one")
@@ -71,9 +67,34 @@ def with_class_labels(
         )
     feature = datasets.ClassLabel(names=names)
     return {
-        split: _replaced(part, column, [place[label] for label in labels[split]], feature)
+        split: part
+        if part.features[column] == feature
+        else with_classes(part, column, [place[label] for label in labels[split]], feature)
         for split, part in parts.items()
     }
+
+
+def class_names_in(parts: Mapping[str, datasets.Dataset], column: str = "label") -> list[str]:
+    """The classes of the splits in the order of their numbers, as :func:`with_class_labels` has them by default.
+
+    Of a split that is read alone, give it the names of all: a class that the split lacks keeps its number then. Rows without
+    a class count for nothing.
+
+    Raises:
+        ValueError: names in one split and numbers in another.
+    """
+    occurring: set[str | int] = set()
+    for part in parts.values():
+        feature = part.features[column]
+        values = part.with_format(None).unique(column) if isinstance(feature, datasets.Value) else []
+        if isinstance(feature, datasets.ClassLabel):
+            values = feature.names
+        occurring |= {value for value in values if isinstance(value, (str, int)) and str(value).strip()}
+    if not any(isinstance(value, str) for value in occurring):
+        return [str(number) for number in range(max(map(int, occurring), default=-1) + 1)]
+    if not all(isinstance(value, str) for value in occurring):
+        raise ValueError(f"column {column!r} holds names in one split and numbers in another; give the same in all")
+    return _own_names(parts, column) or sorted(map(str, occurring))
 
 
 def _labels(part: datasets.Dataset, column: str, split: str) -> list[str | int]:
@@ -103,12 +124,13 @@ def _own_names(parts: Mapping[str, datasets.Dataset], column: str) -> list[str] 
     return list(names) or None
 
 
-def _replaced(
+def with_classes(
     part: datasets.Dataset, column: str, numbers: list[int], feature: datasets.ClassLabel
 ) -> datasets.Dataset:
-    if part.features[column] == feature:
-        return part
+    """The rows with other classes in a column that they have, in its place."""
     order = part.column_names
+    if order == [column]:  # without it there would be no rows
+        return datasets.Dataset.from_dict({column: numbers}, features=datasets.Features({column: feature}))
     return part.remove_columns(column).add_column(column, numbers, feature=feature).select_columns(order)
 
 

@@ -109,11 +109,15 @@ def labels_of(data: Any, column: str = "label") -> tuple[Tensor, tuple[str, ...]
     Raises:
         ValueError: no such column, or a row without a class.
     """
-    feature = data.features.get(column)
     labelled = with_class_labels({"": data}, column)[""]
     numbers = torch.tensor(labelled.with_format(None).select_columns(column)[:][column], dtype=torch.long)
-    named = isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "") in ("string", "large_string")
+    named = isinstance(data.features[column], datasets.ClassLabel) or has_texts(data, column)
     return numbers, tuple(labelled.features[column].names) if named else None
+
+
+def has_texts(data: Any, column: str = "label") -> bool:
+    """Whether the classes are texts, whose numbers in :func:`labels_of` are those of the texts that occur."""
+    return getattr(data.features.get(column), "dtype", "") in ("string", "large_string")
 
 
 def class_names_of(data: Any) -> tuple[str, ...] | None:

@@ -12,7 +12,7 @@ from datasets import Dataset, Features, Image, Value
 from plait import hookimpl
 from plait.fields import REQUIRED, field, in_range
 
-from plait_vision.columns import is_saved_dataset, read_saved, with_class_labels
+from plait_vision.columns import class_names_in, is_saved_dataset, read_saved, with_class_labels
 from plait_vision.files import Files, Sample, class_folders, labels_from_table, tar_samples, tar_shards
 from plait_vision.images import as_cell
 from plait_vision.rules import ImageRules
@@ -58,20 +58,24 @@ class LabelledImages(ImageRules):
         """A dataset, or split → dataset, with columns ``image``, ``label`` (``ClassLabel``) and ``name``."""
         source = Path(self.source)  # in Python it may be a text
         if is_saved_dataset(source):
-            parts = self._picked({split: self._renamed(part) for split, part in read_saved(source).items()})
-            parts = with_class_labels(parts, names=self.class_names)
+            every = {split: self._renamed(part) for split, part in read_saved(source).items()}
+            parts = with_class_labels(self._picked(every), names=self.class_names or class_names_in(every))
             # Every image is decoded: a bad one is refused here, by its row, and all decoders read the same from it.
             rows = {split: self._saved_rows(part, split) for split, part in parts.items()}
             return _alone(
                 {split: self._written(run, rows[split], part.features, split) for split, part in parts.items()}
             )
         shards = _labelled_shards(source)
-        texts = self._from_shards(shards, run) if shards else self._from_files(source, run)
+        texts, classes = self._from_shards(shards, run) if shards else self._from_files(source, run)
         # Folders have names, tables and shards may have numbers: those of the classes.
-        texts = _numbered(texts) if shards or self.labels else texts
-        return _alone(with_class_labels(texts, names=self.class_names))
+        if (shards or self.labels) and all(label.isdigit() for label in classes):
+            numbered = {split: part.cast_column("label", Value("int64")) for split, part in texts.items()}
+            names = [str(number) for number in range(max(map(int, classes), default=-1) + 1)]
+            return _alone(with_class_labels(numbered, names=self.class_names or names))
+        return _alone(with_class_labels(texts, names=self.class_names or sorted(classes)))
 
-    def _from_files(self, source: Path, run: Any) -> dict[str, Dataset]:
+    def _from_files(self, source: Path, run: Any) -> tuple[dict[str, Dataset], set[str]]:
+        """The images of the chosen splits, and the classes of all, so that a label means the same in each."""
         with Files(source) as files:
             if self.labels is None:
                 found = class_folders(files)
@@ -91,19 +95,28 @@ class LabelledImages(ImageRules):
                         cell = self._cell(files.read(name), files.label(name))
                         yield {"image": cell, "label": label, "name": name}
 
-            return {split: self._written(run, rows(part), _TEXTS, split) for split, part in self._picked(found).items()}
+            picked = self._picked(found).items()
+            written = {split: self._written(run, rows(part), _TEXTS, split) for split, part in picked}
+            return written, {label for part in found.values() for label in part}
 
-    def _from_shards(self, shards: dict[str, list[Path]], run: Any) -> dict[str, Dataset]:
+    def _from_shards(self, shards: dict[str, list[Path]], run: Any) -> tuple[dict[str, Dataset], set[str]]:
+        classes: set[str] = set()
+
         def rows(tars: list[Path]) -> Iterator[dict[str, Any]]:
             taken: dict[str, int] = {}
             for sample in (sample for tar in tars for sample in tar_samples(tar)):
                 label = _class_of(sample)
+                classes.add(label)
                 taken[label] = taken.get(label, 0) + 1
                 if self.max_per_class is None or taken[label] <= self.max_per_class:
                     name, content = _image_of(sample)
                     yield {"image": self._cell(content, f"{sample.where} ({name})"), "label": label, "name": name}
 
-        return {split: self._written(run, rows(tars), _TEXTS, split) for split, tars in self._picked(shards).items()}
+        parts = {split: self._written(run, rows(tars), _TEXTS, split) for split, tars in self._picked(shards).items()}
+        if self.split is not None and self.class_names is None:  # the others' classes have numbers, too
+            others = (tar for split, tars in shards.items() if split != self.split for tar in tars)
+            classes |= {label for tar in others for sample in tar_samples(tar) if (label := _label_text(sample))}
+        return parts, classes
 
     def _renamed(self, part: Dataset) -> Dataset:
         for column, ours in ((self.image_column, "image"), (self.label_column or "label", "label")):
@@ -157,13 +170,6 @@ def _labelled_shards(source: Path) -> dict[str, list[Path]]:
     tars = [tar for several in shards.values() for tar in several]
     first = next(tar_samples(tars[0]), None) if tars else None
     return shards if first is not None and _label_text(first) is not None else {}
-
-
-def _numbered(parts: dict[str, Dataset]) -> dict[str, Dataset]:
-    """Labels that all are numbers, as numbers."""
-    if not all(label.isdigit() for part in parts.values() for label in part.unique("label")):
-        return parts
-    return {split: part.cast_column("label", Value("int64")) for split, part in parts.items()}
 
 
 def _label_text(sample: Sample) -> str | None:

@@ -61,11 +61,23 @@ class ClassifierFields:
         return classifier, self.labels(data, classifier)
 
     def labels(self, data: Any, classifier: AnyClassifier) -> Tensor:
-        """The data's labels by the numbers of the classifier's classes."""
-        from plait_vision.labelled import in_order_of, labels_of
+        """The data's labels by the numbers of the classifier's classes.
+
+        Raises:
+            ValueError: a class is none of the classifier's; the labels are texts, and nothing tells their numbers.
+        """
+        from plait_vision.labelled import has_texts, in_order_of, labels_of
 
         labels, names = labels_of(data)
-        return in_order_of(labels, None if self.class_names else names, classifier.class_names)
+        if not has_texts(data):
+            return in_order_of(labels, None if self.class_names else names, classifier.class_names)
+        known = classifier.class_names or self.class_names
+        if known is None:
+            raise ValueError(
+                "the labels are texts, and the model has no names for its classes, so that their numbers are not known; set "
+                "class_names, in the order of the model's classes"
+            )
+        return in_order_of(labels, names, known)
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -298,7 +310,7 @@ class Accuracy(ClassifierFields):
     @hookimpl
     def evaluate(self, model: Any, data: Any, run: Any) -> Report:
         """A row for each model and data set."""
-        from plait_vision.labelled import ImageRows, in_order_of, labels_of
+        from plait_vision.labelled import ImageRows, class_names_of
 
         models = model if isinstance(model, Mapping) else {"": model}
         parts = data if isinstance(data, Mapping) else {"": data}
@@ -307,14 +319,14 @@ class Accuracy(ClassifierFields):
         rows, by_class = [], []
         for part_name, part in parts.items():
             images = ImageRows(part)
-            labels, names = labels_of(part)
+            names = class_names_of(part)
             for model_name, one in models.items():
                 index = {
                     **({"model": str(model_name)} if isinstance(model, Mapping) else {}),
                     **({"data": str(part_name)} if isinstance(data, Mapping) else {}),
                 }
                 classifier = self.classifier(one, run.device, names)
-                classes = in_order_of(labels, None if self.class_names else names, classifier.class_names)
+                classes = self.labels(part, classifier)
                 top, loss = self._answers(classifier, images, classes, run, " ".join(index.values()))
                 known = classifier.class_names or self.class_names or names
                 rows.append(index | self._row(top, loss, classes, known, part))

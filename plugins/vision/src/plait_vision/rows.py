@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
@@ -13,7 +13,7 @@ from plait import hookimpl
 from plait.errors import nearest
 from plait.fields import REQUIRED, field, in_range
 
-from plait_vision.columns import with_class_labels
+from plait_vision.columns import with_class_labels, with_classes
 from plait_vision.images import decode, encode_png
 from plait_vision.kinds import DATA
 from plait_vision.writing import write_rows
@@ -116,13 +116,21 @@ class Concat:
 
 @attrs.frozen(kw_only=True)
 class Relabel:
-    """Other classes: renamed, joined where several get one name, or left out."""
+    """Other classes: renamed, joined where several get one name, or left out. Numbers of classes stay.
+
+    A name that the data has already keeps its number, and a new one takes that of the first class that is renamed to it, so that
+    the labels mean the same to a classifier of the old classes. Names that no row can have any more stay, too, unless
+    ``unused`` says otherwise.
+    """
 
     takes = {"data": DATA}
     gives = "data"
 
     classes: dict[str, str] = field(REQUIRED, "name of a class now: its new name")
     others: Literal["keep", "drop"] = field("keep", "what becomes of the rows of other classes")
+    unused: Literal["keep", "drop"] = field(
+        "keep", "names that no row can have any more: keep them, or drop them and number the others anew"
+    )
     column: str = field("label", "column with the classes")
 
     @property
@@ -131,11 +139,17 @@ class Relabel:
 
     @hookimpl
     def transform(self, data: Any, run: Any) -> Any:
-        """The data with a new ``ClassLabel``, the same in all splits; classes keep their order."""
-        return _over_splits(data, self._relabelled, "relabel")
+        """The data with a new ``ClassLabel``, the same in all splits."""
+        parts = _splits(data, "relabel")
+        for part in parts.values():
+            _class_names(part, self.column)
+        parts = with_class_labels(parts, self.column)
+        feature, numbers = self._new(_class_names(next(iter(parts.values())), self.column))
+        done = {split: self._relabelled(part, split, feature, numbers) for split, part in parts.items()}
+        return done if isinstance(data, Mapping) else done[""]
 
-    def _relabelled(self, dataset: Dataset, split: str) -> Dataset:
-        names = _class_names(dataset, self.column)
+    def _new(self, names: Sequence[str]) -> tuple[ClassLabel, dict[int, int]]:
+        """The classes, and the old number of a class whose rows are kept → its new one."""
         for name in self.classes:
             if name not in names:
                 raise ValueError(f"classes names {name!r}{nearest(name, names)}; the data has {', '.join(names)}")
@@ -144,16 +158,27 @@ class Relabel:
             for number, name in enumerate(names)
             if name in self.classes or self.others == "keep"
         }
-        labels = _labels(dataset, self.column, split)
-        if not any(label in new for label in labels):
+        known = list(names)
+        for number, name in new.items():
+            if name in known:
+                continue
+            if names[number] in new.values():  # this name stays in use
+                known.append(name)
+            else:
+                known[number] = name
+        if self.unused == "drop":
+            known = list(dict.fromkeys(new.values()))
+        return ClassLabel(names=known), {number: known.index(name) for number, name in new.items()}
+
+    def _relabelled(self, dataset: Dataset, split: str, feature: ClassLabel, numbers: Mapping[int, int]) -> Dataset:
+        labels = _column(dataset, self.column)
+        if not any(label in numbers for label in labels):
             raise ValueError(
                 f"{split or 'the data'} has no row of {', '.join(self.classes)}; others: keep takes the rest"
             )
-        kept = dataset.select([row for row, label in enumerate(labels) if label in new])
-        texts = [new[label] for label in labels if label in new]
-        order = kept.column_names
-        renamed = kept.remove_columns(self.column).add_column(self.column, texts).select_columns(order)
-        return with_class_labels({split: renamed}, self.column, list(dict.fromkeys(new.values())))[split]
+        kept = dataset.select([row for row, label in enumerate(labels) if label in numbers])
+        values = [numbers[label] for label in labels if label in numbers]
+        return with_classes(kept, self.column, values, feature)
 
 
 @attrs.frozen(kw_only=True)
@@ -245,6 +270,12 @@ class Resize:
 
 
 def _over_splits(data: Any, function: Callable[[Dataset, str], Dataset], method: str) -> Any:
+    done = {split: function(part, split) for split, part in _splits(data, method).items()}
+    return done if isinstance(data, Mapping) else done[""]
+
+
+def _splits(data: Any, method: str) -> dict[str, Dataset]:
+    """The splits, none of them empty; of a dataset alone, with the name ``""``."""
     parts = data if isinstance(data, Mapping) else {"": data}
     for split, part in parts.items():
         if not isinstance(part, Dataset):
@@ -253,8 +284,7 @@ def _over_splits(data: Any, function: Callable[[Dataset, str], Dataset], method:
             )
         if len(part) == 0:
             raise ValueError(f"{split or 'the data'} has no rows; {method} needs at least one")
-    done = {split: function(part, split) for split, part in parts.items()}
-    return done if isinstance(data, Mapping) else done[""]
+    return dict(parts)
 
 
 def _has_column(dataset: Dataset, column: str) -> None:

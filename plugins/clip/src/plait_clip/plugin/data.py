@@ -112,10 +112,11 @@ class ImageText(_ImageFields):
         if self.restval_in_train:
             rows = (attrs.evolve(row, split="train") if row.split == "restval" else row for row in rows)
         seen: set[str] = set()
+        labels: set[str] = set()
         if self.split is not None:
-            rows = image_text_rows.of_split(rows, self.split, seen)
+            rows = image_text_rows.of_split(rows, self.split, seen, labels)
         try:
-            return image_text_datasets.from_rows(rows, names=self._class_names(), **self._reading(run))
+            return image_text_datasets.from_rows(rows, names=self._class_names(), labels=labels, **self._reading(run))
         except ValueError:
             if seen and self.split not in seen:
                 have = ", ".join(sorted(filter(None, seen))) or "none, so leave it out"
@@ -132,9 +133,8 @@ class ImageText(_ImageFields):
             ) from error
 
     def _from_datasets(self, found: Any, run: Any) -> tuple[dict[str, datasets.Dataset], int]:
-        parts = dict(found) if isinstance(found, dict) else {self.split or "": found}
-        if self.split is not None and self.split in parts:
-            parts = {self.split: parts[self.split]}
+        every = dict(found) if isinstance(found, dict) else {self.split or "": found}
+        parts = every if self.split is None or self.split not in every else {self.split: every[self.split]}
         columns: dict[str, Any] = {
             "image": self.image_column,
             "caption": self.caption_column,
@@ -144,7 +144,7 @@ class ImageText(_ImageFields):
         for name, part in parts.items():
             checked[name], missing = image_text_datasets.from_dataset(part, **columns, **self._reading(run))
             skipped += missing
-        return image_text_datasets.with_label_names(checked, self._class_names()), skipped
+        return image_text_datasets.with_label_names(checked, self._class_names(), every, self.label_column), skipped
 
     def _class_names(self) -> tuple[str, ...] | None:
         return None if self.class_names is None else prompts.class_names(self.class_names)

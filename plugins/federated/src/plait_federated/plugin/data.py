@@ -116,7 +116,8 @@ class Partition:
         absent = len(names) - 1 - labels.max()
         if absent and self.scheme not in ("iid", "stratified"):
             raise ValueError(
-                f"class {len(names) - 1} ({names[-1]}) has no sample; scheme {self.scheme} draws all classes: leave it out"
+                f"class {len(names) - 1} ({names[-1]}) has no sample; scheme {self.scheme} draws all classes: leave its "
+                "name out, by transform: relabel with unused: drop"
             )
         shards = divide(labels, seed=run.seed, **attrs.asdict(self))
         order = np.concatenate(shards)

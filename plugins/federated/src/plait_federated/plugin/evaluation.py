@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
-import torch
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from plait import Report, hookimpl
 from plait.fields import field, in_range
 from plait.report import Curve, Image, Panel, png
-from plait_vision import CLASSIFIERS, DATA, ClassifierFields, evaluating
+from plait_vision import CLASSIFIERS, DATA, ClassifierFields, class_names_of, evaluating
 
-from plait_federated.client_data import class_names, client_members, inputs_of, labels_of, train_of
+from plait_federated.client_data import client_members, inputs_of, train_of
 from plait_federated.evaluation import accuracy_and_loss, summary
 from plait_federated.figures import graph_figure
 from plait_federated.methods import PeerGraph
@@ -103,11 +102,11 @@ class FederatedAccuracy(ClassifierFields):
         )
 
     def _rows(self, models: Mapping[str, Any], data: Dataset, run: Any) -> Iterator[dict[str, Any]]:
-        inputs, labels = inputs_of(data, self.column).to(run.device), torch.from_numpy(labels_of(data)).to(run.device)
-        names = class_names(data) if isinstance(data.features["label"], ClassLabel) else None
+        inputs, names = inputs_of(data, self.column).to(run.device), class_names_of(data)
         for name, one in models.items():
             try:
                 classifier = self.classifier(one, run.device, names, prepared=True, all_tasks=True)
+                labels = self.labels(data, classifier).to(run.device)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"model {name}: {error}") from error
             with evaluating(classifier):
