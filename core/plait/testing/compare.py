@@ -91,7 +91,7 @@ def _of_datasets(one: Any, other: Any, where: str) -> Iterator[str]:
     elif len(one):
         a, b = (data.with_format("arrow")[:] for data in (one, other))
         for name in one.column_names:
-            if a[name].to_pylist() != b[name].to_pylist() and not _same_pictures(one, other, name):
+            if not a[name].equals(b[name]) and not _same_pictures(one, other, name):
                 yield f"{where}: column {name!r} differs"
 
 
