@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from plait_vision import train_steps
 from torch import Tensor, nn
 
 Pair = tuple[Tensor, Tensor]
-_SECONDS_BETWEEN_SAVES = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +40,7 @@ def train_restorer(
     checkpoint: Any = None,
     track: Callable[..., Any] = iter,
     log: Callable[..., None] = lambda **values: None,
+    seconds_between_saves: float = 10.0,
 ) -> None:
     """Adam on the mean absolute or squared error, in place; all parameters learn.
 
@@ -52,29 +52,37 @@ def train_restorer(
         checkpoint: has ``load()`` and ``save(state)``.
 
     Raises:
-        ValueError: the network's result has not the target's shape; the loss is not finite.
+        ValueError: the network's result has not the target's shape.
+        FloatingPointError: the loss is not finite.
     """
     network.requires_grad_(True).train()
-    optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
-    first = 0
-    if checkpoint is not None and (state := checkpoint.load()) is not None:
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    saved_at = time.monotonic()
-    for step in track(range(first, settings.num_steps)):
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed((seed + 7_919 * (step + 1)) % 2**63)
-            rows = torch.randint(num_pairs, (settings.batch_size,)).tolist()
-            images, targets = windows(pairs(rows), settings.crop_size, settings.flip)
-            loss = _step(network, optimizer, images.to(device), targets.to(device), settings, step)
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} in step {step + 1}; lower learning_rate")
-        log(step=step + 1, loss=loss)
-        if checkpoint is not None and time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES:
-            checkpoint.save({"network": network.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
-            saved_at = time.monotonic()
-    optimizer.zero_grad(set_to_none=True)
+    error = F.l1_loss if settings.loss == "l1" else F.mse_loss
+
+    def loss_of(step: int) -> Tensor:
+        rows = torch.randint(num_pairs, (settings.batch_size,)).tolist()
+        images, targets = (one.to(device) for one in windows(pairs(rows), settings.crop_size, settings.flip))
+        with torch.autocast(device.type, torch.bfloat16, settings.precision == "bf16"):
+            results = network(images)
+        _check_shape(results, targets)
+        return error(results.float(), targets)
+
+    def learning_rate(step: int) -> float:
+        cosine = 0.5 * (1 + math.cos(math.pi * step / settings.num_steps))
+        return settings.learning_rate * (cosine if settings.schedule == "cosine" else 1.0)
+
+    train_steps(
+        network,
+        torch.optim.Adam(network.parameters(), lr=settings.learning_rate),
+        loss_of,
+        settings.num_steps,
+        learning_rate=learning_rate,
+        seed=seed,
+        device=device,
+        checkpoint=checkpoint,
+        track=track,
+        log=log,
+        seconds_between_saves=seconds_between_saves,
+    )
 
 
 def windows(pairs: Sequence[Pair], crop_size: int, flip: bool) -> Pair:
@@ -97,28 +105,10 @@ def windows(pairs: Sequence[Pair], crop_size: int, flip: bool) -> Pair:
     return torch.stack(images), torch.stack(targets)
 
 
-def _step(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    targets: Tensor,
-    settings: Settings,
-    step: int,
-) -> float:
-    factor = 0.5 * (1 + math.cos(math.pi * step / settings.num_steps)) if settings.schedule == "cosine" else 1.0
-    for group in optimizer.param_groups:
-        group["lr"] = settings.learning_rate * factor
-    optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(images.device.type, torch.bfloat16, settings.precision == "bf16"):
-        results = network(images)
+def _check_shape(results: Tensor, targets: Tensor) -> None:
     if results.shape != targets.shape:
         found, wanted = ("×".join(map(str, one.shape[1:])) for one in (results, targets))
         raise ValueError(
             f"the network makes {found} of an image whose target is {wanted}; set its scale to the targets', or "
             "train on pairs of its scale"
         )
-    error = F.l1_loss if settings.loss == "l1" else F.mse_loss
-    loss = error(results.float(), targets)
-    loss.backward()
-    optimizer.step()
-    return loss.item()

@@ -10,6 +10,7 @@ For authors of methods and kits, stable:
 * datasets – :func:`is_saved_dataset`, :func:`read_saved`, :func:`with_class_labels`, :func:`flags_of` (a boolean column),
   :data:`IS_BACKDOOR`;
 * datasets on disk in bounded memory – :func:`write_rows`, :func:`write_tables`;
+* training, which imports torch – :func:`train_steps`, a loop that resumes to the same bits;
 * classifiers, which import torch – :func:`as_classifier`, :func:`as_logits`, :func:`on_device`, :func:`evaluating`,
   :class:`AnyClassifier`, :class:`Classifier`, :class:`Preparation`, :class:`ClassifierFields`; for methods that attack
   images :class:`ImageRows`, :func:`with_attacked_images`, :func:`loss_gradient`, :func:`to_eight_bits`, :func:`over_splits`,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from plait_vision.labelled import ImageRows, class_names_of, class_number, success_rate
     from plait_vision.recognition import ClassifierFields
     from plait_vision.rules import ImageRules
+    from plait_vision.training_loop import train_steps
 
 # Whoever only reads images does without torch, and an algorithm that only wants logits without plait.
 _LATE = {
@@ -71,6 +73,7 @@ _LATE = {
     "on_device": "classifiers",
     "success_rate": "labelled",
     "to_eight_bits": "adversarial",
+    "train_steps": "training_loop",
     "with_attacked_images": "attacking",
 }
 
@@ -121,6 +124,7 @@ __all__ = [
     "tar_samples",
     "tar_shards",
     "to_eight_bits",
+    "train_steps",
     "with_attacked_images",
     "with_class_labels",
     "write_rows",

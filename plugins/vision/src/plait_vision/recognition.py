@@ -276,8 +276,6 @@ class ClassifierTraining(ClassifierFields):
                 track=loop.track,
                 log=loop.log,
             )
-        for parameter in trained.parameters():
-            parameter.grad = None
         return trained.eval()
 
 

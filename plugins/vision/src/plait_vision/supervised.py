@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from plait_vision.training_loop import train_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,31 +68,39 @@ def train_classifier(
     batches = _bounds(len(labels), settings.batch_size)
     per_epoch = len(batches)
     total = settings.num_epochs * per_epoch
-    first = 0
-    if checkpoint is not None and (state := checkpoint.load()) is not None:
-        classifier.load_state_dict(state["classifier"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    saved_at = time.monotonic()
     order, epoch_of_order = torch.empty(0, dtype=torch.long), -1
-    for step in track(range(first, total)):
+
+    def loss_of(step: int) -> Tensor:
+        nonlocal order, epoch_of_order
         epoch, place = divmod(step, per_epoch)
         if epoch != epoch_of_order:
             generator = torch.Generator().manual_seed((seed + 1_000_003 * epoch) % 2**63)
             order, epoch_of_order = torch.randperm(len(labels), generator=generator), epoch
         rows = order[batches[place]]
-        with drawing((seed + 7_919 * (step + 1)) % 2**63, device):
-            batch = images(rows.tolist()).to(device, non_blocking=True)
-            batch = augmented(batch, flip=settings.flip, crop_padding=settings.crop_padding)
-            loss = _step(classifier, optimizer, batch, labels[rows].to(device), settings, step / total)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} in step {step + 1}; lower learning_rate")
-        log(step=step + 1, loss=loss)
-        if checkpoint is not None and time.monotonic() - saved_at >= seconds_between_saves:
-            checkpoint.save(
-                {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            )
-            saved_at = time.monotonic()
+        batch = images(rows.tolist()).to(device, non_blocking=True)
+        batch = augmented(batch, flip=settings.flip, crop_padding=settings.crop_padding)
+        with torch.autocast(device.type, torch.bfloat16, settings.precision == "bf16"):
+            logits = classifier(batch)
+        smoothing = settings.label_smoothing
+        return F.cross_entropy(logits.float(), labels[rows].to(device), label_smoothing=smoothing)
+
+    def learning_rate(step: int) -> float:
+        cosine = 0.5 * (1 + math.cos(math.pi * (step / total)))
+        return settings.learning_rate * (cosine if settings.schedule == "cosine" else 1.0)
+
+    train_steps(
+        classifier,
+        optimizer,
+        loss_of,
+        total,
+        learning_rate=learning_rate,
+        seed=seed,
+        device=device,
+        checkpoint=checkpoint,
+        track=track,
+        log=log,
+        seconds_between_saves=seconds_between_saves,
+    )
 
 
 def _bounds(count: int, batch_size: int) -> list[slice]:
@@ -101,34 +109,6 @@ def _bounds(count: int, batch_size: int) -> list[slice]:
     if len(starts) > 1 and batch_size > 1 and count - starts[-1] == 1:
         starts.pop()
     return [slice(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
-
-
-def _step(
-    classifier: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Tensor,
-    labels: Tensor,
-    settings: Settings,
-    progress: float,
-) -> float:
-    factor = 0.5 * (1 + math.cos(math.pi * progress)) if settings.schedule == "cosine" else 1.0
-    for group in optimizer.param_groups:
-        group["lr"] = settings.learning_rate * factor
-    optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(batch.device.type, torch.bfloat16, settings.precision == "bf16"):
-        logits = classifier(batch)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
-@contextlib.contextmanager
-def drawing(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's own random numbers (dropout, augmentation) from a seed; its state is as before afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def augmented(images: Tensor, *, flip: bool, crop_padding: int) -> Tensor:
