@@ -1,14 +1,15 @@
 """What the site adds to the pages in this folder: a page for every package, all ready-made pipelines, colours of code.
 
 MkDocs calls the functions (``hooks`` in ``mkdocs.yml``). The texts stay where they are read first: in the packages'
-READMEs and in the pipelines themselves.
+READMEs and in the pipelines themselves. Pages in ``results`` belong to READMEs and link like them, by paths of the
+repository.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mkdocs.structure.files import File, Files
@@ -44,34 +45,48 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Names of files above blocks of code, which Markdown itself does not know."""
+    """Names of files above blocks of code, which Markdown itself does not know, and the links of pages of results."""
+    folder = PurePosixPath(page.file.src_uri).parent
+    if folder.name == "results":
+        markdown = _site_links(markdown, DOCS / folder, str(folder))
     return TITLE.sub(lambda match: f"*{match[2]}*\n\n```{match[1]}", markdown)
 
 
 def _package(folder: Path) -> str:
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    return LINK.sub(lambda match: _relinked(match, folder), text)
+    return _site_links((folder / "README.md").read_text(encoding="utf-8"), folder, "packages")
 
 
-def _relinked(match: re.Match[str], folder: Path) -> str:
-    """A link of a README as the site has it; what the site does not hold is text."""
+def _site_links(text: str, folder: Path, at: str) -> str:
+    """A text out of a folder of the repository, with links as its page in the folder ``at`` of the site needs them."""
+    return LINK.sub(lambda match: _site_link(match, folder, at), text)
+
+
+def _site_link(match: re.Match[str], folder: Path, at: str) -> str:
+    """One link; where it leads out of the site, its text alone."""
     image, text, target, anchor = match.groups()
-    anchor = anchor or ""
     if "://" in target or target.startswith("mailto:"):
         return match[0]
     place = Path(os.path.normpath(folder / target))
     if image:
         return f"![{text}]({place.name})" if place.parent == folder else text
+    page = _page_of(place)
+    if page is None:
+        return text
+    if place.parent == ROOT / "pipelines":
+        anchor = f"#{place.stem}"
+    return f"[{text}]({os.path.relpath(page, at)}{anchor or ''})"
+
+
+def _page_of(place: Path) -> str | None:
+    """The page on which the site shows a file or folder of the repository."""
     if place in (ROOT, ROOT / "README.md"):
-        return f"[{text}](../index.md)"
+        return "index.md"
     package = place.parent if place.name == "README.md" else place
     if package in PLUGINS:
-        return f"[{text}]({package.name}.md{anchor})"
-    if place.parent == DOCS and place.suffix == ".md":
-        return f"[{text}](../{place.name}{anchor})"
-    if place.parent == ROOT / "pipelines":
-        return f"[{text}](../ready-made.md#{place.stem})"
-    return text
+        return f"packages/{package.name}.md"
+    if place.parent in (DOCS, DOCS / "results") and place.suffix == ".md":
+        return place.relative_to(DOCS).as_posix()
+    return "ready-made.md" if place.parent == ROOT / "pipelines" else None
 
 
 def _packages() -> str:
@@ -79,7 +94,7 @@ def _packages() -> str:
     for folder in PLUGINS:
         _, _, rest = (folder / "README.md").read_text(encoding="utf-8").partition("\n")
         first = " ".join(rest.strip().partition("\n\n")[0].split())
-        first = LINK.sub(lambda match, folder=folder: _relinked(match, folder), first)
+        first = _site_links(first, folder, "packages")
         lines.append(f"- [**{folder.name}**]({folder.name}.md): {first}")
     return "\n".join([*lines, ""])
 

@@ -9,7 +9,7 @@ from plait.recording import read_record
 ROOT = Path(__file__).parents[1]
 MARKED = re.compile(r"<!-- figures: (\S+) -->\n+((?:\|.*\n)+)")
 NUMBER = re.compile(r"[-+]?[\d.]+ ± [\d.e-]+")
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("plugins/*/README.md")), *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("plugins/*/README.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 TABLES = [(page, record, table) for page in PAGES for record, table in MARKED.findall(page.read_text(encoding="utf-8"))]
 
 
