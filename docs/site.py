@@ -23,6 +23,7 @@ TITLE = re.compile(r'^```(\w+) title="([^"]+)"$', re.MULTILINE)
 LAYOUT = """
 .codehilite pre,.codehilite code{white-space:pre-wrap!important;overflow-wrap:anywhere;overflow:visible!important;margin:0;padding:0;border:0;background:none}
 .wy-table-responsive table td,.wy-table-responsive table th{white-space:normal}
+.wy-table-responsive table td[style*=right]{white-space:nowrap}
 .wy-nav-content{max-width:1000px}
 .codehilite{background:#f6f8fa;padding:10px 14px;margin:0 0 16px;overflow-x:auto}
 """
