@@ -30,3 +30,9 @@ def test_a_record_says_what_it_comes_from(record):
     facts = read_record(record).facts
     assert all(facts[name] for name in ("command", "date", "versions", "hardware", "seeds"))
     assert (ROOT / read_record(record).command[0]).is_file()
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/results/*.md")), ids=lambda path: path.stem)
+def test_a_page_of_results_is_found_from_its_readme_and_on_the_site(page):
+    assert f"../../docs/results/{page.name}" in (ROOT / "plugins" / page.stem / "README.md").read_text(encoding="utf-8")
+    assert f": results/{page.name}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
