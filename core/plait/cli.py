@@ -733,27 +733,34 @@ def cache() -> None:
     help="Add up what results of a step or of a method take.",
 )
 def cache_ls(store: Path | None, by: str) -> None:
-    """List what is in the store, the largest last."""
+    """List what is in the store, the largest last: its size, and the part of it that no other result shares."""
     import time
 
     from plait.listeners import duration
+    from plait.store import own_sizes
 
     place = _store(store)
-    entries = sorted(place.entries(), key=lambda entry: entry.size)
-    if by == "result":
-        for entry in entries:
-            age = duration(time.time() - entry.meta["created"])
-            click.echo(
-                f"{entry.key[:12]}  {entry.size / 2**20:9.2f} MiB  {age:>14} ago  {entry.meta.get('label', '')}  {entry.meta.get('method', '')}"
-            )
-    else:
-        groups: dict[str, list[int]] = {}
-        for entry in entries:
-            name = entry.meta["method"] if by == "method" else entry.meta["label"].partition("[")[0].partition(".")[0]
-            groups.setdefault(name, []).append(entry.size)
-        for name, sizes in sorted(groups.items(), key=lambda item: sum(item[1])):
-            click.echo(f"{sum(sizes) / 2**20:9.2f} MiB in {len(sizes):6d}  {name}")
-    click.echo(f"{len(entries)} results, {sum(entry.size for entry in entries) / 2**20:.2f} MiB in {place.root}")
+    entries = list(place.entries())
+    groups: dict[str, list[Any]] = {}
+    for entry in entries:
+        label, method = entry.meta.get("label", ""), entry.meta.get("method", "")
+        names = {"result": entry.key, "step": label.partition("[")[0].partition(".")[0], "method": method}
+        groups.setdefault(names[by], []).append(entry)
+    sizes = {name: sum(entry.size for entry in found) for name, found in groups.items()}
+    own = own_sizes(groups)
+    for name, found in sorted(groups.items(), key=lambda item: sizes[item[0]]):
+        takes = f"{sizes[name] / 2**20:9.2f} MiB  {own[name] / 2**20:9.2f} its own"
+        if by == "result":
+            meta = found[0].meta
+            age = duration(time.time() - meta["created"])
+            click.echo(f"{name[:12]}  {takes}  {age:>14} ago  {meta.get('label', '')}  {meta.get('method', '')}")
+        else:
+            click.echo(f"{takes} in {len(found):6d}  {name}")
+    (on_disk,) = own_sizes({"": entries}).values()
+    click.echo(
+        f"{len(entries)} results, {sum(sizes.values()) / 2**20:.2f} MiB ({on_disk / 2**20:.2f} on the disk, where equal"
+        f" files are one) in {place.root}"
+    )
     steps, held = place.unfinished()
     if steps:
         click.echo(

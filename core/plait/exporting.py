@@ -66,17 +66,16 @@ def _export(artifact: Path, folder: Path) -> str:
         kind = json.loads((content / "module.json").read_text(encoding="utf-8"))["class"].replace(":", ".")
         return f"a model for {kind}.from_pretrained"
     if codec == "dataset":
-        return _export_dataset(content / "dataset", folder)
+        return _export_dataset(codecs.load(artifact), folder)
     _copy(content, folder)
     return f"files of a result of kind {codec}"
 
 
-def _export_dataset(source: Path, folder: Path) -> str:
+def _export_dataset(data: Any, folder: Path) -> str:
     datasets = require("datasets")
-    data: Any = datasets.load_from_disk(source)
     column = next((name for name, kind in data.features.items() if isinstance(kind, datasets.Image)), None)
     if column is None:
-        _copy(source, folder)
+        data.save_to_disk(folder, num_shards=None if len(data) else 1)
         return f"{len(data)} rows for datasets.load_from_disk"
     folder.mkdir(parents=True, exist_ok=True)
     others = [name for name, kind in data.features.items() if isinstance(kind, datasets.Value | datasets.ClassLabel)]

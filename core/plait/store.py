@@ -3,6 +3,7 @@
 ::
 
     <root>/objects/ab/ab12…/   artifact/  extras/  meta.json      one finished step
+    <root>/contents/cd/cd34…   another name (hard link) of every larger file in objects/: equal files are one
     <root>/tmp/ab12…-…/        what is being written; renamed into objects/ when complete
     <root>/scratch/ab12…/      what a running step keeps for a resume (``run.folder``)
     <root>/locks/ab12….lock    who computes it; other hosts that see the folder respect it
@@ -12,13 +13,15 @@
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import json
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ from plait.errors import StoreError, writing
 META = "meta.json"
 ARTIFACT = "artifact"  # the folder of the result itself in what is stored
 KEY = re.compile(r"[0-9a-f]{64}")
+CONTENT = re.compile(r"[0-9a-f]{32}-[0-9]+")
+SHARED = 4096  # bytes; smaller files take a block of the disk at most
 # A holder that has died on this host is seen at once; one on another host when it has not stirred for so long.
 LEASE_SECONDS = 60.0
 # After so long a file that nobody refreshes belongs to nobody, whatever the clocks of two hosts say.
@@ -62,6 +67,22 @@ class Entry:
     def size(self) -> int:
         """Bytes of all its files."""
         return sum(fact["size"] for fact in self.meta["files"].values())
+
+
+def own_sizes(groups: Mapping[str, Sequence[Entry]]) -> dict[str, int]:
+    """Bytes that each group of results takes on the disk and no other group shares: what deleting it would free."""
+    found: dict[tuple[int, int], tuple[int, set[str]]] = {}
+    for name, entries in groups.items():
+        for entry in entries:
+            for file in entry.meta["files"]:
+                with contextlib.suppress(OSError):  # deleted since it was listed
+                    facts = (entry.folder / file).stat()
+                    found.setdefault((facts.st_dev, facts.st_ino), (facts.st_size, set()))[1].add(name)
+    own = dict.fromkeys(groups, 0)
+    for size, names in found.values():
+        if len(names) == 1:
+            own[names.pop()] += size
+    return own
 
 
 class Store:
@@ -143,15 +164,14 @@ class Store:
     def put(self, key: str, write: Callable[[Path], None], facts: dict[str, Any]) -> Entry:
         """Store a result: ``write`` fills a folder beside the store, which then moves in as one piece."""
         aside = self.root / "tmp" / f"{key}-{uuid.uuid4().hex}"
+        files: dict[str, Any] = {}
         with self._explained():
             try:
                 aside.mkdir(parents=True)
                 write(aside)
-                files = {
-                    str(path.relative_to(aside)): _file_facts(path)
-                    for path in sorted(aside.rglob("*"))
-                    if path.is_file()
-                }
+                for path in sorted(aside.rglob("*")):
+                    if path.is_file():
+                        files[str(path.relative_to(aside))] = self._settle(path)
                 meta = {"key": key, "created": time.time(), **facts, "files": files}
                 _write_synced(aside / META, json.dumps(meta, indent=1))
                 target = self.folder(key)
@@ -164,10 +184,43 @@ class Store:
                 _sync_folder(target.parent)
             finally:
                 _remove(aside)
+                self._forget(files.values())
             _protect(target)
             self._checked.discard(key)
             _remove(self.root / "scratch" / key)
         return Entry(key, self.folder(key), meta)
+
+    def _settle(self, file: Path) -> dict[str, Any]:
+        """Bring a file that was just written safely to the disk, or make it another name of an equal one there."""
+        size = file.stat().st_size
+        facts = {"size": size, "xxh3": _checksum(file)}
+        if size < SHARED or file.is_symlink():
+            _sync(file)
+            return facts
+        known, link = self._content(facts), file.with_name(f"{file.name}.link")
+        with contextlib.suppress(OSError):  # there is none, or the file system has no (more) such links
+            os.link(known, link)
+            if filecmp.cmp(link, file, shallow=False):
+                os.replace(link, file)
+                return facts
+        link.unlink(missing_ok=True)
+        _sync(file)
+        with contextlib.suppress(OSError):
+            known.parent.mkdir(parents=True, exist_ok=True)
+            os.link(file, link)
+            os.replace(link, known)  # also of one that is damaged
+        link.unlink(missing_ok=True)
+        return facts
+
+    def _content(self, facts: Mapping[str, Any]) -> Path:
+        """The name of a content below ``contents``."""
+        checksum = str(facts["xxh3"])
+        return self.root / "contents" / checksum[:2] / f"{checksum}-{facts['size']}"
+
+    def _forget(self, files: Iterable[Mapping[str, Any]]) -> None:
+        """Let go of the contents of deleted files, where no other result has them."""
+        for facts in files:
+            _delete_last(self._content(facts))
 
     def drop(self, key: str) -> None:
         """Delete a result that nothing needs any more, and keep what is stored around it (for reports).
@@ -178,13 +231,15 @@ class Store:
         if entry is None or sum(key in keys for keys in self._keys_of_runs()) > 1:
             return
         with self.lock(key), self._explained():
-            files = {name: fact for name, fact in entry.meta["files"].items() if not name.startswith(f"{ARTIFACT}/")}
+            every = entry.meta["files"]
+            files = {name: fact for name, fact in every.items() if not name.startswith(f"{ARTIFACT}/")}
             os.chmod(entry.folder, 0o755)
             unfinished = entry.folder / f"{META}.new"
             _write_synced(unfinished, json.dumps({**entry.meta, "files": files, "dropped": True}, indent=1))
             os.replace(unfinished, entry.folder / META)
             _remove(entry.folder / ARTIFACT)
             _protect(entry.folder)
+            self._forget(every.values())
 
     def touch(self, key: str) -> None:
         """Remember that a result was used now, for :meth:`collect`."""
@@ -229,6 +284,8 @@ class Store:
                     if free:
                         freed += _size(aside)
                         _remove(aside)
+            contents = (self.root / "contents").glob("*/*")
+            freed += sum(_delete_last(path) for path in contents if CONTENT.fullmatch(path.name))
             for file in (self.root / "locks").glob("*.lock"):  # of processes that were killed
                 with self._if_free(file.stem):
                     pass
@@ -310,18 +367,19 @@ class Store:
 
     def remove(self, key: str) -> None:
         """Delete one result."""
+        entry = self.entry(key)
         with self.lock(key), self._explained():
             _remove(self.folder(key))
+            self._forget(entry.meta["files"].values() if entry else ())
 
     def _explained(self) -> contextlib.AbstractContextManager[None]:
         remedy = "name another place with --store or PLAIT_STORE, or free some space"
         return writing(f"the store {self.root}", remedy, StoreError)
 
 
-def _file_facts(path: Path) -> dict[str, Any]:
+def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "xxh3": _checksum(path)}
 
 
 def _checksum(path: Path) -> str:
@@ -353,7 +411,8 @@ def _protect(folder: Path) -> None:
     """Take away the right to write below a result: a library that keeps its caches beside what it reads cannot."""
     for place, _, files in os.walk(folder, topdown=False):
         for name in files:
-            if not os.path.islink(path := os.path.join(place, name)):  # a link leads to what is not the store's
+            mode = os.lstat(path := os.path.join(place, name)).st_mode
+            if not stat.S_ISLNK(mode) and mode & 0o222:  # a link leads to what is not the store's
                 os.chmod(path, 0o444)
         os.chmod(place, 0o555)
 
@@ -366,6 +425,16 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _delete_last(content: Path) -> int:
+    """Delete a name of a content if no result has another; the bytes freed."""
+    with contextlib.suppress(OSError):
+        facts = content.stat()
+        if facts.st_nlink == 1:
+            content.unlink()
+            return facts.st_size
+    return 0
+
+
 def _last_used(folder: Path) -> float | None:
     for path in (folder / META, folder):
         with contextlib.suppress(OSError):
@@ -374,7 +443,9 @@ def _last_used(folder: Path) -> float | None:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of the files that have no other name elsewhere."""
+    facts = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return sum(fact.st_size for fact in facts if fact.st_nlink == 1)
 
 
 def _is_abandoned(lock: Path) -> bool:

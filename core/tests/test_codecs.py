@@ -1,3 +1,4 @@
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,115 @@ def test_datasets_by_split(tmp_path):
     loaded = round_trip({"train": train, "test": train.select([1])}, tmp_path)
     assert loaded["train"].features == train.features
     assert codecs.load(tmp_path / "a", ("test",))["label"] == [1]
+
+
+FEATURES = datasets.Features(
+    image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]), flag=datasets.Value("bool"),
+    texts=datasets.Sequence(datasets.Value("string")), box={"x": datasets.Value("float16"), "b": datasets.Value("binary")},
+    grid=datasets.Array2D((2, 3), "float32"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Rows of many kinds, with gaps, of which the pictures lie in files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(png(np.full((4, 5, 3), 50 * i, np.uint8)))
+    columns = {
+        "image": [str(folder / f"{i % 3}.png") if i % 7 else None for i in range(400)],
+        "label": [i % 2 for i in range(400)],
+        "flag": [None if i % 5 else i % 3 == 0 for i in range(400)],
+        "texts": [["ä"] * (i % 4) if i % 6 else None for i in range(400)],
+        "box": [{"x": i / 2, "b": bytes(300)} for i in range(400)],
+        "grid": [np.full((2, 3), i, np.float32) for i in range(400)],
+    }
+    info = datasets.DatasetInfo(description="of many kinds", license="CC0", features=FEATURES)
+    data = datasets.Dataset.from_dict(columns, FEATURES, info, datasets.Split.TEST)
+    return datasets.concatenate_datasets([data, data.select(range(100))], split=datasets.Split.TEST)
+
+
+def _plain(data):
+    """Every value; a picture as its pixels, as its file's name is all that may differ."""
+    columns = data.with_format(None).to_dict() | {"image": []}
+    pictures = data.with_format(None).select_columns("image")["image"]
+    return columns | {"image": [picture and picture.tobytes() for picture in pictures]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data,
+        lambda data: data.shuffle(seed=0),
+        lambda data: data.select([3]),
+        lambda data: data.select(range(17, 301, 2)).with_format("numpy", ["label", "image"], output_all_columns=True),
+        lambda data: data.select([]),
+    ],
+    ids=["whole", "shuffled", "one", "shown", "none"],
+)
+def test_a_dataset_comes_back_as_it_was(change, rows, tmp_path):
+    data = change(rows)
+    codecs.save(data, tmp_path / "a")
+    once = codecs.load(tmp_path / "a")
+    codecs.save(once, tmp_path / "b")
+    for loaded in (once, codecs.load(tmp_path / "b"), pickle.loads(pickle.dumps(once))):
+        assert loaded.features == data.features
+        assert loaded.column_names == data.column_names
+        assert loaded.data.schema == once.data.schema
+        assert _plain(loaded) == _plain(data)
+        assert (loaded.split, loaded.info.description, loaded.info.license) == ("test", "of many kinds", "CC0")
+        assert loaded.format == data.format
+        assert all(Path(file["filename"]).is_relative_to(tmp_path) for file in loaded.cache_files)
+    assert len(once.cache_files) == (3 if len(data) > 300 else 1)
+    assert once._fingerprint == codecs.load(tmp_path / "a")._fingerprint
+    added = once.add_column("new", [0] * len(once))
+    assert set(added.format["columns"]) == {*data.format["columns"], "new"}
+
+
+def _on_disk(folder):
+    return {file.read_bytes() for file in folder.rglob("*.arrow") if file.stat().st_size > 2**16}
+
+
+@pytest.mark.parametrize(
+    "passed_on",
+    [
+        lambda data: data.map(lambda rows: {"label": rows["label"][::-1]}, batched=True),
+        lambda data: data.remove_columns("box").add_column("new", list(range(len(data)))),
+        lambda data: data.select(range(len(data))),
+        lambda data: data.with_format("torch"),
+        lambda data: datasets.concatenate_datasets([data.select(range(99)), data.select(range(99, len(data)))]),
+    ],
+)
+def test_a_column_that_is_passed_on_is_the_same_file(passed_on, tmp_path):
+    numbers = np.random.default_rng(0).random((5000, 20))
+    data = datasets.Dataset.from_dict(
+        {"label": [0, 1] * 2500, "x": list(numbers), "box": list(map(str, numbers[:, 0]))}
+    )
+    codecs.save(data, tmp_path / "a")
+    before = _on_disk(tmp_path / "a")
+    codecs.save(passed_on(codecs.load(tmp_path / "a")), tmp_path / "b")
+    assert len(before) == 2
+    assert max(before, key=len) in _on_disk(tmp_path / "b")
+
+
+def test_large_rows_are_written_a_few_at_a_time(tmp_path):
+    data = datasets.Dataset.from_dict({"x": [bytes(3 * 2**20)] * 7, "n": list(range(7))})
+    loaded = round_trip(data, tmp_path)
+    assert [len(piece) for piece in loaded.data.table.column("x").chunks] == [4, 3]
+    assert loaded[5] == data[5]
+
+
+def test_a_dataset_of_an_earlier_plait_is_read(tmp_path):
+    data = datasets.Dataset.from_dict({"x": [1, 2]})
+    data.save_to_disk(tmp_path / "content" / "dataset")
+    (tmp_path / "codec.json").write_text('{"codec": "dataset"}')
+    assert codecs.load(tmp_path).to_dict() == {"x": [1, 2]}
+
+
+def test_what_a_dataset_cannot_take_along(tmp_path):
+    data = datasets.Dataset.from_dict({"x": [1, 2]})
+    with pytest.raises(StoreError, match=r"a transform .* return it with_format\(None\)"):
+        codecs.save(data.with_transform(lambda rows: rows), tmp_path / "a")
 
 
 def test_modules_keep_mode_dtype_and_frozen_parameters(tmp_path):

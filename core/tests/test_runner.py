@@ -9,7 +9,7 @@ from pathlib import Path
 import plait
 import pytest
 from plait import PipelineError, PlaitError, hookimpl
-from plait.store import Store
+from plait.store import Store, own_sizes
 
 PIPELINE = """\
 plait: 1
@@ -373,11 +373,12 @@ def test_what_takes_the_space(workplace):
     )
     assert cli("run", "p.yaml").returncode == 1
     lines = cli("cache", "ls", "--by", "step").stdout.splitlines()
-    assert [line.split()[2:] for line in lines[:2]] == [["in", "2", "small"], ["in", "2", "n"]]
+    assert [line.split()[5:] for line in lines[:2]] == [["in", "2", "small"], ["in", "2", "n"]]
     by_method = cli("cache", "ls", "--by", "method").stdout.splitlines()
     assert by_method[1].endswith("./toy.py:Numbers")
-    total = sum(entry.size for entry in Store().entries()) / 2**20
-    assert f"4 results, {total:.2f} MiB" in lines[2]
+    entries = list(Store().entries())
+    total, own = sum(entry.size for entry in entries), own_sizes({"": entries})[""]
+    assert f"4 results, {total / 2**20:.2f} MiB ({own / 2**20:.2f} on the disk" in lines[2]
     assert lines[3].startswith("2 steps that did not finish keep 2.00 MiB")
 
 

@@ -9,10 +9,11 @@ import time
 
 import plait.store
 import pytest
-from plait import PlaitError
-from plait.store import Store
+from plait import PlaitError, StoreError
+from plait.store import Store, own_sizes
 
 KEY = "ab" + "0" * 62
+SECOND = "cd" + "0" * 62
 THIRD = "ef" + "0" * 62
 
 
@@ -93,8 +94,7 @@ def test_broken_meta_is_no_result(tmp_path):
 
 def test_collect(tmp_path):
     store = Store(tmp_path)
-    other = "cd" + "0" * 62
-    for key in (KEY, other):
+    for key in (KEY, SECOND):
         store.put(key, write("hello"), {})
     old = time.time() - 1000
     os.utime(store.folder(KEY) / "meta.json", (old, old))
@@ -105,7 +105,7 @@ def test_collect(tmp_path):
     with store.lock(THIRD):
         assert store.collect(500)[0] == 1
     assert not store.has(KEY)
-    assert store.has(other)
+    assert store.has(SECOND)
     assert not dead.exists()
     assert alive.exists()
 
@@ -123,6 +123,7 @@ def test_collect_leaves_files_that_are_not_the_stores(tmp_path):
             "locks/x.txt",
             "runs/readme",
             "runs/a.json",
+            "contents/ab/notes",
         )
     ]
     for path in foreign:
@@ -208,6 +209,98 @@ def test_a_result_that_another_host_has_finished_is_kept(tmp_path):
     store.put(KEY, late, {})
     assert (store.folder(KEY) / "x.txt").read_text() == "first"
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def large(letter, **others):
+    """A result with a large file and its small companions."""
+
+    def write(folder):
+        (folder / "large.bin").write_bytes(letter.encode() * 10_000)
+        for name, text in others.items():
+            (folder / name).write_text(text)
+
+    return write
+
+
+def on_disk(root):
+    """Bytes of the files that the store's names lead to, each counted once."""
+    found = [path.stat() for path in root.rglob("*") if path.is_file() and path.name != "meta.json"]
+    return sum({(facts.st_dev, facts.st_ino): facts.st_size for facts in found}.values())
+
+
+def test_equal_files_are_one(tmp_path):
+    store = Store(tmp_path)
+    first = store.put(KEY, large("a", x="first"), {})
+    second = store.put(SECOND, large("a", x="second", y="y"), {})
+    third = store.put(THIRD, large("b"), {})
+    assert (first.folder / "large.bin").samefile(second.folder / "large.bin")
+    assert on_disk(tmp_path) == 20_000 + 5 + 6 + 1
+    assert second.size == 10_007
+    assert own_sizes({"1": [first], "2": [second], "3": [third]}) == {"1": 5, "2": 7, "3": 10_000}
+    assert own_sizes({"": [first, second], "3": [third]}) == {"": 10_012, "3": 10_000}
+    assert store.verify() == {}
+    assert not any((tmp_path / "tmp").iterdir())
+    store.remove(KEY)
+    assert (second.folder / "large.bin").read_bytes() == b"a" * 10_000
+    assert not os.stat(second.folder / "large.bin").st_mode & 0o222
+    assert own_sizes({"2": [second]}) == {"2": 10_007}
+    store.put(KEY, large("a"), {})
+    assert (store.folder(KEY) / "large.bin").samefile(second.folder / "large.bin")
+    old = time.time() - 1000
+    for key in (KEY, THIRD):
+        os.utime(store.folder(key) / "meta.json", (old, old))
+    meta = sum((store.folder(key) / "meta.json").stat().st_size for key in (KEY, THIRD))
+    assert store.collect(500) == (2, 10_000 + meta)
+    assert store.has(SECOND)
+    assert store.collect(-1)[0] == 1
+    assert on_disk(tmp_path) == 0
+
+
+def test_a_dropped_result_frees_what_no_other_has(tmp_path):
+    store = Store(tmp_path)
+    for key in (KEY, SECOND):
+        store.put(key, lambda folder: ((folder / "artifact").mkdir(), large("a")(folder / "artifact")), {})
+    store.drop(KEY)
+    assert on_disk(tmp_path) == 10_000
+    store.drop(SECOND)
+    assert on_disk(tmp_path) == 0
+
+
+def test_a_damaged_file_spreads_no_further(tmp_path):
+    store = Store(tmp_path)
+    first = store.put(KEY, large("a"), {}).folder / "large.bin"
+    first.chmod(0o644)
+    first.write_bytes(b"a" * 9_999 + b"b")
+    second = store.put(SECOND, large("a"), {}).folder / "large.bin"
+    assert list(store.verify()) == [KEY]
+    store.remove(KEY)
+    first = store.put(KEY, large("a"), {}).folder / "large.bin"
+    assert store.verify() == {}
+    assert first.samefile(second)
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store = Store(tmp_path)
+    entries = [store.put(key, large("a"), {}) for key in (KEY, SECOND)]
+    assert own_sizes({"1": entries[:1], "2": entries[1:]}) == {"1": 10_000, "2": 10_000}
+    assert store.verify() == {}
+    assert sorted(path.name for path in store.folder(SECOND).iterdir()) == ["large.bin", "meta.json"]
+
+
+def test_what_could_not_be_stored_takes_no_space(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(plait.store, "_write_synced", full)
+    with pytest.raises(StoreError, match="No space left on device"):
+        store.put(KEY, large("a"), {})
+    assert on_disk(tmp_path) == 0
 
 
 def test_a_limit_on_the_size_of_files(tmp_path):
