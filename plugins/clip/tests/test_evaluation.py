@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from plait_clip import digit_pairs, prompts, tiny_fusion_model, tiny_model, zero_shot
 from plait_clip.plugin.evaluation import LinearProbe, Retrieval, SupervisedFineTune, ZeroShot, success_rate
 from plait_clip.retrieval import evaluate_retrieval, recall, retrieval_ranks
+from plait_vision.recognition import Accuracy
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -194,6 +195,61 @@ def test_linear_probe_and_fine_tuning(trained, digits, run):
     report = method.evaluate(model=trained, data=data, run=run[0])
     assert report.value("accuracy", split="test") > 0.7
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
+
+
+class TwoTasks(torch.nn.Module):
+    """A body and a linear head for each of two tasks."""
+
+    tasks = ("a", "b")
+
+    def __init__(self, body, head):
+        super().__init__()
+        self.body = body
+        self.heads = torch.nn.ModuleList([head, torch.nn.Linear(head.in_features, head.out_features)])
+
+    def features(self, images):
+        return self.body(images)
+
+    def logits(self, images, task):
+        return self.heads[self.tasks.index(task)](self.features(images))
+
+
+def test_classifiers_and_models_of_several_tasks_are_measured_beside_image_text_models(run):
+    run, data = run[0], digit_pairs(60)
+    torch.manual_seed(0)
+    body, head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 16)), torch.nn.Linear(16, 10)
+    plain, tasks = torch.nn.Sequential(body, torch.nn.ReLU(), head), TwoTasks(body, head)
+    models = {"CLIP": tiny_model(), "plain": plain, "tasks": tasks}
+    method = LinearProbe(num_epochs=20, batch_size=20, learning_rate=0.05)
+    probed = method.evaluate(model=models, data={"train": data, "test": data}, run=run)
+    assert probed.value("accuracy", model="plain") > 0.6
+    assert probed.value("accuracy", model="tasks") > 0.6
+    table = ZeroShot(templates="digits", task="a").evaluate(model={"tasks": tasks}, data=data, run=run)
+    same = Accuracy(top=(1, 3), task="a").evaluate(model=tasks, data=data, run=run)
+    assert table.value("CA@3", model="tasks") == pytest.approx(same.value("top-3"))
+    with pytest.raises(ValueError, match="name one of them by task"):
+        ZeroShot().evaluate(model=tasks, data=data, run=run)
+    with pytest.raises(ValueError, match="label 9 occurs, and the model tells 3 classes apart"):
+        ZeroShot().evaluate(model=torch.nn.Sequential(body, torch.nn.Linear(16, 3)), data=data, run=run)
+
+
+def test_splits_of_a_probe_go_together_by_name(run):
+    data = digit_pairs(40)
+    names = list(reversed(data.features["label"].names))
+    turned = data.remove_columns("label").add_column(
+        "label", [9 - label for label in data["label"]], feature=datasets.ClassLabel(names=names)
+    )
+    for other in (turned, with_texts(data)):
+        splits = {"train": data, "same": data, "turned": other}
+        rows = LinearProbe(num_epochs=5, learning_rate=0.05).evaluate(model=tiny_model(), data=splits, run=run[0]).rows
+        assert rows[0]["accuracy"] == rows[1]["accuracy"]
+    by_text = ZeroShot(class_names=tuple(names)).evaluate(model=tiny_model(), data=with_texts(data), run=run[0])
+    assert by_text.rows == ZeroShot().evaluate(model=tiny_model(), data=turned, run=run[0]).rows
+
+
+def with_texts(data):
+    names = data.features["label"].names
+    return data.remove_columns("label").add_column("label", [names[label] for label in data["label"]])
 
 
 def test_users_mistakes_are_one_sentence(trained, digits, run):

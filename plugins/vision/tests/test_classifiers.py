@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from plait.testing.examples import classifier as toy
-from plait_vision import Classifier, Preparation, as_classifier
+from plait_vision import Classifier, Preparation, as_classifier, as_features
 from plait_vision.classifiers import evaluating
 from torch import nn
 
@@ -176,3 +176,15 @@ def test_a_network_with_its_preparation_is_a_classifier():
     seen = Classifier(network, Preparation(2, (0.5,) * 3, (0.5,) * 3), ["cat", "dog"])
     assert torch.equal(seen(images(2, 2)), network((images(2, 2) - 0.5) / 0.5))
     assert seen.class_names == ("cat", "dog")
+
+
+def test_features_are_what_enters_the_last_linear_layer():
+    body, head = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Tanh()), nn.Linear(4, 3)
+    images = torch.rand(2, 3, 2, 2)
+    seen = as_features(nn.Sequential(body, head))
+    assert torch.equal(seen(images), body(images))
+    assert not any(part._forward_hooks for part in seen.modules())
+    with pytest.raises(ValueError, match="does not end in a linear layer"):
+        as_features(nn.Sequential(body, head, nn.Linear(3, 5), nn.Unflatten(1, (5,)), nn.ZeroPad1d(1)))(images)
+    with pytest.raises(TypeError, match="expected a torch module"):
+        as_features("net")

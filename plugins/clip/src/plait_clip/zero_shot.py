@@ -6,16 +6,18 @@ import contextlib
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import datasets
 import torch
 import torch.nn.functional as F
 from plait.fingerprints import fingerprint
+from plait_vision import ImageRows
 from torch import Tensor, nn
 
 from plait_clip import prompts
 from plait_clip.model import ImageTextModel
-from plait_clip.pair_batches import image_batches, undecoded
+from plait_clip.pair_batches import image_batches
 
 _HEADS: OrderedDict[str, Tensor] = OrderedDict()
 _MAX_HEADS = 8
@@ -117,23 +119,6 @@ def accuracy(top: Tensor, labels: Tensor, m: int) -> float:
     return float((top[:, :m] == labels[:, None]).any(dim=1).float().mean())
 
 
-def labels_and_names(dataset: datasets.Dataset) -> tuple[Tensor, list[str] | None]:
-    """The ``label`` column, int64 [N], and the class names where it is a ``ClassLabel``.
-
-    Raises:
-        ValueError: there is no label column, no row, or a row has no label.
-    """
-    undecoded(dataset)
-    if "label" not in dataset.column_names:
-        raise ValueError(f"the data has no column 'label'; its columns are {', '.join(dataset.column_names)}")
-    feature = dataset.features["label"]
-    column = dataset.with_format(None).select_columns("label")[:]["label"]
-    missing = next((row for row, label in enumerate(column) if label is None or label < 0), None)
-    if missing is not None:
-        raise ValueError(f"row {missing}: the label is {column[missing]}; labels count from 0")
-    return torch.tensor(column, dtype=torch.long), getattr(feature, "names", None)
-
-
 def classify(
     model: ImageTextModel,
     head: Tensor,
@@ -146,3 +131,28 @@ def classify(
     """:func:`top_classes` for the ``image`` column of a dataset."""
     batches = image_batches(dataset, model.image_input, batch_size=batch_size)
     return top_classes(model, head, batches, top=top, precision=precision)
+
+
+def image_tensors(model: Any, dataset: datasets.Dataset, *, batch_size: int = 256) -> Iterator[Tensor]:
+    """The images of a dataset in order, ``[B, 3, H, W]``: uint8 as an image-text model's own preprocessing has them.
+
+    For any other model float in [0, 1]: as they are, or, of several sizes, brought to that of its ``preparation``.
+    """
+    own = getattr(model, "image_input", None)
+    if own is not None:
+        yield from image_batches(dataset, own, batch_size=batch_size)
+        return
+    images = ImageRows(dataset)
+    for start in range(0, len(images), batch_size):
+        rows = range(start, min(start + batch_size, len(images)))
+        yield images.stacked(rows, getattr(model, "preparation", None))
+
+
+def outputs(module: nn.Module, batches: Iterable[Tensor], device: Any, precision: str = "fp32") -> Tensor:
+    """What a module of images in [0, 1] makes of all batches, in order, ``[N, ...]`` float32."""
+    found = []
+    for images in batches:
+        images = images.to(device, non_blocking=True)
+        with evaluating(module, precision):
+            found.append(module(images if images.is_floating_point() else images.float() / 255).float())
+    return torch.cat(found)

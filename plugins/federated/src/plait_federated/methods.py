@@ -18,8 +18,7 @@ from datasets import Dataset
 from plait import hookimpl
 from plait.fields import field, in_range
 from plait.freezing import thawed
-from plait_vision import DATA
-from plait_vision.labelled import in_order_of
+from plait_vision import DATA, in_order_of
 from torch import nn
 
 from plait_federated.client_data import (

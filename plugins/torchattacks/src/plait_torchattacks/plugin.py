@@ -14,6 +14,7 @@ from plait_vision import (
     DATA,
     ClassifierFields,
     ImageRows,
+    check_labels,
     class_names_of,
     class_number,
     evaluating,
@@ -67,8 +68,7 @@ class Torchattacks(ClassifierFields):
                 loss_gradient(classifier, first, classes[:1].to(run.device))  # refuses a model without
             with torch.no_grad():
                 count = classifier(first).shape[1]
-            if int(classes.max()) >= count:
-                raise ValueError(f"label {int(classes.max())} occurs, and the model tells {count} classes apart")
+            check_labels(classes, count)
             if count < (needed := library.classes_needed(self.name, self._arguments)):
                 raise ValueError(
                     f"{self.name} needs {needed} classes, and the model tells {count} apart; take PGD or Square"

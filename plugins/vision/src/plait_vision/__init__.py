@@ -11,10 +11,11 @@ For authors of methods and kits, stable:
   :data:`IS_BACKDOOR`;
 * datasets on disk in bounded memory – :func:`write_rows`, :func:`write_tables`;
 * training, which imports torch – :func:`train_steps`, a loop that resumes to the same bits;
-* classifiers, which import torch – :func:`as_classifier`, :func:`as_logits`, :func:`on_device`, :func:`evaluating`,
+* classifiers, which import torch – :func:`as_classifier`, :func:`as_features`, :func:`as_logits`, :func:`is_image_text_model`, :func:`on_device`, :func:`evaluating`,
   :class:`AnyClassifier`, :class:`Classifier`, :class:`Preparation`, :class:`ClassifierFields`; for methods that attack
   images :class:`ImageRows`, :func:`with_attacked_images`, :func:`loss_gradient`, :func:`to_eight_bits`, :func:`over_splits`,
-  :func:`class_number`, :func:`class_names_of`, :func:`success_rate`, :data:`CLASSIFIERS` and :data:`DATA` (the kinds that they take).
+  :func:`class_number`, :func:`class_names_of`, :func:`labels_of`, :func:`in_order_of`, :func:`has_texts`,
+  :func:`check_labels`, :func:`success_rate`, :data:`CLASSIFIERS` and :data:`DATA` (the kinds that they take).
 
 What they refuse is a ``ValueError``: one sentence that names the file. Weights are read by :func:`plait.weights.read_weights`.
 """
@@ -48,18 +49,26 @@ if TYPE_CHECKING:
         as_classifier,
         as_logits,
         evaluating,
+        is_image_text_model,
         on_device,
     )
-    from plait_vision.labelled import ImageRows, class_names_of, class_number, success_rate
+    from plait_vision.features import as_features
+    from plait_vision.labelled import (
+        ImageRows,
+        check_labels,
+        class_names_of,
+        class_number,
+        has_texts,
+        in_order_of,
+        labels_of,
+        success_rate,
+    )
     from plait_vision.recognition import ClassifierFields
     from plait_vision.rules import ImageRules
     from plait_vision.training_loop import train_steps
 
 # Whoever only reads images does without torch, and an algorithm that only wants logits without plait.
 _LATE = {
-    "over_splits": "attacking",
-    "class_names_of": "labelled",
-    "class_number": "labelled",
     "AnyClassifier": "classifiers",
     "Classifier": "classifiers",
     "ClassifierFields": "recognition",
@@ -67,10 +76,19 @@ _LATE = {
     "ImageRules": "rules",
     "Preparation": "classifiers",
     "as_classifier": "classifiers",
+    "as_features": "features",
     "as_logits": "classifiers",
+    "check_labels": "labelled",
+    "class_names_of": "labelled",
+    "class_number": "labelled",
     "evaluating": "classifiers",
+    "has_texts": "labelled",
+    "in_order_of": "labelled",
+    "is_image_text_model": "classifiers",
+    "labels_of": "labelled",
     "loss_gradient": "adversarial",
     "on_device": "classifiers",
+    "over_splits": "attacking",
     "success_rate": "labelled",
     "to_eight_bits": "adversarial",
     "train_steps": "training_loop",
@@ -100,8 +118,10 @@ __all__ = [
     "Transparency",
     "as_cell",
     "as_classifier",
+    "as_features",
     "as_logits",
     "by_stem",
+    "check_labels",
     "check_rules",
     "class_folders",
     "class_names_of",
@@ -111,9 +131,13 @@ __all__ = [
     "encode_png",
     "evaluating",
     "flags_of",
+    "has_texts",
+    "in_order_of",
     "is_image_name",
+    "is_image_text_model",
     "is_saved_dataset",
     "labels_from_table",
+    "labels_of",
     "loss_gradient",
     "on_device",
     "over_splits",

@@ -29,6 +29,7 @@ def as_classifier(
     templates: Sequence[str] = TEMPLATES,
     task: str | None = None,
     prepared: bool = False,
+    embeddings: Tensor | None = None,
 ) -> AnyClassifier:
     """Any model that can tell classes apart, as a module: images ``[N, 3, H, W]`` in [0, 1] → logits ``[N, C]``, float32.
 
@@ -46,6 +47,8 @@ def as_classifier(
         task: of a model of several tasks; ``"*"`` takes the mean of the logits of all.
         prepared: what the classifier gets is prepared for the network already, or is no image; what a network of timm or
             transformers says of itself is passed over.
+        embeddings: of an image-text model: those of its classes, ``[C, D]`` of length 1, where they are known; no template is
+            embedded then.
 
     Raises:
         TypeError: the model is none of these.
@@ -56,7 +59,7 @@ def as_classifier(
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model is of type {type(model).__name__}; expected a torch module that gives logits")
     if is_image_text_model(model):
-        return _OfTexts(model, class_names, templates)
+        return _OfTexts(model, class_names, templates, embeddings)
     if is_multi_task_model(model):
         return _OfTask(model, task, class_names, prepared)
     if task is not None and task != ALL_TASKS:
@@ -187,7 +190,7 @@ class Classifier(AnyClassifier):
 
     def scores(self, images: Tensor) -> Any:
         prepared = images if self.preparation is None else self.preparation(images)
-        return self.network(_in_dtype_of(self.network, prepared))
+        return self.network(in_dtype_of(self.network, prepared))
 
 
 class _OfModule(AnyClassifier):
@@ -200,7 +203,7 @@ class _OfModule(AnyClassifier):
 
     def scores(self, images: Tensor) -> Any:
         prepared = images if self.preparation is None else self.preparation(images)
-        return self.model(_in_dtype_of(self.model, prepared))
+        return self.model(in_dtype_of(self.model, prepared))
 
 
 class _OfTask(AnyClassifier):
@@ -219,14 +222,16 @@ class _OfTask(AnyClassifier):
 
     def scores(self, images: Tensor) -> Any:
         model: Any = self.model
-        prepared = _in_dtype_of(model, images if self.preparation is None else self.preparation(images))
+        prepared = in_dtype_of(model, images if self.preparation is None else self.preparation(images))
         return torch.stack([model.logits(prepared, task) for task in self.tasks]).mean(0)
 
 
 class _OfTexts(AnyClassifier):
     """exp(logit_scale) · cos(image, class) + logit_bias; a class is the mean of the embeddings of its texts, which stay fixed."""
 
-    def __init__(self, model: Any, class_names: Sequence[str] | None, templates: Sequence[str]) -> None:
+    def __init__(
+        self, model: Any, class_names: Sequence[str] | None, templates: Sequence[str], embeddings: Tensor | None
+    ) -> None:
         super().__init__()
         names = tuple(class_names or ())
         if len(names) < 2 or len(set(names)) < len(names):
@@ -238,6 +243,11 @@ class _OfTexts(AnyClassifier):
             raise ValueError("templates are texts with {} in each, and at least one; write 'a photo of a {}.'")
         self.model, self.class_names, self.preparation = model, names, None
         self.training = model.training
+        known = self._embedded(model, names, templates) if embeddings is None else embeddings
+        self.register_buffer("classes", known, persistent=False)
+
+    @staticmethod
+    def _embedded(model: Any, names: Sequence[str], templates: Sequence[str]) -> Tensor:
         texts = [template.replace("{}", name) for name in names for template in templates]
         with evaluating(model), torch.no_grad():
             parts = [
@@ -245,7 +255,7 @@ class _OfTexts(AnyClassifier):
                 for start in range(0, len(texts), _TEXTS_AT_ONCE)
             ]
         embedded = F.normalize(torch.cat(parts), dim=-1).view(len(names), len(templates), -1)
-        self.register_buffer("classes", F.normalize(embedded.mean(1), dim=-1), persistent=False)
+        return F.normalize(embedded.mean(1), dim=-1)
 
     def scores(self, images: Tensor) -> Tensor:
         model: Any = self.model
@@ -346,7 +356,7 @@ def preparation_of_processor(folder: str | Path) -> Preparation:
     )
 
 
-def _in_dtype_of(model: nn.Module, images: Tensor) -> Tensor:
+def in_dtype_of(model: nn.Module, images: Tensor) -> Tensor:
     """Images in the type of the model's first weight; image-text models inside convert by themselves."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
     if dtype == images.dtype or not images.is_floating_point() or torch.is_autocast_enabled(images.device.type):

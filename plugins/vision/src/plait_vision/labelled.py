@@ -143,6 +143,18 @@ def in_order_of(labels: Tensor, names: Sequence[str] | None, model_names: Sequen
     return torch.tensor([place.get(name, -1) for name in names])[labels]
 
 
+def check_labels(labels: Tensor, outputs: int) -> None:
+    """Whether a model of so many outputs can name all classes.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if int(labels.max()) >= outputs:
+        raise ValueError(
+            f"label {int(labels.max())} occurs, and the model tells {outputs} classes apart; load one for this data"
+        )
+
+
 def class_number(name: str | int, names: Sequence[str] | None, count: int, field: str = "target") -> int:
     """The number of a class that is given by its name or number.
 

@@ -250,7 +250,7 @@ class ClassifierTraining(ClassifierFields):
         import torch
 
         from plait_vision.classifiers import evaluating, on_device
-        from plait_vision.labelled import ImageRows, class_names_of
+        from plait_vision.labelled import ImageRows, check_labels, class_names_of
         from plait_vision.supervised import Settings, train_classifier
 
         part = _train(data)
@@ -261,7 +261,7 @@ class ClassifierTraining(ClassifierFields):
         labels = self.labels(part, classifier)
         with evaluating(classifier), torch.no_grad():
             outputs = classifier(images.stacked([0], classifier.preparation).to(run.device)).shape[1]
-        _check_labels(labels, outputs)
+        check_labels(labels, outputs)
         classifier.train()
         settings = Settings(**{one.name: getattr(self, one.name) for one in dataclasses.fields(Settings)})
         with run.loop(self, "training", inputs=(model, part)) as loop:
@@ -277,13 +277,6 @@ class ClassifierTraining(ClassifierFields):
                 log=loop.log,
             )
         return trained.eval()
-
-
-def _check_labels(labels: Tensor, outputs: int) -> None:
-    if int(labels.max()) >= outputs:
-        raise ValueError(
-            f"label {int(labels.max())} occurs, and the model tells {outputs} classes apart; load one for this data"
-        )
 
 
 # ---------------------------------------------------------------------------------------------- accuracy
@@ -348,7 +341,7 @@ class Accuracy(ClassifierFields):
         import torch.nn.functional as F
 
         from plait_vision.classifiers import evaluating
-        from plait_vision.labelled import as_pixels
+        from plait_vision.labelled import as_pixels, check_labels
 
         found: list[Tensor] = []
         order: list[int] = []
@@ -359,7 +352,7 @@ class Accuracy(ClassifierFields):
             ):
                 for rows, levels in batch:
                     logits = classifier(as_pixels(levels.to(run.device)))
-                    _check_labels(labels[rows], logits.shape[1])
+                    check_labels(labels[rows], logits.shape[1])
                     loss += F.cross_entropy(logits, labels[rows].to(logits.device), reduction="sum").item()
                     found.append(logits.topk(min(max(self.top), logits.shape[1]), dim=1).indices.cpu())
                     order += rows
@@ -445,7 +438,7 @@ class _LogitAttack(ClassifierFields):
         from plait_vision.adversarial import to_eight_bits
         from plait_vision.attacking import with_attacked_images
         from plait_vision.classifiers import evaluating
-        from plait_vision.labelled import ImageRows, as_pixels, class_names_of, class_number
+        from plait_vision.labelled import ImageRows, as_pixels, check_labels, class_names_of, class_number
 
         ImageRows(data)  # refuses what is no data set of images
         names = class_names_of(data)
@@ -460,7 +453,7 @@ class _LogitAttack(ClassifierFields):
         def attack(rows: Sequence[int], levels: Tensor) -> Tensor:
             images, mine = as_pixels(levels.to(run.device)), classes[list(rows)].to(run.device)
             with torch.no_grad():
-                _check_labels(mine, classifier(images[:1]).shape[1])
+                check_labels(mine, classifier(images[:1]).shape[1])
             changed = self.changed(classifier, images, mine, rows, seed)
             return to_eight_bits(changed.detach().cpu(), levels, self.epsilon, self.reach)
 

@@ -9,13 +9,29 @@ import attrs
 import torch
 from plait import Report, hookimpl
 from plait.fields import field, in_range
-from plait_vision import DATA, class_number, success_rate
+from plait_vision import (
+    CLASSIFIERS,
+    DATA,
+    AnyClassifier,
+    ClassifierFields,
+    as_classifier,
+    as_features,
+    check_labels,
+    class_names_of,
+    class_number,
+    has_texts,
+    in_order_of,
+    is_image_text_model,
+    labels_of,
+    success_rate,
+)
+from plait_vision import on_device as anywhere_on_device
 
 from plait_clip import probe, prompts
 from plait_clip import retrieval as rt
 from plait_clip import zero_shot as zs
 from plait_clip.model import on_device
-from plait_clip.pair_batches import PairLoader, image_batches
+from plait_clip.pair_batches import PairLoader, image_batches, undecoded
 
 
 def of_each(model: Any, data: Any, measure: Callable[[Any, Any], Report]) -> Report:
@@ -56,6 +72,12 @@ def _about(which: Mapping[str, str], text: str) -> str:
     return ": ".join([", ".join(which.values()), text] if which else [text])
 
 
+def _rows(data: Any) -> Any:
+    """The data; raises ValueError where they are no dataset with images."""
+    undecoded(data)
+    return data
+
+
 TARGET = "class name or number; adds ASR: share of the images of other classes called this"
 
 
@@ -80,8 +102,10 @@ class ZeroShotFields:
         Raises:
             ValueError: there are fewer names than classes.
         """
-        labels, names = zs.labels_and_names(data)
-        names = list(prompts.class_names(self.class_names if self.class_names is not None else names or ()))
+        labels, own = labels_of(_rows(data))
+        names = list(prompts.class_names(self.class_names if self.class_names is not None else own or ()))
+        if self.class_names is not None and has_texts(data):
+            labels = in_order_of(labels, own, names)
         if int(labels.max()) >= len(names):
             raise ValueError(
                 f"label {int(labels.max())} occurs, but there are {len(names)} class names; give class_names"
@@ -91,12 +115,16 @@ class ZeroShotFields:
 
 @attrs.frozen(kw_only=True)
 class ZeroShot(ZeroShotFields):
-    """Zero-shot classification accuracy: CA@1, 3, 5 and 10 (Radford et al., ICML 2021)."""
+    """Zero-shot classification accuracy: CA@1, 3, 5 and 10 (Radford et al., ICML 2021).
 
-    takes = {"model": "image-text-model", "data": DATA}
+    Beside image-text models it takes what they were made into: of a classifier, or a model of several tasks, its own logits count.
+    """
+
+    takes = {"model": CLASSIFIERS, "data": DATA}
     columns_needed = ("image", "label")
 
     target: str | int | None = field(None, TARGET)
+    task: str | None = field(None, "which task of a model of several; '*' takes the mean of their logits")
 
     @hookimpl
     def evaluate(self, model: Any, data: Any, run: Any) -> Report:
@@ -104,17 +132,33 @@ class ZeroShot(ZeroShotFields):
         return of_each(model, data, lambda one, part: self._measured(one, part, run))
 
     def _measured(self, model: Any, data: Any, run: Any) -> Report:
-        model = on_device(model, run.device)
-        labels, names = self.labels_and_names(data)
-        head = zs.zero_shot_head(model, names, prompts.templates(self.templates), precision=self.precision)
-        top = zs.classify(model, head, data, top=max(self.top), batch_size=self.batch_size, precision=self.precision)
-        ranks = [m for m in self.top if m < len(names)] or [1]
+        classifier, labels, names = self._classifier(model, _rows(data), run.device)
+        logits = zs.outputs(
+            classifier, zs.image_tensors(model, data, batch_size=self.batch_size), run.device, self.precision
+        )
+        check_labels(labels, logits.shape[1])
+        count = logits.shape[1]
+        top = logits.topk(min(max(self.top), count), dim=1).indices.cpu()
+        ranks = [m for m in self.top if m < count] or [1]
         row: dict[str, float | None] = {f"CA@{m}": zs.accuracy(top, labels, m) for m in ranks}
         report = _shares(row)
         if self.target is None:
             return report
-        success = success_rate(top[:, 0], labels, class_number(self.target, names, len(names)), data)
+        success = success_rate(top[:, 0], labels, class_number(self.target, names, count), data)
         return attrs.evolve(report, rows=[row | {"ASR": success}], formats={**report.formats, "ASR": ".3f"})
+
+    def _classifier(self, model: Any, data: Any, device: Any) -> tuple[AnyClassifier, torch.Tensor, Any]:
+        """A model as images → logits, the labels by the numbers of its classes, and their names."""
+        if not is_image_text_model(model):
+            given = None if self.class_names is None else prompts.class_names(self.class_names)
+            fields = ClassifierFields(class_names=given, task=self.task)
+            classifier = fields.classifier(model, device, None)
+            return classifier, fields.labels(data, classifier), classifier.class_names or given or class_names_of(data)
+        labels, names = self.labels_and_names(data)
+        model = on_device(model, device)
+        # Computed once for a text tower and kept: ImageNet's prompts are 80,000 texts.
+        head = zs.zero_shot_head(model, names, prompts.templates(self.templates), precision=self.precision)
+        return as_classifier(model, class_names=names, embeddings=head), labels, names
 
 
 def _shares(row: Mapping[str, float | None]) -> Report:
@@ -174,7 +218,12 @@ class _ClassifierFields:
 
 @attrs.frozen(kw_only=True)
 class LinearProbe(_ClassifierFields):
-    """Accuracy of a linear layer on frozen image features (protocol of CleanCLIP, Bansal et al., ICCV 2023)."""
+    """Accuracy of a linear layer on frozen image features (protocol of CleanCLIP, Bansal et al., ICCV 2023).
+
+    Features are what an image-text model encodes, what models of several tasks share, and what enters the last layer of a classifier.
+    """
+
+    takes = {"model": CLASSIFIERS, "data": DATA}
 
     learning_rate: float = field(0.005, "peak; cosine to 0 without warm-up", in_range(0, low_open=True))
 
@@ -185,11 +234,12 @@ class LinearProbe(_ClassifierFields):
         return of_each(model, None, lambda one, _: self._measured(one, splits, run))
 
     def _measured(self, model: Any, splits: _Splits, run: Any) -> Report:
-        model = on_device(model, run.device)
+        model = anywhere_on_device(model, run.device)
+        seen = as_features(model)
 
         def features(part: Any) -> torch.Tensor:
-            batches = image_batches(part, model.image_input, batch_size=256)
-            return torch.cat(list(zs.image_features(model, batches, normalise=False, precision=self.precision)))
+            own = model if is_image_text_model(model) else seen
+            return zs.outputs(seen, zs.image_tensors(own, part), run.device, self.precision)
 
         layer = probe.linear_probe(
             features(splits.train),
@@ -261,14 +311,22 @@ class _Splits:
                 f"data has {have}; give train and at least one more, e.g. {{train: x.train, test: x.test}}"
             )
         self.train = data["train"]
-        self.train_labels, names = zs.labels_and_names(self.train)
+        self.train_labels, names = labels_of(_rows(self.train))
         self.num_classes = len(names) if names else int(self.train_labels.max()) + 1
-        self.names = names or [str(i) for i in range(self.num_classes)]
+        self.names = list(names or map(str, range(self.num_classes)))
         if len(self.train_labels.unique()) < 2:
             raise ValueError("train has rows of one class only; a classifier needs at least two")
         self.measured = {name: part for name, part in data.items() if name != "train"}
-        self.labels = {name: zs.labels_and_names(part)[0] for name, part in self.measured.items()}
+        self.labels = {name: self._numbers(part, name, names) for name, part in self.measured.items()}
         self.target = None if target is None else class_number(target, self.names, self.num_classes)
+
+    @staticmethod
+    def _numbers(part: Any, name: str, names: tuple[str, ...] | None) -> torch.Tensor:
+        """The labels of a split by the numbers that train has for the classes of the same names."""
+        labels, own = labels_of(_rows(part))
+        if has_texts(part) and names is None:
+            raise ValueError(f"the labels of {name} are texts, and those of train numbers; give the same in both")
+        return in_order_of(labels, own, names)
 
     def captioned_train(self) -> Any:
         """The training split with its class names as captions."""
