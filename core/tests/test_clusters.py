@@ -13,8 +13,9 @@ from pathlib import Path
 import attrs
 import plait
 import pytest
-from plait.errors import PlaitError
+from plait.errors import PlaitError, StoreError
 from plait.executors.choice import Execution
+from plait.executors.ray import _check_nodes
 from plait.executors.same_code import Look, look_around
 from plait.executors.slurm import _minutes
 from plait.pipeline import load_pipeline
@@ -46,6 +47,8 @@ steps:
   dies: {transform: "./suicide.py:Dies", from: {data: numbers.train}}
   once: {transform: "./toy.py:Slow", from: {data: numbers.train}, with: {kill_at: 3}}
   behind: {transform: "./toy.py:Add", from: {data: dies}}
+  large: {transform: "./full.py:Large", from: {data: numbers.train}}
+  behind-large: {transform: "./toy.py:Add", from: {data: large}}
   score: {evaluate: "./toy.py:Mean", from: {data: numbers.train}}
 """
 SUICIDE = """
@@ -56,6 +59,17 @@ class Dies:
     @plait.hookimpl
     def transform(self, data, run):
         os._exit(3)
+"""
+FULL = """
+import resource, attrs, plait
+
+@attrs.frozen
+class Large:
+    @plait.hookimpl
+    def transform(self, data, run):
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))  # the others' results are smaller
+        return [0.5] * 50_000
 """
 
 
@@ -127,17 +141,21 @@ def test_ray_with_workers_that_are_killed(workplace):
 
 
 @pytest.mark.slow
-def test_ray_fails_only_the_step_whose_worker_dies(workplace):
+def test_ray_fails_only_the_steps_whose_worker_dies_or_whose_result_has_no_room(workplace):
     Path("p.yaml").write_text(DYING)
     Path("suicide.py").write_text(SUICIDE)
+    Path("full.py").write_text(FULL)
     process = start("p.yaml", "--executor", "ray")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1, output
     assert "error: step dies: its worker died" in output
-    assert "1 steps behind these were not run: behind" in output
+    assert f"error: step large: the store {Store().root} cannot be written (File too large); name another" in output
+    assert "2 steps behind these were not run: behind, behind-large" in output
     pipeline = load_pipeline("p.yaml")
     stored = {task.label for task in make_plan(pipeline).tasks if Store().has(task.key)}
     assert stored == {"numbers", "once", "score"}
+    assert not any((Store().root / "tmp").iterdir())
+    assert not workers()
 
 
 @pytest.mark.slow
@@ -196,6 +214,12 @@ def test_slurms_debug_executor_fails_a_step_in_a_sentence(workplace):
     run = plait.run("p.yaml", execution=Execution(executor="slurm", slurm={"cluster": "debug"}))
     assert list(run.failed) == ["f"]
     assert set(run.labels) == {"n", "s"}
+
+
+def test_a_store_that_the_first_look_cannot_write(tmp_path):
+    (tmp_path / "tmp").write_text("")
+    with pytest.raises(StoreError, match=r"cannot be written \(File exists\); name a folder that all nodes share"):
+        _check_nodes(None, None, Store(tmp_path))
 
 
 def test_what_another_machine_would_do_differently(workplace):

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from plait.errors import PlaitError
+from plait.errors import PlaitError, StoreError, writing
 from plait.executors.same_code import Differences, Look, look_around
 from plait.interrupts import Interrupts
 from plait.optional import require
@@ -142,8 +142,11 @@ def _carry_out(job: Job, events: Any) -> Outcome:
 def _check_nodes(ray: Any, plan: Plan, store: Store) -> None:
     """Every node sees the same store and has the same code."""
     probe = store.root / "tmp" / f"probe-{uuid.uuid4().hex}"
-    probe.parent.mkdir(parents=True, exist_ok=True)
-    probe.write_text(probe.name, encoding="utf-8")
+    with writing(
+        f"the store {store.root}", "name a folder that all nodes share with --store, or free some space", StoreError
+    ):
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text(probe.name, encoding="utf-8")
     look = Look.at(plan, probe)
     strategy: Callable[..., Any] = require("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
     try:
