@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
+from plait import codecs
 from plait.executors.choice import Execution
 from plait.pipeline import load_pipeline
 from plait.plan import explain, make_plan
 from plait.runner import run_pipeline
-from plait.store import Store
+from plait.store import Store, own_sizes
 
 METHODS = """
 import time
@@ -123,6 +124,35 @@ def checksums(folder: Path) -> None:
     )
 
 
+def columns(folder: Path) -> None:
+    """What a dataset adds to the store whose large column was there before, and what it costs beside one file for all."""
+    store, first, second = Store(folder / "store-columns"), "00" * 32, "11" * 32
+    images = np.random.default_rng(0).integers(0, 256, (5_000, 3 * 64 * 64), dtype=np.uint8)
+    labels = np.arange(5_000)
+    data = Dataset.from_dict({"image": [image.tobytes() for image in images], "label": labels})
+    store.put(first, lambda place: codecs.save(data, place / "artifact"), {})
+    passed_on = codecs.load(store.folder(first) / "artifact").add_column("double", 2 * labels)
+    ways: dict[str, Callable[[Path], None]] = {
+        "in one file": lambda place: passed_on.save_to_disk(place / "artifact"),
+        "by column": lambda place: codecs.save(passed_on, place / "artifact"),
+    }
+    disable_progress_bars()
+    taken, added = {}, {}
+    for name, save in ways.items():
+        times = []
+        for _ in range(7):
+            store.remove(second)
+            times.append(seconds(lambda save=save: store.put(second, save, {}))[0])
+        taken[name] = min(times)
+        entries = {key: [entry] for key in (first, second) if (entry := store.entry(key))}
+        added[name] = own_sizes(entries)[second] / 2**20
+    size = entries[first][0].size / 2**20
+    print(
+        f"a dataset with one more column than one of {size:.0f} MiB: adds {added['by column']:.2f} MiB stored by column,"
+        f" {added['in one file']:.0f} MiB in one file; storing it costs {taken['by column'] / taken['in one file']:.2f} ×"
+    )
+
+
 def executors(folder: Path) -> None:
     """200 cells of about 50 ms of work: wall time of the run on each executor."""
     (folder / "methods.py").write_text(METHODS)
@@ -151,6 +181,7 @@ def main() -> None:
         folder = Path(name)
         growth(folder, *((100, 1000) if arguments.small else (500, 5000)))
         checksums(folder)
+        columns(folder)
         if arguments.executors:
             executors(folder)
 

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import contextlib
-import filecmp
 import json
 import os
 import re
@@ -200,7 +199,7 @@ class Store:
         known, link = self._content(facts), file.with_name(f"{file.name}.link")
         with contextlib.suppress(OSError):  # there is none, or the file system has no (more) such links
             os.link(known, link)
-            if filecmp.cmp(link, file, shallow=False):
+            if _is_equal(link, file):
                 os.replace(link, file)
                 return facts
         link.unlink(missing_ok=True)
@@ -390,6 +389,14 @@ def _checksum(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+def _is_equal(one: Path, other: Path) -> bool:
+    with one.open("rb", buffering=0) as first, other.open("rb", buffering=0) as second:
+        while (piece := first.read(2**20)) == second.read(2**20):
+            if not piece:
+                return True
+    return False
 
 
 def _write_synced(path: Path, text: str) -> None:
