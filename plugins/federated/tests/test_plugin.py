@@ -11,6 +11,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from PIL import Image as Pillow
 from plait import codecs
+from plait.errors import PipelineError
+from plait.pipeline import parse_pipeline
 from plait_federated.client_data import inputs_of
 from plait_federated.models import ARCHITECTURES, ImageClassifier
 from plait_federated.plugin.data import Digits8x8, Partition
@@ -244,6 +246,22 @@ def test_half_precision_models_come_back_as_they_were(model, clients):
     trained = DFedAvg(topology="ring", **SHORT).aggregate(model=half, clients=clients, run=plait.Run())
     assert trained.head.weight.dtype == torch.float16
     assert not trained.training
+
+
+@pytest.mark.parametrize(
+    ("step", "sentence"),
+    [
+        ("{evaluate: federated-graph, from: {data: digits.train}}", "federated-graph needs the column 'client' of 'data'"),
+        ("{load-model: federated-model, from: {data: digits.train}, with: {column: pixels}}", "federated-model needs the column 'pixels'"),
+        ("{aggregate: dfedavg, from: {model: net, clients: digits.train}, with: {column: pixels}}", "dfedavg needs the column 'pixels' of 'clients'"),
+        ("{evaluate: federated-accuracy, from: {model: net, data: digits.test}, with: {column: pixels}}", "federated-accuracy needs the column 'pixels'"),
+    ],
+)  # fmt: skip
+def test_columns_that_are_missing_are_told_before_the_run(step, sentence):
+    steps = ["digits: {load-data: digits-8x8}", "net: {load-model: federated-model, from: {data: digits.train}}"]
+    lines = ["plait: 1", "steps:", *(f"  {line}" for line in (*steps, f"other: {step}"))]
+    with pytest.raises(PipelineError, match=sentence):
+        parse_pipeline("\n".join(lines))
 
 
 def test_the_graph_is_shown(clients):

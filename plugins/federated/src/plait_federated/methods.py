@@ -50,7 +50,6 @@ class Federated:
     renamed_fields: ClassVar[Mapping[str, str]] = {"lr_decay": "learning_rate_decay"}
     # Several clients may be a list of datasets, of which each is one.
     takes = {"model": "classifier", "clients": DATA}
-    columns_needed = {"clients": ("label",)}
 
     rounds: int = field(500, "communication rounds", in_range(1))
     local_epochs: int = field(5, "passes over a client's data in a round", in_range(1))
@@ -89,6 +88,10 @@ class Federated:
     output: Literal["model", "all"] = field(
         "model", "model: the averaged model; all: a mapping of model, clients (the local models) and history"
     )
+
+    @property
+    def columns_needed(self) -> dict[str, tuple[str, ...]]:
+        return {"clients": ("label", *filter(None, [self.column]))}
 
     @property
     def gives(self) -> str | None:

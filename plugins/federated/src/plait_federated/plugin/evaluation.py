@@ -77,10 +77,13 @@ class FederatedAccuracy(ClassifierFields):
     """
 
     takes = {"model": CLASSIFIERS, "data": DATA}
-    columns_needed = ("label",)
 
     column: str | None = field(None, "column of the inputs; null finds it")
     batch_size: int = field(1024, "samples in a batch", in_range(1))
+
+    @property
+    def columns_needed(self) -> tuple[str, ...]:
+        return ("label", *filter(None, [self.column]))
 
     @hookimpl
     def evaluate(self, model: Any, data: Any, run: Any) -> Report:
@@ -123,6 +126,7 @@ class FederatedGraph(PeerGraph):
     """Spectrum, waiting depth and picture of a graph of the data's clients, in its first round."""
 
     takes = {"data": DATA}
+    columns_needed = ("client",)
 
     @hookimpl
     def evaluate(self, data: Any, run: Any) -> Report:

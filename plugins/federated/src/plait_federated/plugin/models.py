@@ -20,7 +20,6 @@ class FederatedModel:
 
     takes = {"data": DATA}
     gives = "classifier"
-    columns_needed = ("label",)
 
     architecture: Literal["mlp", "cnn-small", "cnn", "lenet", "resnet18-gn", "resnet18-gn-small-stem"] = field(
         "lenet", "network; mlp and cnn-small are for digits, the others for photographs"
@@ -28,6 +27,10 @@ class FederatedModel:
     mean: tuple[float, ...] = field((0.0,), "subtracted from pixels in [0, 1]; one value or one a channel", in_range())
     std: tuple[float, ...] = field((1.0,), "divides the pixels; one value or one a channel", in_range(0, low_open=True))
     column: str | None = field(None, "column of the images; null finds image or pixel_values")
+
+    @property
+    def columns_needed(self) -> tuple[str, ...]:
+        return ("label", *filter(None, [self.column]))
 
     @hookimpl
     def load_model(self, data: Any, run: Any) -> ImageClassifier:
