@@ -251,7 +251,6 @@ def test_half_precision_models_come_back_as_they_were(model, clients):
 @pytest.mark.parametrize(
     ("step", "sentence"),
     [
-        ("{evaluate: federated-graph, from: {data: digits.train}}", "federated-graph needs the column 'client' of 'data'"),
         ("{load-model: federated-model, from: {data: digits.train}, with: {column: pixels}}", "federated-model needs the column 'pixels'"),
         ("{aggregate: dfedavg, from: {model: net, clients: digits.train}, with: {column: pixels}}", "dfedavg needs the column 'pixels' of 'clients'"),
         ("{evaluate: federated-accuracy, from: {model: net, data: digits.test}, with: {column: pixels}}", "federated-accuracy needs the column 'pixels'"),

@@ -126,7 +126,6 @@ class FederatedGraph(PeerGraph):
     """Spectrum, waiting depth and picture of a graph of the data's clients, in its first round."""
 
     takes = {"data": DATA}
-    columns_needed = ("client",)
 
     @hookimpl
     def evaluate(self, data: Any, run: Any) -> Report:
