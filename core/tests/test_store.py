@@ -279,6 +279,37 @@ def test_a_damaged_file_spreads_no_further(tmp_path):
     assert first.samefile(second)
 
 
+def test_equal_files_are_one_while_others_come_and_go(tmp_path):
+    keys = [f"{number:064x}" for number in range(4)]
+    failed = []
+
+    def come_and_go(key):
+        store = Store(tmp_path)
+        try:
+            for last in (*[False] * 9, True):
+                with store.lock(key):
+                    store.put(key, large("a"), {})
+                if not last:
+                    store.remove(key)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=come_and_go, args=(key,)) for key in keys]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        Store(tmp_path).collect(1000)
+    assert failed == []
+    store = Store(tmp_path)
+    assert store.verify() == {}
+    assert [store.entry(key).size for key in keys] == [10_000] * 4
+    store.put(SECOND, large("a"), {})
+    store.collect(1000)
+    for key in (*keys, SECOND):
+        store.remove(key)
+    assert on_disk(tmp_path) == 0
+
+
 def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise OSError(errno.EPERM, "no hard links here")
