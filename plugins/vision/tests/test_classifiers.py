@@ -92,7 +92,14 @@ def test_a_classifier_of_transformers_gets_what_its_folder_says(tmp_path):
     torch.testing.assert_close(as_classifier(read)(pixels), expected)
     loaded = plait.load("transformers-classifier", folder=tmp_path).load_model(run=plait.Run())
     torch.testing.assert_close(loaded(pixels), expected)
-    assert loaded.class_names == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert loaded.class_names is None  # LABEL_0, … are no names
+    model.config.id2label = {0: "cat", 1: "dog", 2: "tree"}
+    model.save_pretrained(tmp_path)
+    loaded = plait.load("transformers-classifier", folder=tmp_path).load_model(run=plait.Run())
+    assert loaded.class_names == ("cat", "dog", "tree")
+    model.vit.save_pretrained(tmp_path)  # a body without a head is no classifier, whatever would be drawn for it
+    with pytest.raises(ValueError, match=r"lacks classifier\.bias, classifier\.weight"):
+        plait.load("transformers-classifier", folder=tmp_path).load_model(run=plait.Run())
 
 
 def test_an_image_text_model_answers_as_in_zero_shot_classification():

@@ -152,24 +152,32 @@ def read_transformers(folder: Path) -> Classifier:
     """An image classifier of transformers from a local folder, with its image processor and the names of its classes.
 
     Raises:
-        ValueError: the folder holds no image classifier, or no image processor.
+        ValueError: the folder holds no image classifier, one whose weights are not all there, or no image processor.
     """
     transformers, torch = require("transformers"), require("torch")
     try:
         with torch.random.fork_rng(devices=[]):  # it draws fresh weights before it reads the saved ones
-            network = transformers.AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
+            network, found = transformers.AutoModelForImageClassification.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True
+            )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder} holds no image classifier that transformers can read ({reason})") from error
-    found = described(preparation_of_processor(folder))
+    if lacking := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{folder} lacks {', '.join(lacking[:3])}: the weights of a model that is no trained classifier"
+        )
+    preparation = described(preparation_of_processor(folder))
     config = {
         key: value for key, value in network.config.to_diff_dict().items() if key not in ("architectures", "dtype")
     }
-    names = [str(network.config.id2label[number]) for number in range(network.config.num_labels)]
+    names: list[str] | None = [str(network.config.id2label[number]) for number in range(network.config.num_labels)]
+    if names == [f"LABEL_{number}" for number in range(network.config.num_labels)]:
+        names = None  # what transformers writes where nobody gave names
     config["model_type"] = network.config.model_type
     with torch.random.fork_rng(devices=[]):
         classifier: Classifier = plait.build_module(
-            transformers_classifier, config=_plain(config), preparation=found, class_names=names
+            transformers_classifier, config=_plain(config), preparation=preparation, class_names=names
         )
     classifier.network.load_state_dict(network.state_dict())
     return classifier.eval()
