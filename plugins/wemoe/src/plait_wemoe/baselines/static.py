@@ -25,6 +25,7 @@ from plait_wemoe.inputs import Inputs, call, count, token_mask
 from plait_wemoe.states import Lazy, State, completed, layout_of, scaled_sum, task_vector, weight_names
 
 MERGE_FUNCTIONS = ("sum", "mean", "max")
+KEEP_OF = ("model", "tensor")
 DIGIT_BITS = 16  # of a threshold that are settled at a time
 Buffers = Collection[str] | None
 Weights = Mapping[str, Tensor]
@@ -76,18 +77,22 @@ def _scaled_sums(base: Weights, experts: Mapping[str, Weights], names: Sequence[
     return Lazy({name: layout_of(base)[name] for name in names}, merged)
 
 
-def trimming(scaling: float, keep: float, merge: str = "sum") -> Recipe:
+def trimming(scaling: float, keep: float, merge: str = "sum", keep_of: str = "model") -> Recipe:
     """Trim, elect a sign, merge what agrees (Yadav et al., NeurIPS 2023).
 
     Args:
         keep: percentage of entries of each task vector that are kept (a fraction if ≤ 1).
         merge: how agreeing entries are joined: ``sum``, ``mean`` over the non-zero ones, or ``max`` magnitude.
+        keep_of: what the percentage is of: the ``model``, one threshold for all of a task vector, as in the paper and its code
+            (which keeps one entry more), or of every ``tensor``, as mergekit counts.
 
     Raises:
-        ValueError: another ``merge``.
+        ValueError: another ``merge`` or ``keep_of``.
     """
     if merge not in MERGE_FUNCTIONS:
         raise ValueError(f"merge_function is {merge!r}; allowed is one of {', '.join(MERGE_FUNCTIONS)}")
+    if keep_of not in KEEP_OF:
+        raise ValueError(f"keep_of is {keep_of!r}; allowed is one of {', '.join(KEEP_OF)}")
 
     def weights(base: Weights, experts: Mapping[str, Weights], names: Sequence[str]) -> Lazy:
         def pieces() -> Iterator[Tensor]:
@@ -95,15 +100,15 @@ def trimming(scaling: float, keep: float, merge: str = "sum") -> Recipe:
                 for _, vectors in _in_pieces(base[name], [expert[name] for expert in experts.values()]):
                     yield vectors
 
-        rule = ties_rule(pieces, keep, merge)
+        of_model = ties_rule(pieces, keep, merge) if keep_of == "model" else None
 
         def merged(name: str) -> Tensor:
-            origin = base[name]
-            result = [
-                (values + scaling * rule(vectors)).to(origin.dtype)
-                for values, vectors in _in_pieces(origin, [expert[name] for expert in experts.values()])
-            ]
-            return torch.cat(result).view(origin.shape) if result else origin.clone()
+            origin, tuned = base[name], [expert[name] for expert in experts.values()]
+            if not origin.numel():
+                return origin.clone()
+            rule = of_model or ties_rule(lambda: (v for _, v in _in_pieces(origin, tuned)), keep, merge, surplus=0)
+            result = [(part + scaling * rule(vectors)).to(origin.dtype) for part, vectors in _in_pieces(origin, tuned)]
+            return torch.cat(result).view(origin.shape)
 
         return Lazy({name: layout_of(base)[name] for name in names}, merged)
 
@@ -131,9 +136,9 @@ def _in_pieces(base: Tensor, experts: Sequence[Tensor]) -> Iterator[tuple[Tensor
         yield origin, torch.stack([expert[piece].to(base.device, torch.float32) for expert in tuned]) - origin
 
 
-def ties_rule(pieces: Pieces, keep: float, merge: str = "sum") -> Callable[[Tensor], Tensor]:
+def ties_rule(pieces: Pieces, keep: float, merge: str = "sum", surplus: int = 1) -> Callable[[Tensor], Tensor]:
     """A function from pieces (T, k) of task vectors to (k,) of the merged one, after ``pieces()`` were gone through."""
-    thresholds = ties_thresholds(pieces, keep)
+    thresholds = ties_thresholds(pieces, keep, surplus)
     # Where an entry has no majority of its own, it goes with that of all signs.
     signs = sum(int(_trimmed(piece, thresholds).sum(dim=0).sign().sum()) for piece in pieces())
     majority = (signs > 0) - (signs < 0)
@@ -156,10 +161,13 @@ def _trimmed(vectors: Tensor, thresholds: Tensor) -> Tensor:
     return torch.where(vectors.abs() >= thresholds, vectors, 0)
 
 
-def ties_thresholds(pieces: Pieces, keep: float) -> Tensor:
+def ties_thresholds(pieces: Pieces, keep: float, surplus: int = 1) -> Tensor:
     """The magnitude from which on ``keep`` % of the entries of each task vector lie, (T, 1), exact.
 
     The bits of a magnitude in float32 order as the magnitudes do, so a few of them are settled by each count of all entries.
+
+    Args:
+        surplus: entries that are kept beyond the share; 1 in the paper's code. One at least is kept.
     """
     num_bins = 1 << DIGIT_BITS
     first = next(pieces())
@@ -177,7 +185,8 @@ def ties_thresholds(pieces: Pieces, keep: float) -> Tensor:
             counts += torch.bincount(places, minlength=counts.numel()).view_as(counts)
         if rank is None:
             n = int(counts[0].sum())
-            rank = torch.full_like(task, max(1, n - math.floor(n * percentage / 100)))
+            kept = max(1, math.floor(n * percentage / 100) + surplus)
+            rank = torch.full_like(task, max(1, n - kept + 1))
         below = counts[:, :num_bins].cumsum(dim=1)
         digit = (below < rank).sum(dim=1, keepdim=True)
         rank = rank - (below - counts[:, :num_bins]).gather(1, digit)

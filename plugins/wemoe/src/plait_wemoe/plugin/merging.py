@@ -174,10 +174,13 @@ class Trimming(Scaled):
 class Ties(Trimming):
     """Trim, elect sign, merge (Yadav et al., NeurIPS 2023)."""
 
-    merge_function: Literal["sum", "mean", "max"] = field("sum", "how agreeing entries are joined")
+    merge_function: Literal["sum", "mean", "max"] = field("sum", "how agreeing entries are joined; the paper: mean")
+    keep_of: Literal["model", "tensor"] = field(
+        "model", "what the share is of: all entries together, as in the paper, or every tensor, as in mergekit"
+    )
 
     def recipe(self, run: Any) -> static.Recipe:
-        return static.trimming(self.scaling, self.keep, self.merge_function)
+        return static.trimming(self.scaling, self.keep, self.merge_function, self.keep_of)
 
 
 @attrs.frozen(kw_only=True)
