@@ -2,6 +2,8 @@ import gzip
 import io
 import json
 import struct
+import subprocess
+import sys
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -574,3 +576,9 @@ def test_a_column_of_other_things_than_images_is_refused(column):
 def test_pixels_of_another_type_or_shape_are_refused(pixels):
     with pytest.raises(ValueError, match=r"give uint8 of shape \[H, W\] or \[H, W, 3\]"):
         image_text_datasets.png_bytes(pixels)
+
+
+def test_reading_a_pipeline_of_models_and_data_needs_no_torch():
+    modules = "plait_clip.plugin.data, plait_clip.plugin.models, plait_clip.plugin.training"
+    code = f"import {modules}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

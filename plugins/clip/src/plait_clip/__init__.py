@@ -12,7 +12,7 @@ Data (Hugging Face datasets with the columns ``image`` and ``captions``)
     :class:`PairLoader` gives :class:`PairBatch` after :class:`PairBatch`; :func:`image_batches`, :func:`open_image`,
     :func:`undecoded` and :func:`pixels_from_pil` read images; :func:`check_captions` is what every method begins with,
     :func:`first_captions`, :func:`captions_of` and :func:`caption_column` read captions. :func:`pairs_from_arrays`,
-    :func:`flattened` and :func:`png_bytes` make datasets.
+    :func:`flattened` and :func:`png_bytes` make datasets; :mod:`image_text_datasets` reads them.
 
 Training
     :func:`train`, :func:`adamw`, :func:`warmup_cosine`, :func:`contrastive_loss`, :func:`check_weights`; a method that
@@ -34,7 +34,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from plait_clip import prompts, toy_data
+    from plait_clip import image_text_datasets, prompts, toy_data
     from plait_clip.image_text_datasets import flattened, png_bytes
     from plait_clip.image_text_datasets import from_arrays as pairs_from_arrays
     from plait_clip.losses import clip_loss, cosines, sigmoid_loss
@@ -113,6 +113,7 @@ _PLACES = {
     "flattened": "image_text_datasets:flattened",
     "image_batches": "pair_batches:image_batches",
     "image_features": "zero_shot:image_features",
+    "image_text_datasets": "image_text_datasets",
     "image_text_model": "model:image_text_model",
     "on_device": "model:on_device",
     "open_image": "pair_batches:open_image",
@@ -178,6 +179,7 @@ __all__ = [
     "flattened",
     "image_batches",
     "image_features",
+    "image_text_datasets",
     "image_text_model",
     "on_device",
     "open_image",

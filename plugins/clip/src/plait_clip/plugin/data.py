@@ -16,7 +16,8 @@ from plait_vision.columns import is_saved_dataset, read_saved
 from plait_vision.files import Files, class_folders, composed
 from plait_vision.images import Transparency, check_rules
 
-from plait_clip import image_text_datasets, image_text_rows, prompts, toy_data
+import plait_clip as clip  # what handles images imports torch: it waits until something is read
+from plait_clip import image_text_rows, prompts
 
 
 @attrs.frozen(kw_only=True)
@@ -116,7 +117,9 @@ class ImageText(_ImageFields):
         if self.split is not None:
             rows = image_text_rows.of_split(rows, self.split, seen, labels)
         try:
-            return image_text_datasets.from_rows(rows, names=self._class_names(), labels=labels, **self._reading(run))
+            return clip.image_text_datasets.from_rows(
+                rows, names=self._class_names(), labels=labels, **self._reading(run)
+            )
         except ValueError:
             if seen and self.split not in seen:
                 have = ", ".join(sorted(filter(None, seen))) or "none, so leave it out"
@@ -142,9 +145,11 @@ class ImageText(_ImageFields):
         }
         checked, skipped = {}, 0
         for name, part in parts.items():
-            checked[name], missing = image_text_datasets.from_dataset(part, **columns, **self._reading(run))
+            checked[name], missing = clip.image_text_datasets.from_dataset(part, **columns, **self._reading(run))
             skipped += missing
-        return image_text_datasets.with_label_names(checked, self._class_names(), every, self.label_column), skipped
+        return clip.image_text_datasets.with_label_names(
+            checked, self._class_names(), every, self.label_column
+        ), skipped
 
     def _class_names(self) -> tuple[str, ...] | None:
         return None if self.class_names is None else prompts.class_names(self.class_names)
@@ -181,7 +186,9 @@ class ClassFolder(_ImageFields):
             for split, found in splits.items():
                 rows = image_text_rows.class_rows(files, found, names, texts)
                 rows = run.track(rows, f"reading {split or files.path.name}")
-                part, missing = image_text_datasets.from_rows(rows, names=list(names.values()), **self._reading(run))
+                part, missing = clip.image_text_datasets.from_rows(
+                    rows, names=list(names.values()), **self._reading(run)
+                )
                 parts[split], skipped = part[""], skipped + missing
         if skipped:
             run.warn(f"{skipped} unreadable images were left out")
@@ -200,11 +207,11 @@ class Digits:
 
     @hookimpl
     def load_data(self, run: Any) -> dict[str, datasets.Dataset]:
-        images, labels = toy_data.digits()
-        parts = zip(("train", "test"), toy_data.digit_split(len(images), self.num_train), strict=True)
+        images, labels = clip.toy_data.digits()
+        parts = zip(("train", "test"), clip.toy_data.digit_split(len(images), self.num_train), strict=True)
         return {
-            split: image_text_datasets.from_arrays(
-                images[rows], toy_data.digit_captions(labels[rows], seed), labels[rows], toy_data.DIGIT_NAMES
+            split: clip.image_text_datasets.from_arrays(
+                images[rows], clip.toy_data.digit_captions(labels[rows], seed), labels[rows], clip.toy_data.DIGIT_NAMES
             )
             for seed, (split, rows) in enumerate(parts)
         }
@@ -246,7 +253,7 @@ class FashionMnist:
 
     @hookimpl
     def load_data(self, run: Any) -> dict[str, datasets.Dataset]:
-        parts = toy_data.fashion_mnist(self.folder.expanduser())
+        parts = clip.toy_data.fashion_mnist(self.folder.expanduser())
         # The captions of the clean split differ from run to run, those of the others are part of the data.
         seeds = {"pretrain": 0, "suspicious": 1, "clean": run.seed}
         found = {}
@@ -257,6 +264,6 @@ class FashionMnist:
             if not 0 <= rows.start < rows.stop <= len(images):
                 raise ValueError(f"splits.{name} is {wanted!r}, but {part} has rows 0 to {len(images)}")
             images, labels = images[rows], labels[rows]
-            captions = toy_data.fashion_captions(images, labels, seeds.get(name, 2))
-            found[name] = image_text_datasets.from_arrays(images, captions, labels, toy_data.FASHION_NAMES)
+            captions = clip.toy_data.fashion_captions(images, labels, seeds.get(name, 2))
+            found[name] = clip.image_text_datasets.from_arrays(images, captions, labels, clip.toy_data.FASHION_NAMES)
         return found

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 from plait import hookimpl
 from plait.fields import REQUIRED, field, in_range, path_or_name_field
 
-from plait_clip.model import ImageTextModel, TransformersModel, architectures
-from plait_clip.pair_batches import caption_column
+import plait_clip as clip  # torch and open_clip take seconds to import: they wait until something is computed
 
 
 @attrs.frozen(kw_only=True)
@@ -45,32 +43,36 @@ class OpenClip:
             raise ValueError(f"pretrained is {self.pretrained!r} without an architecture of open_clip; name one")
 
     @hookimpl
-    def load_model(self, data: Any | None, run: Any) -> ImageTextModel:
+    def load_model(self, data: Any | None, run: Any) -> clip.ImageTextModel:
+        import torch
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.derived_seed("weights"))
             model = self._model(data)
         return model.eval().to(run.device)
 
-    def _model(self, data: Any | None) -> ImageTextModel:
+    def _model(self, data: Any | None) -> clip.ImageTextModel:
         name = self.architecture
         if self.checkpoint is not None and self.checkpoint.is_dir():
-            return architectures.from_folder(self.checkpoint)
+            return clip.architectures.from_folder(self.checkpoint)
         if self.checkpoint is not None and name is None and self.config is None:
-            return architectures.from_checkpoint(self.checkpoint)
+            return clip.architectures.from_checkpoint(self.checkpoint)
         if self.config is not None:
-            model = architectures.from_config(architectures.with_image_size(self.config, self.image_size))
-        elif name is None or name in architectures.TINY:
+            model = clip.architectures.from_config(clip.architectures.with_image_size(self.config, self.image_size))
+        elif name is None or name in clip.architectures.TINY:
             words = _words(data) if data is not None else []
-            model = architectures.tiny(name or "tiny", words, context_length=self.context_length)
+            model = clip.architectures.tiny(name or "tiny", words, context_length=self.context_length)
         elif name.startswith("hf-hub:"):
-            model = architectures.from_hub(name.removeprefix("hf-hub:"))
+            model = clip.architectures.from_hub(name.removeprefix("hf-hub:"))
         elif self.pretrained is not None:
-            model = architectures.from_tag(name, self.pretrained, self.image_size)
+            model = clip.architectures.from_tag(name, self.pretrained, self.image_size)
         else:
-            config = architectures.with_image_size(architectures.open_clip_architecture(name), self.image_size)
-            model = architectures.from_config(config)
+            config = clip.architectures.with_image_size(
+                clip.architectures.open_clip_architecture(name), self.image_size
+            )
+            model = clip.architectures.from_config(config)
         if self.checkpoint is not None:
-            architectures.load_weights(model, self.checkpoint)
+            clip.architectures.load_weights(model, self.checkpoint)
         return model
 
 
@@ -84,12 +86,12 @@ class TransformersClip:
     revision: str | None = field(None, "branch, tag or commit of a hub model")
 
     @hookimpl
-    def load_model(self, run: Any) -> ImageTextModel:
+    def load_model(self, run: Any) -> clip.ImageTextModel:
         folder = Path(self.source).expanduser()
         if (folder / "plait.json").is_file():
-            model = ImageTextModel.from_pretrained(folder)
+            model = clip.ImageTextModel.from_pretrained(folder)
         else:
-            model = TransformersModel.from_source(self.source, self.revision)
+            model = clip.TransformersModel.from_source(self.source, self.revision)
         return model.eval().to(run.device)
 
 
@@ -97,7 +99,7 @@ def _words(data: Any) -> list[str]:
     """All captions and class names of a dataset or of the datasets of a mapping."""
     found: dict[str, None] = {}
     for part in data.values() if isinstance(data, dict) else [data]:
-        column = caption_column(part)
+        column = clip.caption_column(part)
         for cell in part.with_format(None).select_columns(column)[:][column]:
             found.update(dict.fromkeys([cell] if isinstance(cell, str) else cell))
         found.update(dict.fromkeys(getattr(part.features.get("label"), "names", None) or []))
