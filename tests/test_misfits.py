@@ -30,6 +30,9 @@ scenes: {load-data: digit-scenes}
 clip: {load-model: open-clip}
 tasks: {load-data: four-tasks, with: {task: digits}}
 several: {load-model: multi-task-vit, from: {data: {digits: tasks}}}
+merged: {merge: ties, from: {base: several, experts: {digits: several}}}
+towers: {merge: task-arithmetic, from: {base: clip, experts: {scenes: clip}}}
+found: {evaluate: retrieval, from: {model: towers, data: scenes.test}}
 scores: {evaluate: accuracy, from: {model: {before: network, after: classifier, of clients: federated}, data: restored}}
 """.splitlines()
 CLASSIFIERS = "a classifier, an image-text-model or a multi-task-model"
@@ -80,6 +83,8 @@ def test_steps_of_several_kits_fit():
         ("{evaluate: retrieval, from: {model: several, data: scenes.test}}", "model", "'model' of retrieval takes an image-text-model, and several is a multi-task-model"),
         ("{optimize: multi-task, from: {model: denoiser, data: {digits: tasks.train}}}", "model", f"'model' of multi-task takes {TASKS}, and denoiser is a diffusion-model"),
         ("{merge: wemoe, from: {base: several, experts: {a: several, b: denoiser}, data: {a: tasks.test, b: tasks.test}}}", "experts", f"'experts' of wemoe takes {MERGED}, and denoiser is a diffusion-model"),
+        ("{evaluate: retrieval, from: {model: merged, data: scenes.test}}", "model", "'model' of retrieval takes an image-text-model, and merged is a multi-task-model"),
+        ("{aggregate: fedavg, from: {model: towers, clients: clients.train}}", "model", "'model' of fedavg takes a classifier, and towers is an image-text-model"),
         # data of another kind
         ("{transform: resize, from: {data: graph}, with: {size: 8}}", "data", f"'data' of resize takes {IMAGES}, and graph is a graph"),
         ("{transform: concat, from: {data: [digits.train, features]}}", "data", f"'data' of concat takes {IMAGES}, and features is a feature-set"),

@@ -26,7 +26,7 @@ METHODS = {
     "simple-average": plugin.SimpleAverage(),
     "task-arithmetic": plugin.TaskArithmetic(scaling=0.7),
     "ties": plugin.Ties(),
-    "ties, mean": plugin.Ties(merge_function="mean", keep=0.5),
+    "ties, mean, share of every tensor": plugin.Ties(merge_function="mean", keep=0.5, keep_of="tensor"),
     "dare": plugin.Dare(),
     "dare, then ties": plugin.Dare(then="ties", drop_rate=0.3),
 }

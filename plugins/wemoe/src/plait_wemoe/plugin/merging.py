@@ -109,6 +109,10 @@ class OneModel(Merging):
 class ByWeights(OneModel):
     """What methods have in common that need the weights alone: models that stay on disk are merged tensor by tensor."""
 
+    # Of a classifier it may be a multi-task-model, which every step takes that takes a classifier. Methods that open folders
+    # declare nothing: of a folder they make a model in memory.
+    gives = "base"
+
     def recipe(self, run: Any) -> static.Recipe:
         raise NotImplementedError
 
