@@ -119,6 +119,7 @@ def test_unequal_buckets_are_refused():
         gate([one[:, :3], two[:, :3]])
 
 
+@pytest.mark.slow
 def test_a_gate_learns_which_bucket_to_believe():
     """The class is in one bucket; the other is louder noise, and so stands in the way of the mean."""
     generator = torch.Generator().manual_seed(0)
@@ -140,6 +141,7 @@ def test_a_gate_learns_which_bucket_to_believe():
     assert float(gate.weights(buckets).detach()[0, 0].std()) > 0.1, "it weighs by what it sees"
 
 
+@pytest.mark.slow
 def test_gate_training_goes_on_after_a_kill(tmp_path):
     data = example_buckets()
 
@@ -159,6 +161,7 @@ def test_gate_training_goes_on_after_a_kill(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_saved_gate_knows_what_it_is_for(tmp_path):
     data = example_buckets()
     run = Run(folder=tmp_path / "run", step="x")
@@ -179,6 +182,7 @@ def test_a_saved_gate_knows_what_it_is_for(tmp_path):
         Amalgamation(fusion="mean").extract_feature(gate, data, run)
 
 
+@pytest.mark.slow
 def test_the_mean_gate_is_averaging_over_noise(tmp_path):
     data = example_buckets()
     run = Run(folder=tmp_path)
@@ -200,6 +204,7 @@ def test_the_mean_gate_is_averaging_over_noise(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_splits_are_fused_apart(tmp_path):
     data, run = example_buckets(), Run(folder=tmp_path)
     halves = {name: {"train": one.select(range(5)), "test": one.select(range(5, 8))} for name, one in data.items()}
@@ -223,6 +228,7 @@ def test_pixels_as_target(tmp_path):
         AmalgamationGate(target="pixels", pooled=True)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_fused_ends_in_a_sentence(tmp_path):
     data, run = example_buckets(), Run(folder=tmp_path)
     narrow = FeatureSet.of_tensors(

@@ -55,6 +55,7 @@ def same(one, other):
 # --- ControlNet
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_a_fresh_controlnet_and_scale_0_change_no_bit(tiny, controlnet, kind):
     backbone = tiny(kind)
@@ -87,6 +88,44 @@ def test_a_controlnet_of_sd3_adds_to_blocks(tiny):
     assert not torch.equal(list(steered.values())[-1], list(plain.values())[-1])
     with pytest.raises(ValueError, match="SD3ControlNetModel for a UNet2DConditionModel"):
         control.check(tiny(SD15).denoiser)
+
+
+def test_controlnets_of_sd3_of_other_depths_add_up_and_deeper_ones_are_refused(tiny):
+    backbone = tiny("sd3")
+    size = backbone.default_size
+    call = extractor("vit-block*-out").prepare(
+        backbone, torch.rand(1, 3, size, size), rows=range(1), seed=0, prompts=["a horse"], timestep=50
+    )
+
+    def of_depth(num_layers):
+        with torch.random.fork_rng():
+            torch.manual_seed(num_layers)
+            model = SD3ControlNetModel.from_config(
+                backbone.denoiser.config, num_layers=num_layers, extra_conditioning_channels=0
+            )
+            for block in model.controlnet_blocks:
+                block.weight.data.normal_(0, 0.5)
+        return Control(model.eval().requires_grad_(False))
+
+    def out(*controls, given=None):
+        bucket = Bucket(controls=controls)
+        bucket.check(backbone, 50)
+        steered = bucket(backbone, call, 50)
+        condition = {**steered.condition, "block_controlnet_hidden_states": given} if given else steered.condition
+        return backbone.denoise(steered.sample, steered.timestep, condition), steered.condition
+
+    one, two, three = map(of_depth, (1, 2, 3))
+    _, first = out(one)
+    shallow, second = out(two)
+    _, both = out(one, two)
+    blocks = "block_controlnet_hidden_states"
+    for a, b, total in zip(first[blocks], second[blocks], both[blocks], strict=True):
+        assert torch.equal(a + b, total)
+    # Each block gets what the transformer itself would give it of two.
+    assert torch.equal(shallow, out(two, given=[second[blocks][0], second[blocks][-1]])[0])
+    assert not torch.equal(shallow, out(three)[0])
+    with pytest.raises(ValueError, match="num_layers is 4, more than the denoiser's 3; give one of this very denoiser"):
+        Control(of_depth(4).model).check(backbone.denoiser)
 
 
 def flux_controlnet(denoiser, **changes):
@@ -124,6 +163,7 @@ FLUX_KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FLUX_KINDS)
 def test_a_controlnet_of_flux_gives_what_the_pipeline_of_diffusers_computes(flux, kind):
     backbone, images, call = flux
@@ -294,6 +334,7 @@ def t2i_adapter(name, **changes):
         return T2IAdapter(adapter_type=kind, **{"num_res_blocks": 1, **config, **changes}).eval().requires_grad_(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_gives_what_the_unet_of_diffusers_computes(tiny, name):
     backbone = tiny(ADAPTERS[name][0])
@@ -322,6 +363,7 @@ def test_an_adapter_gives_what_the_unet_of_diffusers_computes(tiny, name):
     assert backbone.fingerprint() == before
 
 
+@pytest.mark.slow
 def test_an_adapter_of_scale_0_changes_no_bit_and_several_add_up(backbone, images, controlnet):
     one = Adapter(t2i_adapter("full"))
     none, double = attrs.evolve(one, scale=0.0), attrs.evolve(one, scale=2.0)
@@ -336,6 +378,7 @@ def test_an_adapter_of_scale_0_changes_no_bit_and_several_add_up(backbone, image
     assert not torch.allclose(twice["unet-out"], alone["unet-out"], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_adapter_steers_every_step_and_looks_once(backbone, images):
     looks = []
 
@@ -446,6 +489,7 @@ def hooks_of(backbone):
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in backbone.modules())
 
 
+@pytest.mark.slow
 def test_lora_of_scale_0_changes_no_bit_and_nothing_is_left(backbone, images):
     before, plain = backbone.fingerprint(), features(backbone, images)
     weights = lora_for(backbone)
@@ -471,6 +515,7 @@ def test_after_an_exception_the_base_is_as_it_was(backbone, images, controlnet):
     assert dict(backbone.named_modules()).keys() == names
 
 
+@pytest.mark.slow
 def test_the_low_rank_part_equals_merged_weights(backbone, images):
     """Linear layers and convolutions with strides, against W + scale · alpha / rank · up · down."""
     import copy
@@ -556,6 +601,7 @@ def calls_of(backbone, images, bucket, nominal=50):
     return times, found
 
 
+@pytest.mark.slow
 def test_60_to_50_with_pndm_calls_the_network_12_times(backbone, images, controlnet):
     pndm = backbone.with_components(
         scheduler=PNDMScheduler(
@@ -632,6 +678,7 @@ def test_the_fields_say_which_noise(tmp_path):
     assert attrs.evolve(plain, num_draws=4).seeds(run)[0] == plain.seeds(run)[0]
 
 
+@pytest.mark.slow
 def test_draws_in_one_pass_equal_draws_one_by_one(backbone, images, controlnet):
     bucket = Bucket(controls=(Control(controlnet(SD15, 0.5)),), prompt="a horse")
     layers = extractor("up-level0*", "unet-in", sample_posterior=False)
@@ -675,6 +722,7 @@ def test_img2img_from_no_noise_is_the_image(tiny):
     assert 0 <= float(far.min()) <= float(far.max()) <= 1
 
 
+@pytest.mark.slow
 def test_img2img_is_ddim(backbone, images):
     images = images[:1]
     latents = backbone.latents(backbone.moments(images))
@@ -709,6 +757,7 @@ def named(data, shift=0):
     return data.add_column("caption", [names[(label + shift) % len(names)] for label in data["label"]])
 
 
+@pytest.mark.slow
 def test_texts_that_name_the_class_are_refused(run, backbone):
     data = named(digits(4))
     method = ContentShift(extractor=extractor(), caption_column="caption")
@@ -723,6 +772,7 @@ def test_texts_that_name_the_class_are_refused(run, backbone):
     )
 
 
+@pytest.mark.slow
 def test_captions_of_a_table(run, tmp_path):
     data = digits(2).add_column("name", ["a", "b"])
     (tmp_path / "captions.csv").write_text('name,caption\na,"a big house, red"\nb,a tree\n')
@@ -735,6 +785,7 @@ def test_captions_of_a_table(run, tmp_path):
         method.texts(data)
 
 
+@pytest.mark.slow
 def test_attention_features_take_one_prompt(run, backbone):
     data = digits(1).remove_columns("label").add_column("text", ["some words"])
     method = ContentShift(
@@ -745,6 +796,7 @@ def test_attention_features_take_one_prompt(run, backbone):
         method.extract_feature(backbone, data, run)
 
 
+@pytest.mark.slow
 def test_features_are_the_mean_of_draws_and_know_their_techniques(run, backbone):
     data = digits(2)
     gdf = extractor("up-level0-upsampler-out")
@@ -772,6 +824,7 @@ def test_wrong_fields_end_in_a_sentence(backbone, run):
         ContentShift(extractor=extractor(), control="own", control_image="outlines").bucket(backbone, run)
 
 
+@pytest.mark.slow
 def test_the_users_own_technique(backbone, run, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("import attrs\n\n\ndef halve(call):\n    return attrs.evolve(call, sample=call.sample / 2)\n")

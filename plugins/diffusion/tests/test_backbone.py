@@ -42,6 +42,7 @@ def weights(folder):
 
 
 class TestFolders:
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", KINDS)
     def test_saved_and_loaded(self, tiny, tmp_path, kind):
         backbone = tiny(kind)
@@ -60,11 +61,13 @@ class TestFolders:
         state = getattr(pipeline, tiny(kind).denoiser_name).state_dict()
         assert all(torch.equal(value, state[name]) for name, value in tiny(kind).denoiser.state_dict().items())
 
+    @pytest.mark.slow
     def test_a_folder_of_diffusers(self, source, tiny):
         backbone = load_backbone(str(source))
         assert backbone.fingerprint() == tiny("sd15").fingerprint()
         assert backbone.name == "sd15"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", KINDS)
     def test_bare_denoisers(self, tiny, tmp_path, kind):
         tiny(kind).denoiser.save_pretrained(tmp_path)
@@ -91,6 +94,7 @@ class TestFolders:
         with pytest.raises(ValueError, match=r"without scheduler_config\.json"):
             load_backbone(str(tmp_path), scheduler=str(tmp_path / "unet"))
 
+    @pytest.mark.slow
     def test_dtypes_survive(self, source, tmp_path):
         half = load_backbone(str(source), dtype=torch.float16)
         assert half.dtype == torch.float16
@@ -104,6 +108,7 @@ class TestFolders:
         assert load_backbone(str(tmp_path / "b")).dtype == torch.float16
         assert load_backbone(str(tmp_path / "b"), dtype=torch.float32).dtype == torch.float32
 
+    @pytest.mark.slow
     def test_the_dtype_of_the_files_is_kept(self, source, tmp_path):
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
             source, torch_dtype=torch.float16, safety_checker=None
@@ -139,6 +144,7 @@ class TestFolders:
 
 
 class TestStoring:
+    @pytest.mark.slow
     def test_a_pipeline_that_moved_with_its_model_reads_it_where_it_is_now(self, source, tmp_path):
         """The key of a path below the pipeline does not name where it lies, and a reference does."""
         shutil.copytree(source, tmp_path / "before" / "sd15")
@@ -149,6 +155,7 @@ class TestStoring:
         (tmp_path / "before").rename(tmp_path / "after")
         assert plait.run(tmp_path / "after" / "p.yaml", **runs).output("model").fingerprint() == first
 
+    @pytest.mark.slow
     def test_unchanged_weights_of_the_user_are_referred_to(self, source, tmp_path):
         backbone = load_backbone(str(source))
         folder = stored(backbone, tmp_path / "a")
@@ -173,6 +180,7 @@ class TestStoring:
         shutil.rmtree(first)
         assert codecs.load(second).fingerprint() == again.fingerprint()
 
+    @pytest.mark.slow
     def test_shards(self, source, tmp_path):
         shutil.copytree(source, tmp_path / "source")
         shutil.rmtree(tmp_path / "source/unet")
@@ -184,6 +192,7 @@ class TestStoring:
         assert weights(folder) == []
         assert codecs.load(folder).fingerprint() == whole.fingerprint()
 
+    @pytest.mark.slow
     def test_what_changed_is_written_and_the_rest_is_not(self, source, tmp_path):
         backbone = load_backbone(str(source))
         unet = copy.deepcopy(backbone.denoiser)
@@ -193,6 +202,7 @@ class TestStoring:
         assert [file.parent.name for file in weights(folder)] == ["unet"]
         assert torch.equal(next(codecs.load(folder).denoiser.parameters()), next(unet.parameters()))
 
+    @pytest.mark.slow
     def test_a_change_in_place_is_seen(self, source, tmp_path):
         backbone = load_backbone(str(source))
         with torch.no_grad():
@@ -201,6 +211,7 @@ class TestStoring:
         assert [file.parent.name for file in weights(folder)] == ["vae"]
         assert codecs.load(folder).fingerprint() == backbone.fingerprint()
 
+    @pytest.mark.slow
     def test_a_changed_configuration_is_kept(self, source, tmp_path):
         backbone = load_backbone(str(source))
         backbone.encoder.register_to_config(scaling_factor=0.5)
@@ -214,6 +225,7 @@ class TestStoring:
         with pytest.raises(PlaitError, match="unet cannot be stored"):
             codecs.save(backbone, tmp_path / "a")
 
+    @pytest.mark.slow
     def test_files_that_changed_or_went_away_are_told(self, source, tmp_path):
         copied = tmp_path / "copy"
         shutil.copytree(source, copied)

@@ -184,6 +184,7 @@ def test_ridge_is_the_closed_form_and_ignores_pixels_without_class():
     assert torch.equal(ridge.solve(0.1)(rows.float()), expected)
 
 
+@pytest.mark.slow
 def test_both_classifiers_find_squares(tmp_path):
     features = square_features()
     values = features.read()

@@ -44,6 +44,7 @@ def test_every_activation_is_produced_and_the_pass_is_not_changed(passed):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in backbone.denoiser.modules())
 
 
+@pytest.mark.slow
 def test_the_dry_run_knows_order_and_shapes(passed):
     backbone, ids, found, sample, _, condition = passed
     expected = {name: (2, *value.shape[1:]) for name, value in found.items()}

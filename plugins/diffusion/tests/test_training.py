@@ -24,6 +24,7 @@ def test_the_small_model_is_the_one_of_the_paper_page(backbone):
     assert backbone.class_names == tuple(NAMES)
 
 
+@pytest.mark.slow
 def test_it_learns_and_its_input_stays_as_it_was(backbone):
     before, losses = backbone.fingerprint(), []
     run = Run(on_log=lambda values, step: losses.append(values["loss"]))
@@ -33,6 +34,7 @@ def test_it_learns_and_its_input_stays_as_it_was(backbone):
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in trained.parameters())
 
 
+@pytest.mark.slow
 def test_averaged_weights_differ_from_the_last_ones(backbone):
     one, other = (
         TrainDiffusion(num_steps=3, batch_size=2, ema_decay=decay).optimize(backbone, digits(4), Run())
@@ -41,6 +43,7 @@ def test_averaged_weights_differ_from_the_last_ones(backbone):
     assert one.fingerprint() != other.fingerprint()
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_bits(backbone, tmp_path):
     class Stop(BaseException):
         pass
@@ -62,6 +65,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(backbone, tmp_path):
     assert again.fingerprint() == expected.fingerprint()
 
 
+@pytest.mark.slow
 def test_a_controlnet_learns_and_the_denoiser_does_not(backbone):
     # The last layers of a fresh U-Net start at values that are not zero, so gradients reach the new parts.
     trained = TrainDiffusion(part="control", num_steps=3, batch_size=2).optimize(backbone, digits(4), Run())
@@ -97,6 +101,7 @@ def test_the_digits():
     assert len(set(data["test"]["label"])) == 10
 
 
+@pytest.mark.slow
 def test_what_cannot_be_trained_on(backbone, tiny):
     method = TrainDiffusion(num_steps=1)
     with pytest.raises(ValueError, match="column 'image'"):

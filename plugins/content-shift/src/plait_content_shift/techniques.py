@@ -14,8 +14,7 @@ from typing import Any
 
 import attrs
 import torch
-import torch.nn.functional as F
-from plait_diffusion import Backbone, DenoiserCall, expanded
+from plait_diffusion import Backbone, DenoiserCall, expanded, flux_places, flux_tokens
 from torch import Tensor, nn
 
 from plait_content_shift.control_images import ControlImages, canny
@@ -77,8 +76,9 @@ class Control:
                 raise ValueError(
                     f"the ControlNet's {name} is {own} and the denoiser's {needed}; give a ControlNet of this very denoiser"
                 )
-        if self.is_of_flux:
-            for name in ("num_layers", "num_single_layers"):
+        if self.is_of_blocks:
+            # A deeper one has residuals that no block takes; of a shallower one each serves several blocks.
+            for name in ("num_layers", "num_single_layers") if self.is_of_flux else ("num_layers",):
                 own, needed = getattr(self.model.config, name), getattr(denoiser.config, name)
                 if own > needed:
                     raise ValueError(
@@ -111,7 +111,9 @@ class Control:
             return self._of_flux(denoiser, sample, time, shared, call.condition.get("guidance"))
         if self.is_of_blocks:
             (blocks,) = self.model(sample, timestep=time, **shared)
-            return {"block_controlnet_hidden_states": tuple(blocks)}
+            count = len(denoiser.transformer_blocks)
+            # As the transformer gives them out, so that ControlNets with other numbers of blocks add up.
+            return {"block_controlnet_hidden_states": tuple(blocks[i * len(blocks) // count] for i in range(count))}
         down, middle = self.model(sample, time.long(), guess_mode=False, **shared)
         return {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": middle}
 
@@ -120,15 +122,14 @@ class Control:
     ) -> dict[str, Any]:
         """One residual for every block: ControlNets with other numbers of blocks add up."""
         batch, device = len(sample), sample.device
-        rows, columns = (torch.arange(side // 2, device=device) for side in sample.shape[-2:])
         if self.model.config.guidance_embeds:
             shared["guidance"] = torch.ones(batch, device=device) if guidance is None else expanded(guidance, batch)
         if self.mode is not None:
             shared["controlnet_mode"] = torch.full((batch, 1), self.mode, device=device)
         double, single = self.model(
-            hidden_states=_tokens(sample),
+            hidden_states=flux_tokens(sample),
             timestep=time / 1000,
-            img_ids=torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns).to(sample),
+            img_ids=flux_places(sample),
             txt_ids=sample.new_zeros(shared["encoder_hidden_states"].shape[1], 3),
             **shared,
         )
@@ -152,7 +153,7 @@ class Control:
         if getattr(self.model, "input_hint_block", None) is not None:
             return shown * 2 - 1  # ControlNets with an encoder of their own see pixels
         latents = backbone.latents(backbone.moments(shown))
-        return _tokens(latents) if self.is_of_flux else latents
+        return flux_tokens(latents) if self.is_of_flux else latents
 
 
 @attrs.frozen(eq=False)
@@ -352,11 +353,6 @@ def _check_control_image(shown: Tensor, images: Tensor, channels: int) -> None:
     low, high = float(shown.min()), float(shown.max())
     if low < 0 or high > 1:
         raise ValueError(f"the control image ranges from {low:.3g} to {high:.3g}; [0, 1] is needed")
-
-
-def _tokens(sample: Tensor) -> Tensor:
-    """[B, C, h, w] as Flux sees it: a token for every 2×2 values, [B, h w / 4, 4 C]."""
-    return F.pixel_unshuffle(sample, 2).flatten(2).transpose(1, 2)
 
 
 def _placed(blocks: Sequence[Tensor] | None, count: int, repeats: bool) -> tuple[Tensor, ...]:

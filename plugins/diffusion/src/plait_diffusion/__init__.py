@@ -9,14 +9,15 @@ For authors of extractors and of whatever takes features, stable:
   :func:`append`, :func:`join`, :func:`save_features`, :func:`open_features`, :func:`image_tensors`,
   :func:`mask_tensors`;
 * :func:`linear_probe`, the measure of the small pipelines;
-* extraction in two halves, for what changes the pass of a denoiser – :class:`DenoiserCall`, :class:`Extractor`.
+* extraction in two halves, for what changes the pass of a denoiser – :class:`DenoiserCall`, :class:`Extractor`; how Flux
+  sees an image: :func:`flux_tokens`, :func:`flux_places`.
 """
 
 from plait_diffusion.backbone import Backbone, backbone_in
 from plait_diffusion.calls import DenoiserCall, Extractor
 from plait_diffusion.class_tokens import ClassTokens
 from plait_diffusion.digits import warped_digits
-from plait_diffusion.families import expanded
+from plait_diffusion.families import expanded, flux_places, flux_tokens
 from plait_diffusion.feature_sets import (
     Activation,
     FeatureSet,
@@ -55,6 +56,8 @@ __all__ = [
     "backbone_in",
     "capture",
     "expanded",
+    "flux_places",
+    "flux_tokens",
     "gradient_magnitude",
     "image_tensors",
     "join",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 UNETS = ("UNet2DConditionModel", "UNet2DModel")
@@ -52,21 +53,26 @@ def call_denoiser(denoiser: nn.Module, sample: Tensor, timestep: float, conditio
 
 
 def _call_flux(denoiser: Any, sample: Tensor, time: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """Flux sees patches of 2×2 as tokens, with their places beside them, and time in [0, 1]."""
-    batch, channels, height, width = sample.shape
-    rows, columns = height // 2, width // 2
-    tokens = sample.view(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
-    tokens = tokens.reshape(batch, rows * columns, channels * 4)
-    places = torch.zeros(rows, columns, 3, device=sample.device, dtype=sample.dtype)
-    places[..., 1] = torch.arange(rows, device=sample.device)[:, None]
-    places[..., 2] = torch.arange(columns, device=sample.device)[None]
+    """Flux sees tokens, with their places beside them, and time in [0, 1]."""
     text = arguments["encoder_hidden_states"]
-    arguments = {"txt_ids": torch.zeros(text.shape[1], 3, device=sample.device, dtype=sample.dtype), **arguments}
+    arguments = {"txt_ids": sample.new_zeros(text.shape[1], 3), **arguments}
     if denoiser.config.guidance_embeds and "guidance" not in arguments:
-        arguments["guidance"] = torch.ones(batch, device=sample.device)
-    out = denoiser(hidden_states=tokens, timestep=time / 1000, img_ids=places.flatten(0, 1), **arguments).sample
-    out = out.view(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return out.reshape(batch, channels, height, width)
+        arguments["guidance"] = torch.ones(len(sample), device=sample.device)
+    tokens, places = flux_tokens(sample), flux_places(sample)
+    out = denoiser(hidden_states=tokens, timestep=time / 1000, img_ids=places, **arguments).sample
+    rows, columns = (side // 2 for side in sample.shape[-2:])
+    return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, (rows, columns)), 2)
+
+
+def flux_tokens(sample: Tensor) -> Tensor:
+    """[B, C, h, w] as Flux sees it: a token for every 2×2 values, [B, h w / 4, 4 C]."""
+    return F.pixel_unshuffle(sample, 2).flatten(2).transpose(1, 2)
+
+
+def flux_places(sample: Tensor) -> Tensor:
+    """Where the tokens of a sample lie, [h w / 4, 3]: 0, row, column."""
+    rows, columns = (torch.arange(side // 2, device=sample.device) for side in sample.shape[-2:])
+    return torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns).to(sample)
 
 
 def expanded(value: Any, batch: int) -> Any:
