@@ -6,12 +6,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.utils.prune
 from huggingface_hub import PyTorchModelHubMixin
 from hypothesis import given
 from hypothesis import strategies as st
 from plait import PlaitError, Report, StoreError, codecs
+from plait.codecs.tensors import load_tensors
 from plait.report import Curve, Image, Panel, png
 
 
@@ -58,6 +60,19 @@ def test_tensors(tmp_path):
     assert all(torch.equal(loaded[k], value[k]) and loaded[k].dtype == value[k].dtype for k in value)
     assert torch.equal(codecs.load(tmp_path / "a", ("view",)), base.T)
     assert torch.equal(round_trip(base, tmp_path / "b"), base)
+
+
+def test_equal_tensors_are_equal_files(tmp_path):
+    for name in "abcdefgh":
+        codecs.save({"x": torch.ones(3), "y": torch.eye(3).to_sparse()}, tmp_path / name)
+    assert len({file.read_bytes() for file in tmp_path.rglob("*.safetensors")}) == 1
+
+
+def test_tensors_of_an_earlier_plait_are_read(tmp_path):
+    safetensors.torch.save_file({"tx": torch.ones(3)}, tmp_path / "x.safetensors", {"kind": "dict", "sparse": "{}"})
+    tensors, kind = load_tensors(tmp_path / "x.safetensors")
+    assert kind == "dict"
+    assert torch.equal(tensors["x"], torch.ones(3))
 
 
 def test_arrays_lists_and_mappings(tmp_path):

@@ -74,17 +74,23 @@ def save_tensors(tensors: Mapping[str, Any], file: Path, kind: str = "dict") -> 
             raise StoreError(
                 f"a tensor {name!r} that is {what} cannot be stored; make it a dense or sparse tensor of numbers"
             )
-    require("safetensors.torch").save_file(flat, file, {"kind": kind, "sparse": json.dumps(sparse)})
+    # One entry, since safetensors writes several in any order, and equal results are to be equal files.
+    facts = json.dumps({"kind": kind, "sparse": sparse})
+    require("safetensors.torch").save_file(flat, file, {"plait": facts})
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Any], str]:
     """Tensors by name, and the kind that was given when they were saved."""
     torch = require("torch")
     with require("safetensors").safe_open(file, "pt") as handle:
-        facts = handle.metadata()
+        entries = handle.metadata()
         flat = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - no mapping
     tensors = {key[1:]: tensor for key, tensor in flat.items() if key.startswith("t")}
-    for name, fact in json.loads(facts.get("sparse", "{}")).items():
+    if "plait" in entries:
+        facts = json.loads(entries["plait"])
+    else:  # stored by an earlier plait
+        facts = {"kind": entries["kind"], "sparse": json.loads(entries.get("sparse", "{}"))}
+    for name, fact in facts["sparse"].items():
         parts = [flat[f"s{name}/{part}"] for part in SPARSE[fact["layout"]]]
         if fact["layout"] == "sparse_coo":
             tensors[name] = torch.sparse_coo_tensor(*parts, size=fact["size"], is_coalesced=True)
