@@ -153,6 +153,7 @@ def test_a_dataset_comes_back_as_it_was(change, rows, tmp_path):
         assert loaded.format == data.format
         assert all(Path(file["filename"]).is_relative_to(tmp_path) for file in loaded.cache_files)
     assert len(once.cache_files) == (3 if len(data) > 300 else 1)
+    assert _on_disk(tmp_path / "a") == _on_disk(tmp_path / "b")
     assert once._fingerprint == codecs.load(tmp_path / "a")._fingerprint
     added = once.add_column("new", [0] * len(once))
     assert set(added.format["columns"]) == {*data.format["columns"], "new"}

@@ -15,7 +15,9 @@ from plait.optional import require
 FACTS = "dataset.json"
 ALONE = 2**16  # bytes of a column that gets a file of its own; below, a file costs more than it saves
 PIECE = 16 * 2**20  # bytes, about, that are in memory at once
-MOST_ROWS = 2**14  # in a piece; powers of two, so that the pieces of several columns end together
+# In a piece; powers of two, so that the pieces of several columns end together.
+MOST_ROWS = 2**10
+MOST_NUMBERS = 2**14  # rows that all have the same size
 SAMPLE = 16  # rows that tell how many bytes a row has
 
 
@@ -89,8 +91,9 @@ def _files(value: Any) -> Iterator[tuple[list[str], int]]:
             yield list(names), MOST_ROWS
         else:
             for name in names:
+                is_number = require("pyarrow").types.is_primitive(value.features.arrow_schema.field(name).type)
                 fitting = max(1, int(PIECE / sizes[name]))
-                yield [name], min(MOST_ROWS, 1 << (fitting.bit_length() - 1))
+                yield [name], min(MOST_NUMBERS if is_number else MOST_ROWS, 1 << (fitting.bit_length() - 1))
 
 
 def _bytes_of_row(value: Any) -> dict[str, float]:
