@@ -40,9 +40,14 @@ def digits():
     return Digits8x8(as_numbers=True).load_data(run=plait.Run())
 
 
-@pytest.fixture
-def clients(digits):
-    return Partition(num_clients=6, scheme="dirichlet", coefficient=0.5).transform(data=digits, run=plait.Run())
+@pytest.fixture(scope="module")
+def few(digits):
+    return {"train": digits["train"].select(range(360)), "test": digits["test"].select(range(100))}
+
+
+@pytest.fixture(scope="module")
+def clients(few):
+    return Partition(num_clients=6, scheme="dirichlet", coefficient=0.5).transform(data=few, run=plait.Run())
 
 
 @pytest.fixture
@@ -94,16 +99,16 @@ def test_accuracy_of_image_text_models_and_of_models_of_several_tasks():
         FederatedAccuracy(task="c").evaluate(model=model, data=digits, run=plait.Run())
 
 
-def test_a_partition_keeps_rows_and_survives_storage(digits, clients, tmp_path):
+def test_a_partition_keeps_rows_and_survives_storage(few, clients, tmp_path):
     run = plait.Run()
-    again = Partition(num_clients=6, scheme="dirichlet", coefficient=0.5).transform(data=digits, run=run)
+    again = Partition(num_clients=6, scheme="dirichlet", coefficient=0.5).transform(data=few, run=run)
     assert again["train"]["client"] == clients["train"]["client"]
     (panel,) = run.reports[0].panels
     assert panel.images[0][0].data.startswith(b"\x89PNG")
     codecs.save(clients, tmp_path / "stored")
     loaded = codecs.load(tmp_path / "stored", ("train",))
     assert loaded[:]["client"] == clients["train"][:]["client"]
-    originals = {np.asarray(row).tobytes() for row in digits["train"][:]["pixel_values"]}
+    originals = {np.asarray(row).tobytes() for row in few["train"][:]["pixel_values"]}
     assert all(np.asarray(row).tobytes() in originals for row in loaded[:50]["pixel_values"])
 
 
@@ -185,13 +190,12 @@ def test_every_baseline_trains_a_copy(method, model, clients):
         assert 0 <= last["worst_client_accuracy"] <= last["mean_client_accuracy"] <= 1
 
 
-def test_training_reaches_what_the_data_allow(clients):
+def test_training_reaches_what_the_data_allow():
     """IID clients on a full graph learn digits."""
-    shuffled = Partition(num_clients=4, scheme="iid").transform(
-        data=Digits8x8().load_data(run=plait.Run()), run=plait.Run()
-    )
-    model = FederatedModel(architecture="cnn-small").load_model(data=shuffled, run=plait.Run())
-    method = DFedAvg(rounds=8, batch_size=16, local_epochs=2, topology="full", engine="loop")
+    digits = Digits8x8().load_data(run=plait.Run())
+    shuffled = Partition(num_clients=4, scheme="iid").transform(data=digits, run=plait.Run())
+    model = FederatedModel(architecture="mlp").load_model(data=shuffled, run=plait.Run())
+    method = DFedAvg(rounds=6, batch_size=16, local_epochs=2, topology="full", engine="loop")
     trained = method.aggregate(model=model, clients=shuffled, run=plait.Run())
     report = FederatedAccuracy().evaluate(
         model={"trained": trained, "fresh": model}, data=shuffled["test"], run=plait.Run()
@@ -573,8 +577,8 @@ def accuracy_of(model, data):
     return FederatedAccuracy().evaluate(model=model, data=data, run=plait.Run()).value("accuracy")
 
 
-def test_clients_may_weigh_by_size(digits):
-    clients = Partition(num_clients=5, scheme="dirichlet", sampling="disjoint").transform(data=digits, run=plait.Run())
+def test_clients_may_weigh_by_size(few):
+    clients = Partition(num_clients=5, scheme="dirichlet", sampling="disjoint").transform(data=few, run=plait.Run())
     model = FederatedModel(architecture="mlp").load_model(data=clients, run=plait.Run())
     fields = {"active_ratio": 1.0} | SHORT
     plain, uniform, by_size = (
