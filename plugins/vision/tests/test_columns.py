@@ -80,6 +80,7 @@ def test_saved_datasets(tmp_path):
         read_saved(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_reading_a_pipeline_needs_no_torch():
     modules = "plait_vision.plugin, plait_vision.rows, plait_vision.recognition"
     code = f"import {modules}, sys; sys.exit('torch' in sys.modules)"

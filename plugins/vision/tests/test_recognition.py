@@ -106,6 +106,15 @@ def test_texts_have_the_numbers_of_the_models_classes_and_no_others():
             method(model=Brightness(), data=data, run=plait.Run())
 
 
+def test_data_that_lacks_classes_of_a_model_without_names_is_told():
+    model, warnings = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), []
+    run = plait.Run(on_warning=warnings.append)
+    for names in (["dark", "grey", "light"], ["dark", "light"]):
+        Accuracy().evaluate(model=model, data=labelled(pictures("white"), [1], names), run=run)
+    (warning,) = warnings
+    assert warning.startswith("the model: 3 classes without names, and the data has 2 with names")
+
+
 def plait_classifier(names):
     from plait_vision import Classifier
 

@@ -175,6 +175,7 @@ def test_a_split_that_would_be_empty_is_refused():
         transform("relabel", {"train": DATA, "test": DATA.select([1])}, classes={"cat": "pet"}, others="drop")
 
 
+@pytest.mark.slow
 @given(values=st.lists(st.integers(0, 3), min_size=1, max_size=8), shift=st.integers(-5, 5))
 def test_shifted_captions_are_never_the_right_ones(values, shift):
     features = Features({"label": ClassLabel(names=["p", "q", "r", "s"])})

@@ -318,7 +318,13 @@ class Accuracy(ClassifierFields):
                 }
                 classifier = self.classifier(one, run.device, names)
                 classes = self.labels(part, classifier)
-                top, loss = self._answers(classifier, images, classes, run, " ".join(index.values()))
+                top, loss, count = self._answers(classifier, images, classes, run, " ".join(index.values()))
+                if classifier.class_names is None and names is not None and len(names) != count:
+                    which = " on ".join(index.values()) or "the model"
+                    run.warn(
+                        f"{which}: {count} classes without names, and the data has {len(names)} with names; they went together by "
+                        "number, which is wrong where the data lacks a class: name all by class_names of its loader"
+                    )
                 known = classifier.class_names or self.class_names or names
                 rows.append(index | self._row(top, loss, classes, known, part))
                 by_class += [index | row for row in _by_class(top, classes, known)] if self.per_class else []
@@ -335,8 +341,8 @@ class Accuracy(ClassifierFields):
 
     def _answers(
         self, classifier: AnyClassifier, images: ImageRows, labels: Tensor, run: Any, what: str
-    ) -> tuple[Tensor, float]:
-        """The likeliest classes, int64 [N, max(top)], and the mean cross-entropy."""
+    ) -> tuple[Tensor, float, int]:
+        """The likeliest classes, int64 [N, max(top)], the mean cross-entropy, and how many classes the model tells apart."""
         import torch
         import torch.nn.functional as F
 
@@ -345,14 +351,15 @@ class Accuracy(ClassifierFields):
 
         found: list[Tensor] = []
         order: list[int] = []
-        loss = 0.0
+        loss, count = 0.0, 0
         with evaluating(classifier), torch.no_grad():
             for batch in run.track(
                 images.by_size(self.batch_size), f"accuracy {what}".strip(), -(-len(images) // self.batch_size)
             ):
                 for rows, levels in batch:
                     logits = classifier(as_pixels(levels.to(run.device)))
-                    check_labels(labels[rows], logits.shape[1])
+                    count = logits.shape[1]
+                    check_labels(labels[rows], count)
                     loss += F.cross_entropy(logits, labels[rows].to(logits.device), reduction="sum").item()
                     found.append(logits.topk(min(max(self.top), logits.shape[1]), dim=1).indices.cpu())
                     order += rows
@@ -361,7 +368,7 @@ class Accuracy(ClassifierFields):
                 f"the loss{f' of {what}' if what else ''} is {loss}: the model's weights or outputs are not finite"
             )
         answers = torch.cat(found)
-        return answers[torch.tensor(order).argsort()], loss / len(images)
+        return answers[torch.tensor(order).argsort()], loss / len(images), count
 
     def _row(
         self, top: Tensor, loss: float, labels: Tensor, names: Sequence[str] | None, data: Any
