@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import attrs
 import datasets
+import numpy as np
 import torch
 from plait import Run, hookimpl
 from plait.errors import ConfigurationError
@@ -17,12 +18,13 @@ from plait.fields import code_field, field, in_range, method_field, path_or_name
 from plait.fingerprints import fingerprint
 from plait.importing import named_object
 from plait_diffusion import Backbone, FeatureSet, Origin, backbone_in, image_tensors, write_features
-from plait_vision import DATA, read_table
+from plait_vision import DATA, decode, read_table
 from torch import Tensor, nn
 
 from plait_content_shift.baselines import mean
 from plait_content_shift.content_shift import extract, seed_of_bucket
 from plait_content_shift.control_images import ControlImages, canny, has_exact_canny, outlines
+from plait_content_shift.ip_adapter import IMAGE_ENCODER, IpAdapter, read_image_encoder, read_ip_adapter
 from plait_content_shift.lora_files import read_lora
 from plait_content_shift.techniques import Adapter, Bucket, Control, Lora, leaked_labels
 
@@ -63,6 +65,16 @@ class ContentShift:
         None, "T2I-Adapter of a U-Net: a folder or a name on the hub; it is shown the control image"
     )
     adapter_scale: float = field(1.0, "of the T2I-Adapter's features", in_range(0))
+    ip_adapter: Path | None = field(
+        None, "IP-Adapter of a U-Net (.safetensors; plain, plus or full): an image is a prompt beside the text"
+    )
+    image_encoder: Path | None = field(
+        None, "the IP-Adapter's image encoder, a folder; default: image_encoder beside its file"
+    )
+    image_prompt: Path | None = field(
+        None, "image that the IP-Adapter is shown for all images; default: each image itself"
+    )
+    ip_adapter_scale: float = field(1.0, "of what the IP-Adapter adds", in_range(0))
     control_mode: int | None = field(None, "which of its kinds of image, for a union ControlNet of Flux", in_range(0))
     lora: Path | None = field(None, "LoRA file (.safetensors of peft, diffusers or kohya, LoCon too)")
     lora_scale: float = field(1.0, "of the LoRA", in_range(0))
@@ -87,6 +99,11 @@ class ContentShift:
         texts = [name for name in ("prompt", "captions", "caption_column") if getattr(self, name) is not None]
         if len(texts) > 1:
             raise ConfigurationError(f"{' and '.join(texts)} are both given; give one text an image")
+        for name in ("image_encoder", "image_prompt"):
+            if getattr(self, name) is not None and self.ip_adapter is None:
+                raise ConfigurationError(
+                    f"{name} is for an IP-Adapter, and none is given; give ip_adapter, or leave it out"
+                )
         for needed in ("prepare", "capture", "origin"):
             if not callable(getattr(self.extractor, needed, None)):
                 raise ConfigurationError(
@@ -106,6 +123,7 @@ class ContentShift:
             "prompt": self.prompt is not None or self.caption_column is not None or self.captions is not None,
             "control": self.control is not None,
             "adapter": self.adapter is not None,
+            "ip_adapter": self.ip_adapter is not None,
             "lora": self.lora is not None,
             "function": self.function is not None,
             f"from {self.denoise_from}": self.denoise_from is not None,
@@ -142,6 +160,7 @@ class ContentShift:
             prompt=self.prompt,
             controls=controls,
             adapters=adapters,
+            ip_adapters=() if self.ip_adapter is None else (self._image_prompts(self.ip_adapter, backbone),),
             loras=loras,
             denoise_from=self.denoise_from,
             guidance=self.guidance,
@@ -152,7 +171,7 @@ class ContentShift:
         bucket.check(backbone, self.nominal(backbone))
         if self.denoise_from is not None and not bucket.steers:
             run.warn(
-                "denoise_from without ControlNet, T2I-Adapter or LoRA lets the image drift; add a technique that holds it"
+                "denoise_from without ControlNet, T2I-Adapter, IP-Adapter or LoRA lets the image drift; add a technique that holds it"
             )
         return bucket
 
@@ -222,6 +241,15 @@ class ContentShift:
             description=f"features, {name}",
         )
 
+    def _image_prompts(self, file: Path, backbone: Backbone) -> IpAdapter:
+        weights = read_ip_adapter(file)
+        folder = self.image_encoder if self.image_encoder is not None else file.parent / IMAGE_ENCODER
+        image = None
+        if self.image_prompt is not None:
+            pixels = np.asarray(decode(self.image_prompt))
+            image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float().div_(255)
+        return IpAdapter(weights, read_image_encoder(folder, backbone), self.ip_adapter_scale, image, str(file))
+
     def _shown(self, run: Run) -> ControlImages:
         if self.control_image == "outlines":
             return outlines
@@ -237,6 +265,7 @@ class ContentShift:
             "control",
             "adapter",
             "adapter_scale",
+            "ip_adapter_scale",
             "control_image",
             "canny_low",
             "canny_high",
@@ -247,7 +276,15 @@ class ContentShift:
             "guidance",
         )
         techniques: dict[str, Any] = {name: getattr(self, name) for name in own}
-        techniques |= {"lora": self.lora.name if self.lora is not None else None, "num_draws": self.num_draws}
+        techniques |= {
+            name: None if file is None else file.name
+            for name, file in (
+                ("lora", self.lora),
+                ("ip_adapter", self.ip_adapter),
+                ("image_prompt", self.image_prompt),
+            )
+        }
+        techniques["num_draws"] = self.num_draws
         prompt = None if texts is not None else plain.prompt if self.prompt is None else self.prompt
         if texts is not None:
             techniques["texts"] = self.caption_column or str(self.captions)

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import math
 import re
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from plait_diffusion import Backbone, DenoiserCall, expanded, flux_places, flux_
 from torch import Tensor, nn
 
 from plait_content_shift.control_images import ControlImages, canny
+from plait_content_shift.ip_adapter import IpAdapter, with_image_prompts
 from plait_content_shift.lora import LoraWeights, applied
 
 _UNET_FIELDS = ("cross_attention_dim", "block_out_channels", "layers_per_block", "in_channels")
@@ -206,6 +208,32 @@ class Adapter:
 
 
 @attrs.frozen(eq=False)
+class ImagePrompts:
+    """What a bucket's IP-Adapters make of the images: a prompt beside the text."""
+
+    adapters: tuple[IpAdapter, ...]
+
+    def shown(self, backbone: Backbone, call: DenoiserCall) -> SeenImages:
+        """Of every IP-Adapter, once for all steps."""
+        found = [adapter.shown(call.images) for adapter in self.adapters]
+        return SeenImages(
+            [seen.to(backbone.dtype) for seen, _ in found], [none.to(backbone.dtype) for _, none in found]
+        )
+
+    def residuals(self, denoiser: Any, call: DenoiserCall, shown: Sequence[Tensor]) -> dict[str, Any]:
+        """Keyword arguments of the denoiser."""
+        return {"added_cond_kwargs": {**(call.condition.get("added_cond_kwargs") or {}), "image_embeds": list(shown)}}
+
+
+@attrs.frozen(eq=False)
+class SeenImages:
+    """By IP-Adapter, [B, 1, …]: of the images, and of none, for the unconditional pass of guidance."""
+
+    seen: Sequence[Tensor]
+    of_nothing: Sequence[Tensor]
+
+
+@attrs.frozen(eq=False)
 class Lora:
     """Low-rank weights of one data set (§4.3), while a context lasts."""
 
@@ -221,6 +249,7 @@ class Bucket:
         prompt: for all images (§4.1); None: the extractor's own.
         controls: several ControlNets: their residuals are added up.
         adapters: several T2I-Adapters: their features are added up.
+        ip_adapters: several IP-Adapters: what they add to the attention is added up.
         loras: applied together.
         denoise_from: nominal timestep to denoise from before features are read; None: one pass.
         guidance: classifier-free guidance while denoising; 1: none. Features are of the conditional branch.
@@ -230,26 +259,33 @@ class Bucket:
     prompt: str | None = None
     controls: tuple[Control, ...] = ()
     adapters: tuple[Adapter, ...] = ()
+    ip_adapters: tuple[IpAdapter, ...] = ()
     loras: tuple[Lora, ...] = ()
     denoise_from: int | None = None
     guidance: float = 1.0
     functions: tuple[Callable[[DenoiserCall], DenoiserCall], ...] = ()
+    # The backbone with the IP-Adapters, once for all batches.
+    _prompted: weakref.WeakKeyDictionary[Backbone, Backbone] = attrs.field(
+        factory=weakref.WeakKeyDictionary, init=False, repr=False
+    )
 
     @property
     def steers(self) -> bool:
         """Whether something but noise and prompt changes a pass."""
-        return bool(self.controls or self.adapters or self.loras or self.functions)
+        return bool(self.controls or self.adapters or self.ip_adapters or self.loras or self.functions)
 
     def check(self, backbone: Backbone, timestep: float) -> None:
         """Refuse what does not fit, before the first pass.
 
         Raises:
-            ValueError: a ControlNet or T2I-Adapter of another model; ``denoise_from`` outside (t, t + 50].
+            ValueError: a ControlNet, T2I-Adapter or IP-Adapter of another model; ``denoise_from`` outside (t, t + 50].
         """
         for control in self.controls:
             control.check(backbone.denoiser)
         for adapter in self.adapters:
             adapter.check(backbone)
+        for ip_adapter in self.ip_adapters:
+            ip_adapter.check(backbone)
         if self.denoise_from is not None and not timestep < self.denoise_from <= timestep + MOST_DENOISING:
             raise ValueError(
                 f"denoise_from is {self.denoise_from}; with timestep {timestep:g} allowed is {timestep + 1:g} to"
@@ -258,7 +294,13 @@ class Bucket:
 
     @contextlib.contextmanager
     def weights(self, backbone: Backbone) -> Iterator[Backbone]:
-        """The backbone with the LoRAs at work. Prompts are encoded anew, since a LoRA may touch the text encoder."""
+        """The backbone with the LoRAs and IP-Adapters at work. Under a LoRA, which may touch the text encoder, prompts are
+        encoded anew.
+        """
+        if self.ip_adapters:
+            if backbone not in self._prompted:
+                self._prompted[backbone] = with_image_prompts(backbone, self.ip_adapters)
+            backbone = self._prompted[backbone]
         if not self.loras:
             yield backbone
             return
@@ -279,19 +321,24 @@ class Bucket:
         return self._steered(backbone.denoiser, call, shown)
 
     @property
-    def shown_images(self) -> tuple[Control | Adapter, ...]:
-        """The techniques that are shown a control image."""
-        return (*self.controls, *self.adapters)
+    def shown_images(self) -> tuple[Control | Adapter | ImagePrompts, ...]:
+        """The techniques that are shown an image."""
+        prompts = (ImagePrompts(self.ip_adapters),) if self.ip_adapters else ()
+        return (*self.controls, *self.adapters, *prompts)
 
     def shown(self, backbone: Backbone, call: DenoiserCall) -> list[Any]:
         """What each of :attr:`shown_images` makes of the images, once for all steps."""
         return [one.shown(backbone, call) for one in self.shown_images]
 
-    def _steered(self, denoiser: nn.Module, call: DenoiserCall, shown: Sequence[Any]) -> DenoiserCall:
+    def _steered(
+        self, denoiser: nn.Module, call: DenoiserCall, shown: Sequence[Any], is_unconditional: bool = False
+    ) -> DenoiserCall:
         for function in self.functions:
             call = function(call)
         residuals: dict[str, Any] = {}
         for one, image in zip(self.shown_images, shown, strict=True):
+            if isinstance(one, ImagePrompts):
+                image = image.of_nothing if is_unconditional else image.seen
             for name, own in one.residuals(denoiser, call, image).items():
                 residuals[name] = _sum(residuals[name], own) if name in residuals else own
         return attrs.evolve(call, condition={**call.condition, **residuals})
@@ -303,7 +350,7 @@ class Bucket:
         if self.guidance == 1:
             return out
         empty = attrs.evolve(call, condition=backbone.condition([""], call.images.shape[-1]))
-        steered = self._steered(backbone.denoiser, empty, shown)
+        steered = self._steered(backbone.denoiser, empty, shown, is_unconditional=True)
         plain = backbone.denoise(steered.sample, steered.timestep, steered.condition)
         return plain + self.guidance * (out - plain)
 
