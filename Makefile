@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PLUGINS := $(sort $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml)))
-JOBS ?= 2
+# Some tests wait for processes of their own, so one more than two cores keeps both busy.
+JOBS ?= 3
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 

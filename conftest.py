@@ -115,8 +115,19 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 if os.environ.get("CI"):
     sys.addaudithook(Hermetic(Path(__file__).parent))
 
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 # Machines are shared: how long an example takes says nothing about the code.
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
+
+# Checks of the conformance kit that call a method again and again; make test-fast runs the others.
+REPEATED = ("repeatable", "inputs_untouched", "batch_sizes", "goes_on", "resume")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        check = getattr(item, "callspec", None) and item.callspec.params.get("check")
+        if getattr(check, "__name__", "").removeprefix("check_") in REPEATED:
+            item.add_marker(pytest.mark.slow)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import attrs
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,9 +66,13 @@ def build(packages: list[Path], folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory):
-    """A folder with the wheels of the core and of every plugin."""
-    folder = tmp_path_factory.mktemp("dist")
-    build([ROOT, *sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))], folder)
+    """A folder with the wheels of the core and of every plugin; the workers of one run of the tests share it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "dist"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            build([ROOT, *sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))], base / "new")
+            (base / "new").rename(folder)
     return folder
 
 

@@ -33,6 +33,7 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_tutorial(workplace):
     commands = [
         line[2:]

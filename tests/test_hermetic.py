@@ -23,6 +23,7 @@ def checked(code, **environment):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [
@@ -41,6 +42,7 @@ def test_what_another_machine_may_lack_is_refused(code, tmp_path):
     assert "NotHermeticError" not in checked(code).stderr
 
 
+@pytest.mark.slow
 def test_what_every_machine_has_is_allowed():
     code = """
 import importlib.metadata, json, tempfile, zoneinfo
@@ -55,6 +57,7 @@ subprocess.run("exit 0", shell=True, check=True)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_packages_of_the_python_below_the_environment_are_refused():
     code = """
 import sysconfig
@@ -66,6 +69,7 @@ open(below)
     assert "NotHermeticError" in checked(code, CI="true").stderr
 
 
+@pytest.mark.slow
 def test_home_and_data_folders_are_empty_and_go_with_the_tests():
     code = """
 for name in ("HOME", "NLTK_DATA", "HF_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):

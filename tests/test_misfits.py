@@ -55,6 +55,7 @@ def test_steps_of_several_kits_fit():
     assert problems() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "argument", "sentence"),
     [

@@ -59,6 +59,7 @@ def test_methods_are_those_of_the_entry_points(name):
 OWN_DATA = {"federated-cifar10": "steps.cifar.with.source", "clip-audit-fashion": "steps.fashion.with.folder"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(ROOT.glob("pipelines/*.yaml")), ids=lambda path: path.stem)
 def test_pipelines_are_valid_and_say_what_they_show(path):
     overrides = [f"{OWN_DATA[path.stem]}={path}"] if path.stem in OWN_DATA else []

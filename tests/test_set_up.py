@@ -4,6 +4,8 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -25,6 +27,7 @@ def set_up(folder, *settings, **environment):
     return done.stdout.splitlines(), done.stderr.splitlines()[:-1]
 
 
+@pytest.mark.slow
 def test_a_failing_pip_is_one_sentence_and_its_log(tmp_path):
     folder = tmp_path / "env"
     nothing = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "nowhere"), "PIP_CONFIG_FILE": os.devnull}

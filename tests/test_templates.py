@@ -55,6 +55,7 @@ def test_new_packages_work_at_once(with_core):
         assert " passed" in text.rpartition("report: ")[2], f"{name}\n{text}"
 
 
+@pytest.mark.slow
 def test_the_generated_conformance_test_runs_the_checks(with_core):
     with_core.run("plait", "new", "mine", "--hook", "transform")
     with_core.install("-e", with_core.work / "mine")
@@ -62,6 +63,7 @@ def test_the_generated_conformance_test_runs_the_checks(with_core):
     assert f"{len(CHECKS) + 1} passed" in done
 
 
+@pytest.mark.slow
 def test_names_that_are_taken_or_not_allowed(with_core):
     with_core.run("plait", "new", "two", "--hook", "transform")
     with_core.install("-e", with_core.work / "two")

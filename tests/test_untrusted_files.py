@@ -130,6 +130,7 @@ def _companions(method, field, place):
     return {other.alias: "Cora" if other.type is str and other.alias == "name" else str(place) for other in others}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("hook", "name", "field"), _with_field(_is_input))
 def test_files_run_nothing(hook, name, field, malicious, tmp_path, monkeypatch):
     canary, places = malicious

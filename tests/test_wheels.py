@@ -26,18 +26,18 @@ def value(report: str, table: str, row: str) -> float:
 
 @pytest.mark.slow
 def test_the_quickstart_runs_from_wheels(environment, wheels):
-    """The small-scale check of EnsIR (Sun et al., NeurIPS 2024), both directions: better than what it is compared with."""
+    """The small-scale check of EnsIR (Sun et al., NeurIPS 2024): better than what it is compared with."""
     for name in ("plait-0", "plait_vision-", "plait_imaging-", "plait_ensir-"):
         environment.install(next(wheels.glob(f"{name}*.whl")))
     (environment.work / "quickstart.yaml").write_text((ROOT / "pipelines" / "quickstart.yaml").read_text())
-    environment.run("plait", "run", "quickstart.yaml", "matrix.seed=[0]")
+    table = "chelsea-coffee-flower"
+    environment.run("plait", "run", "quickstart.yaml", "matrix.seed=[0]", "--to", table)
     (folder,) = (environment.work / "runs" / "quickstart").iterdir()
     report = (folder / "report.md").read_text()
-    for table in ("chelsea-coffee-flower", "astronaut-china-rocket"):
-        ensir = value(report, table, "ensir")
-        assert ensir >= value(report, table, "average") + 1
-        assert ensir >= value(report, table, "least-squares") + 0.3
-        assert ensir >= max(value(report, table, name) for name in ("median", "opening", "total-variation", "wavelet"))
+    ensir = value(report, table, "ensir")
+    assert ensir >= value(report, table, "average") + 1
+    assert ensir >= value(report, table, "least-squares") + 0.3
+    assert ensir >= max(value(report, table, name) for name in ("median", "opening", "total-variation", "wavelet"))
     assert "data:image/webp;base64" in (folder / "report.html").read_text()
 
 

@@ -58,6 +58,7 @@ def equal(one, other):
     return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_a_network_of_torchvision_goes_through_the_store(tmp_path):
     torchvision = pytest.importorskip("torchvision")
     net = build_module(torchvision.models.resnet18, num_classes=3).train()

@@ -22,6 +22,8 @@ from plait.pipeline import load_pipeline
 from plait.plan import make_plan
 from plait.store import Store
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("ray", reason="Ray is not installed; pip install ray")
 pytest.importorskip("submitit", reason="submitit is not installed; pip install submitit")
 
@@ -116,7 +118,6 @@ def start(*arguments):
     )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_ray_with_workers_that_are_killed(workplace):
     Path("p.yaml").write_text(PIPELINE)
     process = start("p.yaml", "--executor", "ray", "--retries", "50", "--store", "disturbed")
@@ -140,7 +141,6 @@ def test_ray_with_workers_that_are_killed(workplace):
     assert Store(Path("disturbed").absolute()).verify() == {}
 
 
-@pytest.mark.slow
 def test_ray_fails_only_the_steps_whose_worker_dies_or_whose_result_has_no_room(workplace):
     Path("p.yaml").write_text(DYING)
     Path("suicide.py").write_text(SUICIDE)
@@ -158,7 +158,6 @@ def test_ray_fails_only_the_steps_whose_worker_dies_or_whose_result_has_no_room(
     assert not workers()
 
 
-@pytest.mark.slow
 def test_ray_ends_with_ctrl_c(workplace):
     Path("p.yaml").write_text(PIPELINE.replace("steps: 20", "steps: 2000"))
     process = start("p.yaml", "--executor", "ray")
@@ -173,7 +172,6 @@ def test_ray_ends_with_ctrl_c(workplace):
     assert Store().verify() == {}
 
 
-@pytest.mark.slow
 def test_slurms_local_executor(workplace):
     pipeline = PIPELINE.replace("matrix: {seed: [0, 1]}\n", "").replace(
         "[0.011, 0.012, 0.013, 0.014, 0.015, 0.016, 0.017, 0.018, 0.019, 0.02, 0.021, 0.022]", "[0.02]"
@@ -189,7 +187,6 @@ def test_slurms_local_executor(workplace):
     assert results("slurm") == results("here")
 
 
-@pytest.mark.slow
 def test_a_slurm_job_that_is_preempted_goes_on_from_its_checkpoint(workplace):
     Path("p.yaml").write_text(
         'plait: 1\nsteps:\n  n: {load-data: "./toy.py:Numbers"}\n  slow: {transform: "./toy.py:Slow", from: {data: n.train}, with: {steps: 60, pause: 0.05}}'

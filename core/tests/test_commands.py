@@ -191,6 +191,7 @@ def completed(line):
     return [text.partition(",")[2] for text in done.stdout.splitlines() if text]
 
 
+@pytest.mark.slow
 def test_the_shell_completes(demo):
     plait.run("demo.yaml", to=["more"])
     assert "demo" in completed("plait show d")
@@ -235,6 +236,7 @@ def test_the_schema_is_small_and_its_errors_name_the_field():
     assert fields
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(Path(__file__).parents[2].glob("pipelines/*.yaml")), ids=lambda file: file.stem)
 def test_ready_made_pipelines_fit_the_schema(file):
     jsonschema.validate(read(file).data, schema())

@@ -44,6 +44,7 @@ def test_models_that_cannot_go_on(name, sentence):
     assert sentence in found["goes_on"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", sorted({check.__name__.removeprefix("check_") for check in CHECKS} - {"goes_on"}))
 def test_every_check_can_fail(check):
     broken = "".join(part.capitalize() for part in check.split("_"))

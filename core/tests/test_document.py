@@ -19,6 +19,7 @@ def test_scalars_are_yaml_1_2(text, value):
     assert parse(f"a: {text}").data == {"a": value}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "part"),
     [

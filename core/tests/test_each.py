@@ -136,6 +136,7 @@ def test_mistakes_have_their_place(workplace, each, data, sentence):
     assert any(sentence in problem for problem in problems(STEP % (each, data))), problems(STEP % (each, data))
 
 
+@pytest.mark.slow
 def test_each_in_the_schema_and_in_plan(place):
     import jsonschema
     from plait.document import parse

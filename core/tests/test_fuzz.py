@@ -118,6 +118,7 @@ def test_mutated_files(tmp_path):
     assert 200 < refused < 2000
 
 
+@pytest.mark.slow
 def test_mutated_overrides():
     draw = random.Random(1)
     document = parse(BASE)

@@ -66,6 +66,7 @@ def method(who, api=API):
     return METHOD.format(who=who, api=api)
 
 
+@pytest.mark.slow
 def test_two_packages_offering_one_name(site):
     distribution(site, "plait-a", "[plait.load_data]\nwho = aa:M\n", aa=method("a"))
     distribution(site, "plait-b", "[plait.load_data]\nwho = bb:M\n", bb=method("b"))
@@ -80,6 +81,7 @@ def test_two_packages_offering_one_name(site):
     assert json.loads(value) == "b"
 
 
+@pytest.mark.slow
 def test_a_plugin_whose_import_raises(site):
     distribution(site, "plait-a", "[plait.load_data]\nwho = aa:M\n", aa="raise RuntimeError('broken inside')")
     assert "who" in cli(site, "list", "--hook", "load-data").stdout
@@ -90,6 +92,7 @@ def test_a_plugin_whose_import_raises(site):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("api", "part"), [('__plait_api__ = "9.9"', "written for plait API 9.9"), ("", "does not say which plait")]
 )
@@ -100,6 +103,7 @@ def test_another_api(site, api, part):
     assert part in done.stderr
 
 
+@pytest.mark.slow
 def test_wrappers_and_listeners(site):
     distribution(site, "plait-w", "[plait.plugins]\nwrap = ww:Wrapper\nlisten = ww:Listener\n", ww=WRAPPER)
     Path("p.yaml").write_text(
@@ -115,6 +119,7 @@ def test_wrappers_and_listeners(site):
     assert "changed: wrapper plait-w/wrap" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "--all"], ["--version"]])
 def test_listing_imports_no_plugin_and_no_torch(site, arguments):
     bomb = "raise SystemExit('imported')"
@@ -160,6 +165,7 @@ def test_show(workplace):
     assert "how many" in done.stdout
 
 
+@pytest.mark.slow
 def test_schema_knows_fields(site):
     distribution(
         site,

@@ -321,6 +321,7 @@ def test_an_editable_install_in_any_layout_under_any_path(site, tmp_path, layout
     assert len({first, second, now()}) == 3
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_counts_by_what_it_holds(site, tmp_path):
     versions = []
     for text in ("X = 1\n", "X = 1\n", "X = 2\n"):

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from plait.store import Store
 
+pytestmark = pytest.mark.slow
+
 KILLS = 30
 # Without torch, whose import would take longer than the run.
 METHODS = """
@@ -90,7 +92,6 @@ def _checksums(store: Path) -> dict[str, dict[str, str]]:
     return {e.key: {name: fact["xxh3"] for name, fact in e.meta["files"].items()} for e in Store(store).entries()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_kills(workplace, jobs):
     (workplace / "walk.py").write_text(METHODS)

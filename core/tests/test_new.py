@@ -36,6 +36,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_every_hook_is_made_for_a_domain_or_refused_with_those_that_fit(tmp_path):
     assert domains() == DOMAINS
     made = 0

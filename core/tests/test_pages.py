@@ -18,6 +18,7 @@ def blocks(page):
     return BLOCK.findall((DOCS / page).read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_the_python_page(workplace, capsys):
     space = {}
     for language, _, code in blocks("python.md"):
@@ -64,6 +65,7 @@ def test_a_model_of_ones_own(with_files):
     assert 0.1 < plait.run(pipeline).tables["score"].value("accuracy").mean <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "cls"),
     [

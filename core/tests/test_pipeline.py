@@ -205,12 +205,14 @@ def only_plait_errors(text):
         return
 
 
+@pytest.mark.slow
 @settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(position=st.integers(0, len(GOOD)), removed=st.integers(0, 12), inserted=WORDS | st.text(max_size=6))
 def test_mutated_pipelines_raise_nothing_else(workplace, position, removed, inserted):
     only_plait_errors(GOOD[:position] + inserted + GOOD[position + removed :])
 
 
+@pytest.mark.slow
 @settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=VALUES, steps=VALUES, matrix=VALUES)
 def test_random_pipelines_raise_nothing_else(workplace, data, steps, matrix):

@@ -40,6 +40,7 @@ MAPPING = {
 }
 
 
+@pytest.mark.slow
 def test_pipelines_from_text_a_mapping_and_a_file(workplace):
     Path("demo.yaml").write_text(TEXT)
     results = [plait.run(source, ["matrix.seed=[0]"]) for source in ("demo.yaml", Path("demo.yaml"), TEXT)]
@@ -138,6 +139,7 @@ class Noisy:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_what_libraries_write_goes_to_the_log(workplace, jobs):
     Path("noisy.py").write_text(NOISY)
@@ -156,6 +158,7 @@ def test_what_libraries_write_goes_to_the_log(workplace, jobs):
     assert said.splitlines()[-1] == "bar 2"
 
 
+@pytest.mark.slow
 def test_in_a_notebook(workplace):
     Path("demo.yaml").write_text(TEXT)
     cells = [
@@ -188,6 +191,7 @@ def test_a_plan_needs_no_run(workplace):
     assert len(make_plan(load_any(TEXT)).tasks) == 21
 
 
+@pytest.mark.slow
 def test_on_a_terminal(workplace):
     Path("p.yaml").write_text(
         TEXT.replace("amount: [1, 2.5]", "amount: [1]").replace('"./toy.py:Add", from: {data: numbers.train}, with', '"./toy.py:Add", from: {data: slow.data}, with')

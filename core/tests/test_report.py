@@ -226,6 +226,7 @@ def noise(size, seed=0):
     return Image(caption="c", data=png(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)))
 
 
+@pytest.mark.slow
 def test_a_page_with_many_pictures_stays_small():
     panels = [(f"step {i}", Panel(title="t", images=[[noise(300, i), noise(300, i + 1)]])) for i in range(12)]
     made = document(panels=panels)

@@ -146,6 +146,7 @@ def test_what_another_run_needs_is_not_dropped(workplace):
     assert not Store().has(keys["more"])
 
 
+@pytest.mark.slow
 def test_a_sensible_number_of_processes(workplace):
     assert 1 <= sensible_jobs(1000) <= machine().cpu
     assert sensible_jobs(1) == 1

@@ -63,6 +63,7 @@ def test_run_and_run_again(demo):
     assert again.tables == result.tables
 
 
+@pytest.mark.slow
 def test_only_what_changed_runs(demo):
     plait.run("demo.yaml")
     plait.run("demo.yaml", ["matrix.amount=[1,3]"])
@@ -86,6 +87,7 @@ def test_deleted_intermediate_results_are_made_again_only_when_needed(demo):
     assert store.has(key)
 
 
+@pytest.mark.slow
 def test_processes_give_the_same(demo):
     result = plait.run("demo.yaml", jobs=2)
     parallel = {label: result[label] for label in result}
@@ -93,6 +95,7 @@ def test_processes_give_the_same(demo):
     assert parallel == {label: other[label] for label in other}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 @pytest.mark.parametrize(
     ("how", "part"),
@@ -121,6 +124,7 @@ steps:
     assert part.split(":")[0] in (result.folder / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_exit_codes_and_messages(demo):
     done = cli("run", "demo.yaml")
     assert done.returncode == 0
@@ -149,6 +153,7 @@ def test_the_package_is_the_command_too():
     assert done.stdout.startswith("Usage: plait ")
 
 
+@pytest.mark.slow
 def test_store_that_cannot_be_written(demo):
     Path("file").write_text("")
     done = cli("run", "demo.yaml", "--store", "file/store")
@@ -169,6 +174,7 @@ steps:
 """
 
 
+@pytest.mark.slow
 def test_resume_after_kill(workplace):
     Path("slow.yaml").write_text(SLOW.replace("INTERRUPT", "false"))
     assert cli("run", "slow.yaml").returncode == -signal.SIGKILL
@@ -181,6 +187,7 @@ def test_resume_after_kill(workplace):
     assert not list((Store().root / "scratch").glob("*"))
 
 
+@pytest.mark.slow
 def test_interrupt(workplace):
     Path("slow.yaml").write_text(SLOW.replace("INTERRUPT", "true"))
     done = cli("run", "slow.yaml")
@@ -190,6 +197,7 @@ def test_interrupt(workplace):
     assert plait.run("slow.yaml")["slow"]["starts"] == ["0", "3"]
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_share_the_work(workplace):
     Path("p.yaml").write_text("""\
 plait: 1
@@ -204,6 +212,7 @@ steps:
     assert Path("witness.txt").read_text().split() == ["add"]
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment_leaves_the_store_whole(demo):
     for delay in (0.3, 0.5, 0.7, 0.9, 1.1, 1.3):
         process = subprocess.Popen(
@@ -249,6 +258,7 @@ def test_listeners_and_log(demo):
     assert {step["seed"] for step in provenance["steps"]} == {0}
 
 
+@pytest.mark.slow
 def test_report_again(demo):
     result = plait.run("demo.yaml", ["matrix.seed=[0]"])
     first = (result.folder / "report.html").read_text()
@@ -260,6 +270,7 @@ def test_report_again(demo):
     assert cli("report", ".").returncode == 1
 
 
+@pytest.mark.slow
 def test_plan_says_what_and_why(demo):
     assert "never run" in cli("plan", "demo.yaml").stdout
     plait.run("demo.yaml")
@@ -307,6 +318,7 @@ class Ask:
     assert plait.run("p.yaml")["a"] == "three"
 
 
+@pytest.mark.slow
 def test_what_a_step_writes_beside_its_result_is_no_input(workplace):
     Path("m.py").write_text("""
 import attrs
@@ -346,6 +358,7 @@ class Look:
     assert "2 in the store, 0 to run" in cli("plan", "p.yaml").stdout
 
 
+@pytest.mark.slow
 def test_cache_commands(demo):
     plait.run("demo.yaml")
     *results, total = cli("cache", "ls").stdout.splitlines()
@@ -362,6 +375,7 @@ def test_cache_commands(demo):
     assert "deleted 14 results" in cli("cache", "gc", "--older-than", "0").stdout
 
 
+@pytest.mark.slow
 def test_what_takes_the_space(workplace):
     Path("p.yaml").write_text(
         'plait: 1\nmatrix: {size: [1, 1000]}\nsteps:\n  n: {load-data: "./toy.py:Numbers", with: {size: "${matrix.size}"}}\n'
@@ -454,6 +468,7 @@ class Map:
     assert Store().verify() == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
@@ -481,6 +496,7 @@ def test_signals_end_a_run_with_a_report(workplace, number, code, word, jobs):
     assert not again.failed
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_a_destructor_is_not_lost(workplace):
     Path("m.py").write_text("""
 import os, signal, time
@@ -503,6 +519,7 @@ class Swallow:
     assert cli("run", "p.yaml").returncode == 130
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_fails_its_own_step(workplace):
     Path("p.yaml").write_text("""\
 plait: 1
@@ -521,6 +538,7 @@ steps:
     assert plait.run("p.yaml", jobs=2)["dies"]["starts"] == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_no_process_outlives_the_main_one(workplace):
     Path("p.yaml").write_text("""\
 plait: 1
@@ -554,6 +572,7 @@ steps:
     raise AssertionError(alive())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["method", "import"])
 def test_sys_exit_is_a_failure_of_the_step(workplace, where):
     Path("m.py").write_text(f"""
@@ -627,6 +646,7 @@ class Warned:
         self.seen.append((step, message))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kilobytes", [0, 1, 4, 12])
 def test_a_limit_on_files_ends_in_a_sentence(workplace, kilobytes):
     Path("p.yaml").write_text(

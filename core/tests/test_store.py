@@ -161,6 +161,7 @@ def short_leases(monkeypatch):
     monkeypatch.setattr(plait.store, "LEASE_SECONDS", 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["here", "another-host"])
 def test_a_key_is_held_by_one_process_of_all_hosts(tmp_path, short_leases, host):
     store = Store(tmp_path)
@@ -368,6 +369,7 @@ print(deleted)
 """
 
 
+@pytest.mark.slow
 def test_two_hosts_run_one_pipeline_while_a_third_cleans_up(workplace):
     (workplace / "p.yaml").write_text(
         'plait: 1\nsteps:\n  n: {load-data: "./toy.py:Numbers"}\n  slow:\n    each: {steps: [5, 6, 7, 8, 9, 10]}\n    transform: "./toy.py:Slow"\n'

@@ -89,6 +89,7 @@ def found(result):
     return {label: result[label] for label in result}
 
 
+@pytest.mark.slow
 def test_whatever_leaks_is_undone_and_the_same_in_every_process(leaks):
     before = state()
     warm = found(plait.run("p.yaml"))
@@ -114,6 +115,7 @@ def test_whatever_leaks_is_undone_and_the_same_in_every_process(leaks):
     assert {facts["dtype"] for facts in fresh.values()} == {"torch.float32"}
 
 
+@pytest.mark.slow
 def test_a_library_that_is_imported_in_the_step_is_seeded_too(workplace):
     Path("m.py").write_text("""
 import attrs

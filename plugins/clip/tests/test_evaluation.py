@@ -184,6 +184,7 @@ def test_fusion_models_order_their_candidates_by_match(digits, tmp_path):
     assert set(few.tolist()) <= {0, 7}  # found at once, or not among the candidates
 
 
+@pytest.mark.slow
 def test_linear_probe_and_fine_tuning(trained, digits, run):
     data = {"train": digits["train"], "test": digits["test"], "copy": digits["test"]}
     report = LinearProbe(target="seven", learning_rate=0.05).evaluate(model=trained, data=data, run=run[0])

@@ -312,6 +312,7 @@ def openai_style(vision: dict) -> dict:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "vision",
     [
@@ -383,6 +384,7 @@ def test_checkpoints_as_people_have_them(stored, suffix, run, tmp_path):
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_openais_torchscript_archives_are_read(run, tmp_path):
     config = openai_style({"layers": 1, "width": 64, "patch_size": 16, "image_size": 32})
@@ -400,6 +402,7 @@ def test_openais_torchscript_archives_are_read(run, tmp_path):
     torch.testing.assert_close(model.encode_image(x), original.encode_image(model.image_input(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "quick"), [("ViT-B-32", True), ("ViT-B-32-quickgelu", True)])
 def test_the_weights_of_a_tag_say_which_activation_they_have(name, quick, run, tmp_path, monkeypatch):
     """Tags as open_clip knows them; the download is a file of random weights."""
@@ -447,6 +450,7 @@ def test_a_transformers_folder_needs_its_tokenizer(run, tmp_path):
         TransformersClip(source=str(tmp_path)).load_model(run=run[0])
 
 
+@pytest.mark.slow
 def test_architecture_from_json_and_inline_and_checkpoint(run, tmp_path):
     config = openai_style({"layers": 1, "width": 64, "patch_size": 16, "image_size": 32})
     (tmp_path / "small.json").write_text(json.dumps(config))
@@ -461,6 +465,7 @@ def test_architecture_from_json_and_inline_and_checkpoint(run, tmp_path):
     assert OpenClip(checkpoint=tmp_path / "a").load_model(data=None, run=run[0]).image_size == 32
 
 
+@pytest.mark.slow
 def test_a_known_architecture(run):
     model = OpenClip(architecture="ViT-B-32", config=None, image_size=32).load_model(data=None, run=run[0])
     assert model.image_size == 32

@@ -55,6 +55,7 @@ def test_vectors_do_not_decay(model):
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
+@pytest.mark.slow
 def test_training_learns_and_leaves_its_input_alone(model, digits, run):
     data = digits["train"].select(range(600))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -90,6 +91,7 @@ class StoppedError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [4, 7])
 def test_a_killed_training_goes_on_to_the_same_result(model, small, stop_at, tmp_path):
     method = short(num_epochs=4, checkpoint_minutes=0.0)
@@ -108,6 +110,7 @@ def test_a_killed_training_goes_on_to_the_same_result(model, small, stop_at, tmp
     assert steps[-1] == 4 * 3 - 1
 
 
+@pytest.mark.slow
 def test_streamed_pairs_are_the_held_ones(model, small, run):
     held = short().optimize(model=model, data=small, run=Run(seed=0))
     streamed = short(held_gigabytes=0.0).optimize(model=model, data=small, run=Run(seed=0))
@@ -161,6 +164,7 @@ def test_captions_are_drawn_anew_in_every_epoch(model):
     assert all(abs(count - 400) < 80 for count in lengths.values())
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_mean_of_its_batches(model, small, run):
     pairs = PairLoader(small, model)
     batches = list(pairs.batches(40, torch.Generator().manual_seed(0)))[:2]
@@ -204,6 +208,7 @@ def test_one_tower_can_learn_alone(model, small, tower, run):
     assert all(name.startswith("model.visual.") == (tower == "image") for name in changed - {"model.logit_scale"})
 
 
+@pytest.mark.slow
 def test_bf16_learns_what_fp32_learns(model, small):
     curves = {}
     for precision in ("fp32", "bf16"):
@@ -287,6 +292,7 @@ def test_users_mistakes_are_one_sentence(model, digits, run):
         short().optimize(model=model, data=train, run=made)
 
 
+@pytest.mark.slow
 def test_a_damaged_image_is_named_also_by_worker_processes(model, small, run):
     rows = small.cast_column("image", datasets.Image(decode=False)).to_list()
     rows[37]["image"]["bytes"] = rows[37]["image"]["bytes"][:-40]
@@ -307,6 +313,7 @@ def test_long_captions_are_cut_and_counted(model, run):
     assert warnings == ["2 times a caption was longer than the model's 14 tokens and was cut"] * 2
 
 
+@pytest.mark.slow
 def test_sigmoid_loss_trains_a_model_with_a_bias(small, run):
     tiny = architectures.tiny("tiny")
     model = architectures.from_config({**tiny.config, "init_logit_bias": -10.0})
@@ -334,6 +341,7 @@ def test_processes_are_not_started_for_too_few_rows(model, small, run):
         short(num_processes=2, batch_size=400).optimize(model=model, data=small, run=run[0])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_training_is_not_used(model, small, digits, tmp_path):
     def stop(values, step):
         if step == 4:

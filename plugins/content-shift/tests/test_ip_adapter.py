@@ -21,6 +21,8 @@ from plait_content_shift.techniques import Bucket, Control, Lora
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+pytestmark = pytest.mark.slow
+
 WIDTH, PROJECTED, SIDE = 8, 12, 16  # of the image encoder
 
 

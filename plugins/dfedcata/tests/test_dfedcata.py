@@ -139,6 +139,7 @@ def test_full_averaging_gives_all_clients_one_start():
     torch.testing.assert_close(state["local"], torch.ones(5, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anchor", ["own_previous", "mixed_previous"])
 def test_all_engines_and_resuming_agree(make_training, anchor):
     method = rule(0.4, 0.05, anchor, "split")
@@ -152,6 +153,7 @@ def test_all_engines_and_resuming_agree(make_training, anchor):
             assert torch.equal(resumed.state[name], table)
 
 
+@pytest.mark.slow
 def test_peers_agree_with_the_loop(make_training):
     method = rule(0.9, 0.05, "mixed_previous", "split")
     graph = Graph(name="random", num_clients=6, active_ratio=0.5, weights="metropolis")
@@ -177,6 +179,7 @@ def test_radii_of_100_peers(order, anchor):
         assert stability(mixing, 0.9, anchor, order) == pytest.approx(expected, abs=6e-4), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "ratio", "order", "anchor", "expected"),
     [
@@ -259,6 +262,7 @@ def test_the_largest_stable_beta():
 # All of it --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_call_runs_the_method_and_needs_no_plait(make_training, tmp_path):
     parts = make_training(dfedavg(), rounds=4)  # for its model, shards, settings and graph
     seen, rounds = [], []

@@ -25,6 +25,7 @@ def problem(digits, seed, num_clients=20):
     return {"model": model, "clients": clients}
 
 
+@pytest.mark.slow
 def test_extrapolation_saves_rounds_on_digits(digits):
     """20 clients with 2 classes each, 15 rounds, one seed: rounds to 80 %, both synchronous."""
     given = problem(digits, seed=2)
@@ -69,6 +70,7 @@ def test_an_unstable_combination_is_refused_with_remedies_that_work(digits):
     assert lazy.aggregate(**given, run=plait.Run())["history"]
 
 
+@pytest.mark.slow
 def test_an_unstable_combination_runs_when_it_is_allowed(digits):
     warnings = []
     method = DFedCata(
@@ -81,6 +83,7 @@ def test_an_unstable_combination_runs_when_it_is_allowed(digits):
     assert distances[-1] > 3 * distances[1]
 
 
+@pytest.mark.slow
 def test_models_that_run_away_are_no_result(digits):
     """Allowed to be unstable, on a ring of 20 peers: the weights grow 1.5-fold a round."""
     method = DFedCata(
@@ -93,6 +96,7 @@ def test_models_that_run_away_are_no_result(digits):
     assert 6 < len(seen) < 40
 
 
+@pytest.mark.slow
 def test_a_run_reports_its_radius(digits):
     run = plait.Run()
     DFedCata(rounds=1, **COMMON).aggregate(**problem(digits, seed=0), run=run)

@@ -151,6 +151,7 @@ class TestEM:
         assert gain("responsibility-mean") == pytest.approx(-3.6e-7, abs=5e-8)
         assert gain("frozen") > 0
 
+    @pytest.mark.slow
     @settings(max_examples=200, deadline=None)
     @given(
         st.dictionaries(st.integers(0, 255), st.integers(1, 60), min_size=2, max_size=40),
@@ -166,6 +167,7 @@ class TestEM:
             assert fit.log_likelihood.item() >= last - 1e-6
             last = fit.log_likelihood.item()
 
+    @pytest.mark.slow
     @settings(max_examples=100, deadline=None)
     @given(
         st.dictionaries(st.integers(0, 255), st.integers(1, 60), min_size=2, max_size=40),
@@ -234,6 +236,7 @@ class TestTable:
         )
         assert torch.equal(few.lut, start.lut)
 
+    @pytest.mark.slow
     def test_matches_em_of_the_cells_own_samples(self):
         *x, y = scene(3)
         table = estimate(x, y)
@@ -404,6 +407,7 @@ class TestFusing:
         assert (table.source == FITTED).any()
         torch.testing.assert_close(table.apply([y] * 3), y.float() / 255, atol=1e-4 / 255, rtol=0)
 
+    @pytest.mark.slow
     @settings(max_examples=20, deadline=None)
     @given(st.integers(0, 10**6), st.integers(2, 4), st.sampled_from([32, 50, 128]))
     def test_fused_stays_between_the_candidates(self, seed, num_models, bin_width):
@@ -640,6 +644,7 @@ class TestFiles:
             with pytest.raises(ValueError, match="not an EnsIR table"):
                 Table.load(tmp_path / name)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("bin_width", "num_models"), [(32, 3), (50, 2), (64, 4), (256, 2)])
     def test_authors_format_there_and_back(self, tmp_path, bin_width, num_models):
         *x, y = scene(14, num_models)
@@ -650,6 +655,7 @@ class TestFiles:
         assert torch.equal(again.lut, table.lut)
         assert torch.equal(again.apply(x), table.apply(x))
 
+    @pytest.mark.slow
     def test_authors_format(self, tmp_path):
         *x, y = scene(15)
         table = estimate(x, y)

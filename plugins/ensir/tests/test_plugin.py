@@ -59,6 +59,7 @@ def mean_psnr(result, truth):
 
 class TestClaim:
     # Rain, filters, photographs and arithmetic are fixed, so these figures are too; 0.02 dB is left to other versions.
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("learn", "test", "average", "least_squares", "ensir"),
         [("reference", "test", 24.91, 26.06, 26.83), ("test", "reference", 23.19, 24.09, 24.54)],
@@ -92,6 +93,7 @@ class TestClaim:
 
 
 class TestEnsemble:
+    @pytest.mark.slow
     def test_is_the_algorithm_on_datasets(self):
         images, truth, candidates, target = scenes(0)
         result = EnsIR(keep_float=True).ensemble(
@@ -101,6 +103,7 @@ class TestEnsemble:
         assert torch.equal(floats(result), table.apply(list(images.values())))
         assert result["name"] == ["scene-0", "scene-1"]
 
+    @pytest.mark.slow
     def test_fields_reach_the_algorithm(self):
         images, truth, candidates, target = scenes(1)
         options = {
@@ -127,6 +130,7 @@ class TestEnsemble:
         assert settings == gmm.Settings(initial_weights="uniform", variance_center="frozen", empty_cells="uniform")
         assert EnsIR(keep_float=True).settings == gmm.Settings()
 
+    @pytest.mark.slow
     def test_estimated_once_and_applied_elsewhere(self, tmp_path):
         _, _, candidates, target = scenes(2)
         _, _, others, _ = scenes(3)
@@ -144,6 +148,7 @@ class TestEnsemble:
             method = EnsIR(keep_float=True, table=tmp_path / name)
             assert torch.equal(floats(method.ensemble(candidates=others, reference=None, run=Run())), floats(direct))
 
+    @pytest.mark.slow
     def test_report(self):
         _, _, candidates, target = scenes(4)
         run = Run()
@@ -160,6 +165,7 @@ class TestEnsemble:
         assert sum(shares.values()) == pytest.approx(100)
         assert shares["empty, %"] == 0
 
+    @pytest.mark.slow
     def test_warnings(self):
         _, _, candidates, target = scenes(5)
         _, _, others, _ = scenes(6)
@@ -201,6 +207,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=words):
             EnsIR(**fields)
 
+    @pytest.mark.slow
     def test_inputs(self, tmp_path):
         _, _, candidates, target = scenes(8)
         reference = {**candidates, "target": target}

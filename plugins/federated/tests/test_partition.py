@@ -137,6 +137,7 @@ def test_disjoint_partitions_use_every_sample_once(num_clients, seed):
     assert (even.max(0) - even.min(0)).max() <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "message"),
     [

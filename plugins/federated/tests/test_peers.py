@@ -11,11 +11,12 @@ import torch
 from plait_federated.rounds import dfedavg, dfedavgm
 from plait_federated.topology import Graph
 
+pytestmark = pytest.mark.slow
+
 EXP = Graph(name="exp", num_clients=4)
 SIZES = (9, 9, 5, 9)
 
 
-@pytest.mark.slow
 def test_peers_equal_the_loop_and_send_one_model_an_edge(make_training, make_shards):
     """One rank a client, a directed graph, momentum; tested on the training data."""
     shards = make_shards(SIZES)
@@ -33,7 +34,6 @@ def test_peers_equal_the_loop_and_send_one_model_an_edge(make_training, make_sha
     assert peers.history[-1]["worst_client_accuracy"] == pytest.approx(loop.history[-1]["worst_client_accuracy"])
 
 
-@pytest.mark.slow
 def test_blocks_in_sequential_order_send_less_and_resume_in_another_engine(make_training, make_shards):
     options = {"graph": EXP, "shards": make_shards(SIZES), "update_order": "sequential", "allow_wavefront": True}
     loop = make_training(dfedavg(), folder="loop", rounds=5, **options).run()
@@ -43,7 +43,6 @@ def test_blocks_in_sequential_order_send_less_and_resume_in_another_engine(make_
     torch.testing.assert_close(resumed.state["local"], loop.state["local"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.slow
 def test_a_dead_peer_is_named_and_the_run_resumes_from_the_last_whole_round(make_training, tmp_path):
     training = make_training(dfedavg(), folder="broken", rounds=150, engine="peers", ranks=2)
     killer = threading.Thread(target=kill_a_child_once, args=(tmp_path / "broken" / "round-000003",))
@@ -67,13 +66,11 @@ def kill_a_child_once(appeared):
     os.kill(multiprocessing.active_children()[-1].pid, signal.SIGKILL)
 
 
-@pytest.mark.slow
 def test_what_goes_wrong_inside_a_peer_is_reported(make_training):
     with pytest.raises(RuntimeError, match="not finite after round 1"):
         make_training(engine="peers", ranks=2, learning_rate=1e38, max_grad_norm=None, weight_decay=1.0).run()
 
 
-@pytest.mark.slow
 def test_the_peer_at_fault_is_named_not_those_that_lost_it(make_training, make_shards):
     shards = make_shards()
     shards.inputs[shards.members[5]] = float("inf")

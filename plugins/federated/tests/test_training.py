@@ -34,6 +34,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("sizes", [(9,) * 6, (4, 1, 13, 8, 3, 9)], ids=["equal", "unequal"])
 def test_stacked_equals_loop(make_training, make_shards, name, sizes):
@@ -119,6 +120,7 @@ def test_relabelled_clients_give_relabelled_models_in_synchronous_order():
     assert not torch.allclose(play(rounds.sequential_round, *relabelled), sequential[order], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_gossip_steps_apply_the_matrix_several_times(make_training):
     graph = Graph(name="ring", num_clients=6)
     once = make_training(rounds.dfedsam(0.0, 3), graph=graph, folder="thrice").run()
@@ -165,6 +167,7 @@ def test_clients_weigh_by_size_or_all_alike():
     assert after["server_control"].item() == pytest.approx(-(2 * 1.5 + 5 * 2.5) / 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [rounds.fedavg, rounds.scaffold])
 def test_clients_of_one_size_weigh_alike(make_training, make_shards, make):
     results = {}
@@ -250,6 +253,7 @@ def test_frozen_parameters_stay_and_are_not_sent(make_training, model):
     assert not torch.equal(trained[2].weight, model[2].weight)
 
 
+@pytest.mark.slow
 def test_bfloat16_passes_keep_float32_weights(make_training):
     exact = make_training(folder="fp32").run()
     rough = make_training(folder="bf16", precision="bf16").run()
@@ -260,6 +264,7 @@ def test_bfloat16_passes_keep_float32_weights(make_training):
     assert (stacked.reported - exact.reported).abs().max() < 0.02
 
 
+@pytest.mark.slow
 def test_dropout_does_not_touch_the_global_generator(make_training):
     network = nn.Sequential(nn.Linear(8, 5), nn.Dropout(0.5), nn.Linear(5, 3))
     before = torch.get_rng_state()
@@ -301,6 +306,7 @@ def test_augmentation_shifts_and_flips():
     torch.testing.assert_close(shifted[0, 0], torch.tensor([[0.5, 0.5, 0.5], [2, 3, 0.5], [5, 6, 0.5]]))
 
 
+@pytest.mark.slow
 def test_augmented_images_are_the_same_in_both_engines(make_training, make_shards):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (54, 1, 6, 6), generator=generator, dtype=torch.uint8)
@@ -360,6 +366,7 @@ def test_growth_over_the_whole_run():
     check_growth(history_of(0.0, 0.0, 1e-3), start_norm=0.0)  # adapters start at zero
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dfedavg", "momentum", "sam", "prox", "scaffold", "fedavg", "server"])
 @pytest.mark.parametrize("engine", ["loop", "stacked"])
 def test_no_method_returns_models_that_ran_away(make_training, name, engine):

@@ -146,6 +146,7 @@ def test_equal_losses_and_lam_one_give_sam():
     assert_same(a, trained(SAM, base_optimizer=SGD, rho=0.2, lr=0.1), 1e-12)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     lam=st.floats(0.05, 1),
@@ -325,6 +326,7 @@ MAKERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 4])
 @pytest.mark.parametrize("name", MAKERS)
 def test_resume_from_state_dict(name, stop, tmp_path):
@@ -605,6 +607,7 @@ def one_process(rank, store, results):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_on_half_the_samples_each_are_one_on_all(tmp_path, monkeypatch):
     # The processes import this module by the name that pytest gave it, which begins at its root folder.
     monkeypatch.syspath_prepend(Path(__file__).parents[__name__.count(".")])

@@ -153,6 +153,7 @@ def combined(combine, lam, g_gnn, g_s):
 CHOICES = list(itertools.product(["combined", "perturbed"], [False, True], ["tensor", "global"], [1, 2, 3]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("grouping", GROUPS)
 @pytest.mark.parametrize("combine", ["convex", "additive"])

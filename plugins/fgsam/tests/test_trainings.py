@@ -64,6 +64,7 @@ def same(a, b):
     return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_training_learns(method, optimizer, graph):
@@ -75,6 +76,7 @@ def test_every_training_learns(method, optimizer, graph):
     assert report.value("gain") > 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [FGSAMTraining, FGSAMPlusTraining, SAMTraining])
 def test_training_on_batches_of_drawn_neighbours(method, graph):
     model = Gnn().load_model(graph, Run())
@@ -82,6 +84,7 @@ def test_training_on_batches_of_drawn_neighbours(method, graph):
     assert NodeAccuracy().evaluate(trained, graph, model, Run()).value("gain") > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gat", "sage", "gin", "sgc", "transformer"])
 @pytest.mark.parametrize("method", [FGSAMTraining, FGSAMPlusTraining])
 def test_every_architecture(method, architecture, graph):
@@ -90,6 +93,7 @@ def test_every_architecture(method, architecture, graph):
     assert trained.history[-1]["val_accuracy"] > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_of", [Gpn(), MetaGcn(n_way=2), Tent()])
 @pytest.mark.parametrize("method", METHODS)
 def test_few_shot(method, model_of, graph):
@@ -115,6 +119,7 @@ def test_few_shot_peer_sees_no_edges(model_of, graph):
     assert not torch.allclose(task.losses(model), on_whole_graph, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_lam_zero_is_adam_and_the_seed_is_enough(graph):
     model = Gnn().load_model(graph, Run())
     adam = AdamTraining(num_steps=12).optimize(model, graph, Run(seed=3, step="a"))
@@ -138,6 +143,7 @@ class KilledError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [10, 13])
 @pytest.mark.parametrize("method", [FGSAMPlusTraining, ESAMTraining])
 def test_killed_training_resumes_bit_for_bit(method, stop_at, graph):
@@ -231,6 +237,7 @@ def test_random_directions_have_length_one():
     assert (walked.ascent == 0).all()
 
 
+@pytest.mark.slow
 def test_sharpness_report(graph):
     model = Gnn().load_model(graph, Run())
     report = GraphSharpness(num_points=5, num_directions=3).evaluate({"a": model, "b": model}, graph, Run())
@@ -466,6 +473,7 @@ def test_own_model_in_a_plain_loop(graph):
     assert model.training
 
 
+@pytest.mark.slow
 def test_one_call_is_a_loop_of_updates(graph):
     """Three batches of rows, FGSAM+; and it needs no plait."""
     from plait_fgsam.peer import identity_graph, peer_mlp
@@ -500,6 +508,7 @@ def test_one_call_is_a_loop_of_updates(graph):
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_bf16_autocast_trains_as_float32_does(graph):
     final = []
     for enabled in (False, True):

@@ -141,6 +141,7 @@ class TestSets:
         assert family_of("mid-vit-block0-cross-map") == "score map"
         assert family_of("unet-out") == "noise prediction"
 
+    @pytest.mark.slow
     def test_listing_computes_nothing_and_knows_shapes(self, tiny):
         listed = list_activations(tiny("sd15"))
         assert len(listed) == 197
@@ -150,6 +151,7 @@ class TestSets:
 
 
 class TestExtraction:
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "pixart", "flux"])
     def test_every_kind_of_model(self, tiny, images, kind):
         backbone = tiny(kind)

@@ -80,6 +80,7 @@ def test_the_two_halves_are_the_whole(small):
     assert torch.equal(method.prepare(small, images, rows=[0, 1], seed=3, latents=call.latents).sample, call.sample)
 
 
+@pytest.mark.slow
 def test_dift_is_a_late_timestep_without_offset(tiny):
     backbone = tiny("sd15")
     assert dift().prepare(backbone, torch.rand(1, 3, 64, 64), rows=[0], seed=0).timestep == 261
@@ -148,6 +149,7 @@ def test_the_ranking_finds_the_informative_activation():
         ActivationRanking(num_labels=200, num_validation=300).evaluate(features, features, Run())
 
 
+@pytest.mark.slow
 def test_a_report_has_bars_and_colours(small):
     report = NoiseReport(layers=("up-level0-*",), num_images=4, draws=2, batch_size=3).evaluate(small, digits(5), Run())
     assert [panel.title for panel in report.panels] == [

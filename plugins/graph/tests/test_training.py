@@ -367,6 +367,7 @@ def loss_on_episodes(model, data):
     return sum(objective.draw(generator).losses(model).mean().item() for _ in range(20)) / 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Gpn(), MetaGcn(n_way=2)])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_few_shot_training_and_accuracy(make, sparse, graph, tmp_path):
@@ -391,6 +392,7 @@ def test_few_shot_training_and_accuracy(make, sparse, graph, tmp_path):
     assert EpisodeAccuracy(num_tasks=20, **episodes).evaluate(again, data, model, Run()).rows == report.rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Gpn(), MetaGcn(n_way=3), Tent()])
 def test_few_shot_training_gains_over_the_untrained_model_on_the_same_episodes(make):
     """Most features are noise, so that a network has to learn which to look at."""

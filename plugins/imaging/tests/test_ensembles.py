@@ -214,6 +214,7 @@ class TestLearning:
         )
         torch.testing.assert_close(ranges, plain, atol=1e-3, rtol=0)
 
+    @pytest.mark.slow
     @settings(max_examples=20, deadline=None)
     @given(seed=st.integers(0, 10**6), width=st.integers(1, 256), least=st.integers(1, 300))
     def test_ranges_are_never_worse_than_one_on_the_reference_itself(self, seed, width, least):

@@ -219,6 +219,7 @@ class KilledError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rng", ["per_image", "released"])
 def test_a_killed_attack_goes_on_where_it_was(rng, model, tmp_path, monkeypatch):
     monkeypatch.setattr("plait_sa_aet.plugin.attacking.SHARD_IMAGES", 4)
@@ -242,6 +243,7 @@ def test_a_killed_attack_goes_on_where_it_was(rng, model, tmp_path, monkeypatch)
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_batches_where_every_image_chooses():
     # In float64 the sums of other batches, threads or processors flip no signs of gradients.
     model, data = tiny_model().double(), digit_pairs(12)

@@ -92,6 +92,7 @@ def test_moves_the_embedding_away():
     assert (after > 10 * before).all()
 
 
+@pytest.mark.slow
 @given(epsilon=st.floats(0, 0.3), num_steps=st.integers(1, 4))
 def test_stays_in_the_ball_and_in_range(epsilon, num_steps):
     v, source = images(), Source(Encoder())

@@ -82,6 +82,7 @@ def without_first_direction(batches, data):
     return (basis @ basis.T).float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_model, tiny_fusion_model])
 @pytest.mark.parametrize("name", ["sa-aet", "dra", "sga"])
 def test_words_images_words(name, make, data):

@@ -129,6 +129,7 @@ def share_equal(a, b):
     return (a == b).float().mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make_rng", [lambda: PerImage(7, range(4)), lambda: ReleasedStreams(7)], ids=["per image", "released"]
 )

@@ -117,6 +117,7 @@ def test_all_words_are_known_and_fit(bed):
     assert (strange > 0).sum() == (plain > 0).sum() - 1
 
 
+@pytest.mark.slow
 def test_training_on_scenes_and_the_common_direction_of_texts():
     bed = DigitScenes(num_train=960, num_test=40).load_data(Run(seed=0))
     texts, owner = captions_of(bed["test"])

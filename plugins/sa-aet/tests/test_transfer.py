@@ -118,6 +118,7 @@ def shifted(pairs, step):
     return _with(pairs, image=images[step:] + images[:step])
 
 
+@pytest.mark.slow
 def test_table_of_sources_and_targets(pairs, knowing):
     data = {"a": shifted(pairs, 1), "b": pairs, "c": shifted(pairs, 3)}
     run = Run()

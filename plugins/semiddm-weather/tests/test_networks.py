@@ -91,6 +91,7 @@ def test_the_discriminator_knows_nothing_at_first():
     assert discriminator_loss(real, fake).item() == pytest.approx(2 * math.log(2), abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_discriminator_learns_what_is_easy():
     network, draw = seeded(Discriminator), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.9))

@@ -190,6 +190,7 @@ def textures(count, seed=0, side=32):
     return torch.nn.functional.interpolate(rough, size=side, mode="bicubic").clamp(0, 1)
 
 
+@pytest.mark.slow
 def test_the_ranker_has_the_size_of_the_page_and_learns_to_tell_clean_from_hazy():
     assert sum(parameter.numel() for parameter in Ranker().parameters()) == 33_185
     clean = textures(24)

@@ -15,6 +15,8 @@ from plait_semiddm_weather.plugin import LoadWeatherRestorer, RestoreWeather, Tr
 from plait_semiddm_weather.released import load_released, released_names, released_state
 from plait_semiddm_weather.settings import PRESETS, Architecture
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def example():

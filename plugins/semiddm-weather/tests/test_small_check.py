@@ -9,6 +9,8 @@ from plait_semiddm_weather.plugin.images import Images
 from plait_semiddm_weather.semiddm_weather import semiddm_weather
 from plait_semiddm_weather.settings import preset
 
+pytestmark = pytest.mark.slow
+
 LIGHT = {"severity": (0.4, 0.8), "air_light": (0.85, 0.95), "angle": (0, 0.35)}
 HEAVY = {"severity": (0.9, 1.5), "air_light": (0.75, 0.85), "angle": (0.35, 0.7)}
 
@@ -40,7 +42,6 @@ def checked():
     return start, semi, test
 
 
-@pytest.mark.slow
 def test_rain_snow_and_haze_gain_a_decibel_in_both_stages(checked):
     start, semi, test = checked
     degraded, clean = stacked(test)
@@ -51,14 +52,12 @@ def test_rain_snow_and_haze_gain_a_decibel_in_both_stages(checked):
             assert gain[[name == weather for name in test.domains]].mean() >= 1, weather
 
 
-@pytest.mark.slow
 def test_the_scorer_prefers_clean_images(checked):
     start, _, test = checked
     degraded, clean = stacked(test)
     assert (start.score(clean) > start.score(degraded)).float().mean() >= 0.9
 
 
-@pytest.mark.slow
 def test_the_mean_of_eight_samples_is_at_least_as_similar_as_one(checked):
     from skimage.metrics import structural_similarity
 
@@ -73,7 +72,6 @@ def test_the_mean_of_eight_samples_is_at_least_as_similar_as_one(checked):
     assert similarity(samples.mean(dim=0)) >= similarity(samples[0])
 
 
-@pytest.mark.slow
 def test_the_bank_does_not_get_worse_by_its_own_measure(checked):
     _, semi, _ = checked
     assert semi.bank.scorer.startswith("ranker ")

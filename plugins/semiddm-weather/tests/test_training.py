@@ -83,6 +83,7 @@ def started():
     return train("supervised").model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
     ["semiddm", "supervised", "mean-teacher", "static-pseudo", "bank-no-content", "bank-score-only", "bank-confidence", "oracle-screen"],
@@ -96,6 +97,7 @@ def test_every_rule_trains(started, rule):
         assert all(map(math.isfinite, result.bank_psnr))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["regression", "patch-ddim"])
 def test_baselines_with_other_networks(architecture):
     from dataclasses import replace
@@ -114,6 +116,7 @@ def whole():
     return train(checkpoint=Memory())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [2, 5, 7])  # in stage 1, at its end, in stage 2
 def test_killed_and_resumed_it_gives_the_same_bits(whole, kill_at):
     memory, expected = Memory(), whole
@@ -136,6 +139,7 @@ def test_without_weight_stage_2_is_supervised_training_bit_for_bit(started):
     assert same(semi.model.discriminator, plain.model.discriminator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{"content_threshold": 0.0}, {"scorer": "constant"}])
 def test_a_bank_that_takes_nothing_is_self_training(started, given):
     static = train("static-pseudo", started, num_steps_stage2=2)
@@ -204,6 +208,7 @@ def test_curves_hold_the_losses_and_how_well_the_discriminator_does():
     assert all(0 <= one["stage 1: accuracy of D"] <= 1 for one in curves[:4])
 
 
+@pytest.mark.slow
 def test_the_factor_two_of_the_sub_bands_matters():
     """The released losses compare images of half the scale: the optimum is twice too bright."""
     images = Images(6, True)

@@ -29,6 +29,7 @@ def test_without_alignment_the_step_is_clean_clip_bit_for_bit(make_model, pairs)
     assert not same(plain, on)
 
 
+@pytest.mark.slow
 def test_the_optimizer_state_of_the_authors_checkpoints_is_taken_over(make_model, pairs, tmp_path):
     """By the kit's own function: the same state as clean-clip starts from."""
     trained, released = make_model(), {**TRAINING, "as_released": True, "learning_rate": 1e-4}
@@ -69,6 +70,7 @@ def test_the_truth_is_not_read(make_model, pairs):
     assert same(method.defend(make_model(), pairs, None, Run()), method.defend(make_model(), garbage, None, Run()))
 
 
+@pytest.mark.slow
 def test_one_run_serves_several_defences(make_model, pairs):
     run, other = Run(), TaCleaner(**TRAINING, **RULES, ta_weight=0.5)
     first = TaCleaner(**TRAINING, **RULES).defend(make_model(), pairs, None, run)
@@ -77,6 +79,7 @@ def test_one_run_serves_several_defences(make_model, pairs):
     assert same(second, other.defend(make_model(), pairs, None, Run()))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_weights(make_model, pairs, tmp_path):
     method = TaCleaner(**TRAINING, **RULES)
     whole = method.defend(make_model(), pairs, None, Run(step="ta"))
@@ -90,6 +93,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(make_model, pairs, tmp_p
     assert same(method.defend(make_model(), pairs, None, Run(step="ta", folder=tmp_path)), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [TaCleaner(**TRAINING, **RULES), FtHardNegatives(**TRAINING, **RULES)])
 def test_a_frozen_model_is_cleaned_as_another_and_comes_back_frozen(make_model, pairs, method):
     frozen = make_model().requires_grad_(False)
@@ -100,6 +104,7 @@ def test_a_frozen_model_is_cleaned_as_another_and_comes_back_frozen(make_model, 
     assert not same(method.defend(cleaned, pairs, None, Run()), cleaned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -121,6 +126,7 @@ def test_variants_and_ablations_train(make_model, pairs, change):
     assert all(bool(p.isfinite().all()) for p in result.parameters())
 
 
+@pytest.mark.slow
 def test_columns_give_the_sub_captions(make_model, pairs):
     written = Subcaptions(**RULES, n_negatives=2).transform(pairs, Run())
     assert written.column_names == [*pairs.column_names, "caption_pos", "caption_neg_1", "caption_neg_2"]
@@ -138,6 +144,7 @@ def test_columns_give_the_sub_captions(make_model, pairs):
     assert again.column_names == written.column_names
 
 
+@pytest.mark.slow
 def test_hard_negatives(make_model, pairs):
     method = FtHardNegatives(**TRAINING, **RULES)
     first, second = (method.defend(make_model(), pairs, None, Run()) for _ in range(2))
@@ -185,6 +192,7 @@ def test_bad_fields_are_refused(fields, message):
         TaCleaner(**fields)
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_sentence(make_model, pairs, tmp_path):
     empty = pairs.remove_columns("captions").add_column("captions", [[""]] * 64)
     cases = [

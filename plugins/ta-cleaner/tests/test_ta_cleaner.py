@@ -210,6 +210,7 @@ def test_the_number_of_rows_with_sub_captions():
         ta.num_subtext_rows(3.5, 40)
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_does_not_matter(train):
     assert equal_weights(train(), train(num_workers=2))
 

@@ -40,6 +40,7 @@ def change(data, moved):
     return (after - before).reshape(len(data), -1) / 255
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("AutoAttack", "VANILA")])
 def test_every_attack_runs_and_holds_its_budget(name, data, trained):
     few = data.select(range(12))
@@ -67,6 +68,7 @@ def test_every_attack_runs_and_holds_its_budget(name, data, trained):
         assert np.abs(difference).max() > 0
 
 
+@pytest.mark.slow
 def test_autoattack_is_the_strongest(data, trained):
     few = data.select(range(20))
     run = plait.Run(on_warning=lambda message: None)

@@ -13,6 +13,8 @@ from plait_clip.backdoor.plugin.defences import SquareUnlearn
 from plait_clip.backdoor.plugin.evaluations import BackdoorDetection
 from plait_ubt.plugin import Ubt
 
+pytestmark = pytest.mark.slow
+
 COLOURS = {"red": (230, 25, 25), "green": (25, 230, 25), "blue": (25, 25, 230), "grey": (120, 120, 120)}
 POISONED = list(range(0, 160, 10))
 SETTINGS = {

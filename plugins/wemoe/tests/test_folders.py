@@ -66,6 +66,7 @@ def pool(folders):
     return {"base": loaded(folders, "base"), "experts": {name: loaded(folders, name) for name in ("a", "b")}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_folders_are_merged_to_the_bits_of_models_in_memory(folders, method, tmp_path):
     merged = method.merge(**pool(folders), data=None, run=plait.Run(seed=3, folder=tmp_path / "scratch"))

@@ -206,6 +206,7 @@ def same(one, two):
     return torch.allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_every_kind_is_merged_and_what_is_stored_answers_as_it_did(kind, tmp_path):
     name, base, experts, data = kind
     before = copy.deepcopy([base, *experts.values()])
@@ -481,6 +482,7 @@ def transformers_pair():
     return TransformersModel(model, fast, ImageInput(SIDE, [0.5] * 3, [0.5] * 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [open_clip_pair, transformers_pair])
 def test_image_text_models_come_out_of_the_store_with_both_towers(build, tmp_path):
     pytest.importorskip("plait_clip")

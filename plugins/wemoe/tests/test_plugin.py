@@ -68,6 +68,7 @@ def score(model, test):
     return {task: report.rows[0][task] for task in test}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_every_method_merges_saves_and_leaves_the_callers_models_alone(toy, method, tmp_path):
     base, experts, _, test = toy
@@ -135,6 +136,7 @@ def test_one_run_serves_several_trainings(method, toy):
     assert same(second.state_dict(), alone.state_dict())
 
 
+@pytest.mark.slow
 def test_evaluation_reports_tasks_mean_routing_sizes_and_pictures(toy):
     base, experts, _, test = toy
     run = plait.Run()
@@ -220,6 +222,7 @@ def test_models_without_a_head_are_merged_whole(tmp_path):
         assert merged(torch.rand(2, 3, 8, 8)).shape == (2, 4)
 
 
+@pytest.mark.slow
 def test_image_text_models_keep_being_image_text_models(tmp_path):
     pytest.importorskip("plait_clip")
     from plait_clip import architectures, zero_shot_head
@@ -275,6 +278,7 @@ def pictures(number, size):
 # --------------------------------------------------------------------------------------------- the toy tasks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_toy_sizes_and_reproducibility(task):
     one, two, other = four_tasks(task, 0), four_tasks(task, 0), four_tasks(task, 1)

@@ -143,6 +143,7 @@ def load(folder, data=None):
     return plugin.TextClassifier(source=str(folder)).load_model(data=data, run=plait.Run())
 
 
+@pytest.mark.slow
 def test_every_method_merges_and_is_evaluated_on_batches_of_tokens(family, tokenizer, tmp_path):
     name, folder = family
     _, body, classifier, places, is_routed = FAMILIES[name]
@@ -206,6 +207,7 @@ def test_a_single_expert_with_lambda_one_is_that_expert(family):
         assert torch.allclose(merged.logits(inputs, "mood"), expert(**inputs).logits, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["BERT", "T5"], indirect=True)
 def test_classifiers_are_fine_tuned_merged_trained_and_merged_again(family, tokenizer):
     name, folder = family
@@ -335,6 +337,7 @@ steps:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["DistilBERT"], indirect=True)
 def test_a_pipeline_of_texts(family, tokenizer, tmp_path, monkeypatch):
     _, folder = family

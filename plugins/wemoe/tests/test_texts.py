@@ -178,6 +178,7 @@ def test_folders_without_a_tokenizer(tmp_path):
 # ------------------------------------------------------------------------------------- merge and evaluate
 
 
+@pytest.mark.slow
 def test_texts_through_merge_and_evaluation(pool, tokenizer, tmp_path):
     base, experts, data = pool
     run = plait.Run()

@@ -223,6 +223,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("routing", ["sample", "batch", "fixed"])
 def test_saved_and_loaded_it_answers_bit_by_bit_the_same(pool, tmp_path, config, routing):

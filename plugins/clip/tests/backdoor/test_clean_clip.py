@@ -175,6 +175,7 @@ def rates(model, pairs, **more):
     return seen
 
 
+@pytest.mark.slow
 def test_schedule(small, model):
     seen = rates(model, small)
     assert len(seen) == 40
@@ -183,6 +184,7 @@ def test_schedule(small, model):
     assert 0 <= model.logit_scale.item() <= MAX_LOG_SCALE
 
 
+@pytest.mark.slow
 def test_the_authors_schedule_starts_late_and_rises_at_the_end(small, model):
     seen, usual = rates(copy.deepcopy(model), small, as_released=True), rates(model, small)
     assert len(seen) == 40
@@ -266,6 +268,7 @@ def test_an_optimizer_state_of_old_torch_versions(small):
     clean_clip(model, small, SYNONYMS, options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vision", [VIT, RESNET], ids=["vit", "resnet"])
 def test_every_defence_with_the_field_takes_the_authors_checkpoints(vision, small, tmp_path):
     model = clip_with(vision)
@@ -319,6 +322,7 @@ def test_an_optimizer_checkpoint_needs_the_authors_schedule(tmp_path):
 # --- training ---
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(small, model, checkpoint):
     options = FineTuning(num_epochs=3, batch_size=64, learning_rate=1e-3, warmup_steps=0.1)
     whole = copy.deepcopy(model)

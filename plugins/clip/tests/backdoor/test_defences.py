@@ -14,6 +14,8 @@ from plait_clip.model import ImageTextModel
 from plait_clip.pair_batches import PairLoader
 from plait_clip.plugin.training import ClipContrastive
 
+pytestmark = pytest.mark.slow
+
 TOY = {"learning_rate": 1e-3, "warmup_steps": 0.1}
 QUICK = {"num_epochs": 1, "batch_size": 64, **TOY}
 ALL = [

@@ -14,6 +14,8 @@ from plait_clip.backdoor.plugin.defences import SquareUnlearn
 from plait_clip.backdoor.plugin.evaluations import BackdoorDetection, ClipBackdoor
 from plait_clip.plugin.models import OpenClip
 
+pytestmark = pytest.mark.slow
+
 
 def evaluated(method, model, data, reference=None) -> Report:
     return method.evaluate(model=model, data=data, reference=reference, run=plait.Run(seed=0))

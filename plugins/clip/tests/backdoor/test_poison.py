@@ -132,6 +132,7 @@ def test_same_seed_same_bytes_other_seed_others(small):
     assert content(attacked(method, small)) != content(attacked(method, small, seed=1))
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_bytes(small):
     program = """
 import hashlib, json, datasets, plait
@@ -465,6 +466,7 @@ def optimised(clean_model, digits):
     return method, attacked(method, digits["train"], model=clean_model)
 
 
+@pytest.mark.slow
 def test_badclip_moves_images_to_the_target(optimised, digits, clean_model):
     _, table = optimised
     attack = from_manifest(table)
