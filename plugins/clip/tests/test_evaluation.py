@@ -285,3 +285,13 @@ def test_users_mistakes_are_one_sentence(trained, digits, run):
         ZeroShot().evaluate(model=trained, data=test, run=run)
     with pytest.raises(ValueError, match="text embeddings are not finite"):
         Retrieval().evaluate(model=trained, data=test, run=run)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_part_has_its_own_mode_again(precision):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)).train()
+    model[1].eval()  # normalisation that somebody froze
+    with pytest.raises(KeyError), zero_shot.evaluating(model, precision):
+        assert not any(part.training for part in model.modules())
+        raise KeyError
+    assert [part.training for part in model.modules()] == [True, True, False]

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import attrs
 import torch
+from plait_vision import own_modes
 from torch import Tensor, nn
 
 from plait_clip.losses import clip_loss, sigmoid_loss
@@ -207,7 +208,6 @@ def train(
     """
     check_weights(model)
     device = next(model.parameters()).device
-    was_training = model.training
     step, num_steps = 0, num_epochs * steps_per_epoch
     if checkpoint is not None and (state := checkpoint.load()) is not None:
         model.load_state_dict(state["model"])
@@ -244,8 +244,8 @@ def train(
             return late
         return step % 50 == 0 and float(accelerator.reduce(torch.tensor(float(late), device=device), "sum")) > 0
 
-    model.train()
-    try:
+    with own_modes(model):
+        model.train()
         with _own_randomness(device):
             while step < num_steps:
                 epoch, done = divmod(step, steps_per_epoch)
@@ -276,8 +276,6 @@ def train(
             if last_good[0] != num_steps:  # finite losses, yet the last update broke the weights
                 model.load_state_dict(last_good[1])
                 raise DivergedError(num_steps, math.nan, last_good[0])
-    finally:
-        model.train(was_training)
 
 
 @attrs.frozen(kw_only=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import datasets
+import plait_vision
 import torch
 import torch.nn.functional as F
 from plait.fingerprints import fingerprint
@@ -25,19 +26,15 @@ _MAX_HEADS = 8
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module, precision: str = "fp32") -> Iterator[None]:
-    """Eval mode, no gradients, autocast for ``"bf16"``; the model's mode comes back afterwards."""
-    was_training = model.training
-    model.eval()
+    """Eval mode, no gradients, autocast for ``"bf16"``; every part has its own mode again afterwards."""
     device = next(model.parameters()).device
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.autocast(device.type, torch.bfloat16, precision == "bf16"),
-        ):
-            yield
-    finally:
-        model.train(was_training)
+    with (
+        plait_vision.evaluating(model),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, torch.bfloat16, precision == "bf16"),
+    ):
+        yield
 
 
 def zero_shot_head(

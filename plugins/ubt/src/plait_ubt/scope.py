@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from plait_clip import clip_loss
+from plait_clip import clip_loss, evaluating
 from torch import Tensor, nn
 
 from plait_ubt.embeddings import CaptionedImages, device_of, parts, unit_images, unit_texts
@@ -57,20 +57,20 @@ def diagnose(
         ``forget_cosine``: mean c(U, t_forget); ``unrelated_cosine``: the same for retained images whose caption holds
         none of the forget words (absent if there is none); ``retain_loss``: L_clip of up to 256 retained pairs.
     """
-    model.eval()
-    device = device_of(model)
-    v_forget = unit_texts(model, forget_texts)
-    rows = range(min(256, len(retain_pairs)))
-    u_retain = unit_images(model, retain_pairs.images(rows).to(device))
-    retain_captions = [retain_pairs.captions[i] for i in rows]
-    words = {word for text in forget_texts for word in caption_words(text)}
-    unrelated = [i for i in rows if words.isdisjoint(caption_words(retain_captions[i]))]
-    batches = parts(range(len(forget_pairs)), 64)
-    u_forget = torch.cat([unit_images(model, forget_pairs.images(batch).to(device)) for batch in batches])
-    values = {
-        "forget_cosine": (u_forget * v_forget).sum(-1).mean().item(),
-        "retain_loss": clip_loss(u_retain, unit_texts(model, retain_captions), model.logit_scale.exp()).item(),
-    }
-    if unrelated:
-        values["unrelated_cosine"] = (u_retain[unrelated] @ v_forget.T).mean().item()
+    with evaluating(model):
+        device = device_of(model)
+        v_forget = unit_texts(model, forget_texts)
+        rows = range(min(256, len(retain_pairs)))
+        u_retain = unit_images(model, retain_pairs.images(rows).to(device))
+        retain_captions = [retain_pairs.captions[i] for i in rows]
+        words = {word for text in forget_texts for word in caption_words(text)}
+        unrelated = [i for i in rows if words.isdisjoint(caption_words(retain_captions[i]))]
+        batches = parts(range(len(forget_pairs)), 64)
+        u_forget = torch.cat([unit_images(model, forget_pairs.images(batch).to(device)) for batch in batches])
+        values = {
+            "forget_cosine": (u_forget * v_forget).sum(-1).mean().item(),
+            "retain_loss": clip_loss(u_retain, unit_texts(model, retain_captions), model.logit_scale.exp()).item(),
+        }
+        if unrelated:
+            values["unrelated_cosine"] = (u_retain[unrelated] @ v_forget.T).mean().item()
     return values

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from plait_clip import Checkpoint, clip_loss
+from plait_clip import Checkpoint, clip_loss, evaluating
 from torch import Tensor, nn
 
 from plait_ubt.embeddings import (
@@ -245,15 +245,14 @@ def similarities(
     """
     state = checkpoint.load() if checkpoint else None
     scores = torch.full((len(rows),), math.nan) if state is None else state["scores"]
-    was_training = model.training
-    model.eval()
     starts = range(0, len(rows), batch_size)
     for start in track(starts, description):
         chunk = slice(start, min(start + batch_size, len(rows)))
         if bool(scores[chunk].isfinite().all()):
             continue
         batch = list(rows[chunk])
-        u, v = unit_pairs(model, pairs, batch)
+        with evaluating(model):
+            u, v = unit_pairs(model, pairs, batch)
         cosine = (u * v).sum(-1)
         if not cosine.isfinite().all():
             row = batch[int((~cosine.isfinite()).nonzero()[0])]
@@ -263,7 +262,6 @@ def similarities(
         scores[chunk] = cosine.clamp(-1, 1).cpu()
         if checkpoint and (start // batch_size % save_every == save_every - 1 or start == starts[-1]):
             checkpoint.save({"scores": scores})
-    model.train(was_training)
     return scores.numpy()
 
 
@@ -428,9 +426,9 @@ def split_by_leave_one_out(model: nn.Module, image: Tensor, caption: str, ratio:
     words = caption_words(caption)
     if len(words) == 1:
         return split_caption(words, {0})
-    model.eval()
-    u = unit_images(model, image[None].to(device_of(model)))
-    drop = -(u @ unit_texts(model, without_each_word(caption)).T)[0]  # c(x, t) itself is the same for all words
+    with evaluating(model):
+        u = unit_images(model, image[None].to(device_of(model)))
+        drop = -(u @ unit_texts(model, without_each_word(caption)).T)[0]  # c(x, t) itself is the same for all words
     return split_caption(words, set(drop.topk(math.ceil(ratio * len(words))).indices.tolist()))
 
 

@@ -11,7 +11,7 @@ For authors of methods and kits, stable:
   :data:`IS_BACKDOOR`;
 * datasets on disk in bounded memory – :func:`write_rows`, :func:`write_tables`;
 * training, which imports torch – :func:`train_steps`, a loop that resumes to the same bits;
-* classifiers, which import torch – :func:`as_classifier`, :func:`as_features`, :func:`as_logits`, :func:`is_image_text_model`, :func:`on_device`, :func:`evaluating`,
+* classifiers, which import torch – :func:`as_classifier`, :func:`as_features`, :func:`as_logits`, :func:`is_image_text_model`, :func:`on_device`, :func:`evaluating`, :func:`own_modes`,
   :class:`AnyClassifier`, :class:`Classifier`, :class:`Preparation`, :class:`ClassifierFields`; for methods that attack
   images :class:`ImageRows`, :func:`with_attacked_images`, :func:`loss_gradient`, :func:`to_eight_bits`, :func:`over_splits`,
   :func:`class_number`, :func:`class_names_of`, :func:`labels_of`, :func:`in_order_of`, :func:`has_texts`,
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         evaluating,
         is_image_text_model,
         on_device,
+        own_modes,
     )
     from plait_vision.features import as_features
     from plait_vision.labelled import (
@@ -88,6 +89,7 @@ _LATE = {
     "labels_of": "labelled",
     "loss_gradient": "adversarial",
     "on_device": "classifiers",
+    "own_modes": "classifiers",
     "over_splits": "attacking",
     "success_rate": "labelled",
     "to_eight_bits": "adversarial",
@@ -141,6 +143,7 @@ __all__ = [
     "loss_gradient",
     "on_device",
     "over_splits",
+    "own_modes",
     "read_saved",
     "read_table",
     "size",

@@ -277,15 +277,22 @@ def on_device(model: Any, device: Any) -> Any:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every part has its own mode again afterwards."""
+def own_modes(model: nn.Module) -> Iterator[None]:
+    """Afterwards every part has the mode again, train or eval, that it came with."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every part has its own mode again afterwards."""
+    with own_modes(model):
+        model.eval()
+        yield
 
 
 def preparation_of(model: nn.Module) -> Preparation | None:

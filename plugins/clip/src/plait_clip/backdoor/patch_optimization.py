@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import plait_vision
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -105,41 +106,40 @@ def optimize_patch(
         adam.load_state_dict(state["adam"])
         generator.set_state(state["generator"])
     was = [parameter.requires_grad for parameter in model.parameters()]
-    mode = model.training
-    model.requires_grad_(False).eval()
-    try:
-        for epoch in range(start, options.num_epochs):
-            order = torch.randperm(len(source_rows), generator=generator).tolist()
-            for first in range(0, len(order) - options.batch_size + 1, options.batch_size):
-                index = order[first : first + options.batch_size]
-                augment = float(torch.rand((), generator=generator)) < options.augment_probability
-                chosen = [source_rows[i] for i in index]
-                images = _images(cells, chosen, model, seed_of("patch", seed, epoch) if augment else None)
-                # The model may be in double precision or half; the patch is in float.
-                patched = F.normalize(model.encode_image(centre_patch(images, patch.clamp(0, 1))).float(), dim=-1)
-                with evaluating(model):
-                    texts = F.normalize(model.encode_text([captions[i] for i in index]).float(), dim=-1)
-                losses = {"text": clip_loss(patched, texts, model.logit_scale.detach().float().exp())}
-                if options.triplet_weight:
-                    drawn = torch.randint(len(target_rows), (len(index),), generator=generator).tolist()
-                    positives = _images(cells, [target_rows[i] for i in drawn], model, None)
+    with plait_vision.evaluating(model):
+        model.requires_grad_(False)
+        try:
+            for epoch in range(start, options.num_epochs):
+                order = torch.randperm(len(source_rows), generator=generator).tolist()
+                for first in range(0, len(order) - options.batch_size + 1, options.batch_size):
+                    index = order[first : first + options.batch_size]
+                    augment = float(torch.rand((), generator=generator)) < options.augment_probability
+                    chosen = [source_rows[i] for i in index]
+                    images = _images(cells, chosen, model, seed_of("patch", seed, epoch) if augment else None)
+                    # The model may be in double precision or half; the patch is in float.
+                    patched = F.normalize(model.encode_image(centre_patch(images, patch.clamp(0, 1))).float(), dim=-1)
                     with evaluating(model):
-                        negative = F.normalize(model.encode_image(images).float(), dim=-1)
-                        positive = F.normalize(model.encode_image(positives).float(), dim=-1)
-                    losses["triplet"] = F.triplet_margin_loss(patched, positive, negative, options.triplet_margin)
-                loss = losses["text"] + options.triplet_weight * losses.get("triplet", 0.0)
-                adam.zero_grad()
-                loss.backward()
-                adam.step()
-                on_step(step, {name: value.item() for name, value in {**losses, "loss": loss}.items()})
-                step += 1
-            if checkpoint is not None:
-                state = {"patch": patch.detach(), "adam": adam.state_dict(), "generator": generator.get_state()}
-                checkpoint.save({**state, "epoch": epoch + 1, "step": step})
-    finally:
-        for parameter, trainable in zip(model.parameters(), was, strict=True):
-            parameter.requires_grad_(trainable)
-        model.train(mode)
+                        texts = F.normalize(model.encode_text([captions[i] for i in index]).float(), dim=-1)
+                    losses = {"text": clip_loss(patched, texts, model.logit_scale.detach().float().exp())}
+                    if options.triplet_weight:
+                        drawn = torch.randint(len(target_rows), (len(index),), generator=generator).tolist()
+                        positives = _images(cells, [target_rows[i] for i in drawn], model, None)
+                        with evaluating(model):
+                            negative = F.normalize(model.encode_image(images).float(), dim=-1)
+                            positive = F.normalize(model.encode_image(positives).float(), dim=-1)
+                        losses["triplet"] = F.triplet_margin_loss(patched, positive, negative, options.triplet_margin)
+                    loss = losses["text"] + options.triplet_weight * losses.get("triplet", 0.0)
+                    adam.zero_grad()
+                    loss.backward()
+                    adam.step()
+                    on_step(step, {name: value.item() for name, value in {**losses, "loss": loss}.items()})
+                    step += 1
+                if checkpoint is not None:
+                    state = {"patch": patch.detach(), "adam": adam.state_dict(), "generator": generator.get_state()}
+                    checkpoint.save({**state, "epoch": epoch + 1, "step": step})
+        finally:
+            for parameter, trainable in zip(model.parameters(), was, strict=True):
+                parameter.requires_grad_(trainable)
     return patch.detach().clamp(0, 1).cpu()
 
 
