@@ -6,6 +6,8 @@ PLUGINS := $(sort $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.t
 # Some tests wait for processes of their own, so one more than two cores keeps both busy.
 JOBS ?= 3
 export OMP_NUM_THREADS ?= 1
+# Where there are more threads than cores, those that wait for others sleep.
+export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test test-fast lint bench figures docs wheels clean
