@@ -37,6 +37,8 @@ CONTENT = re.compile(r"[0-9a-f]{32}-[0-9]+")
 SHARED = 4096  # bytes; smaller files take a block of the disk at most
 # A holder that has died on this host is seen at once; one on another host when it has not stirred for so long.
 LEASE_SECONDS = 60.0
+# A holder writes its name into the lock as soon as it has made it; one that has not after so long was killed in between.
+NAMELESS_SECONDS = 5.0
 # After so long a file that nobody refreshes belongs to nobody, whatever the clocks of two hosts say.
 ABANDONED_SECONDS = 3600.0
 
@@ -124,7 +126,7 @@ class Store:
             except Timeout:
                 if on_wait:
                     on_wait()
-                lease.acquire()
+                _wait_for(lease)
         try:
             yield
         finally:
@@ -318,6 +320,8 @@ class Store:
     def _if_free(self, key: str) -> Iterator[bool]:
         """Hold a key if nobody does."""
         lease = self._lease("locks", key)
+        if _nameless(lock := Path(lease.lock_file)) and _is_abandoned(lock):
+            lock.unlink(missing_ok=True)
         try:
             lease.acquire(timeout=0)
         except Timeout:
@@ -453,6 +457,30 @@ def _size(folder: Path) -> int:
     """Bytes of the files that have no other name elsewhere."""
     facts = [path.stat() for path in folder.rglob("*") if path.is_file()]
     return sum(fact.st_size for fact in facts if fact.st_nlink == 1)
+
+
+def _wait_for(lease: SoftFileLease) -> None:
+    """Acquire a lease as soon as it is free; a lock without a name, which filelock leaves alone for ever, goes."""
+    lock = Path(lease.lock_file)
+    while True:
+        before = _nameless(lock)
+        try:
+            lease.acquire(timeout=NAMELESS_SECONDS)
+            return
+        except Timeout:
+            # Should it be taken this very moment, two processes compute the same result, and one of them is kept.
+            if before is not None and _nameless(lock) == before:
+                lock.unlink(missing_ok=True)
+
+
+def _nameless(lock: Path) -> tuple[int, int] | None:
+    """Which lock is there, if its holder's name is not in it."""
+    try:
+        with lock.open("rb") as file:
+            facts = os.fstat(file.fileno())
+            return None if file.read(1) else (facts.st_ino, facts.st_mtime_ns)
+    except OSError:
+        return None
 
 
 def _is_abandoned(lock: Path) -> bool:

@@ -182,6 +182,49 @@ def test_a_key_is_held_by_one_process_of_all_hosts(tmp_path, short_leases, host)
     assert list((tmp_path / "locks").iterdir()) == []
 
 
+def killed_while_locking(store, key):
+    """A process makes the lock first, then writes its name into it; this one was killed in between."""
+    (store.root / "locks").mkdir(parents=True, exist_ok=True)
+    lock = store.root / "locks" / f"{key}.lock"
+    lock.touch()
+    return lock
+
+
+def test_a_lock_of_a_process_that_was_killed_before_its_name_was_in_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(plait.store, "NAMELESS_SECONDS", 0.2)
+    store, key, waited = Store(tmp_path), "ab" * 32, []
+    lock = killed_while_locking(store, key)
+    with store.lock(key, lambda: waited.append(1)):
+        assert lock.read_text()
+    assert waited == [1]
+    assert not lock.exists()
+
+
+def test_a_lock_whose_name_comes_late_is_respected(tmp_path, monkeypatch):
+    monkeypatch.setattr(plait.store, "NAMELESS_SECONDS", 0.3)
+    store, key = Store(tmp_path), "ab" * 32
+    with store.lock(key):
+        name = (lock := store.root / "locks" / f"{key}.lock").read_bytes()
+    killed_while_locking(store, key)
+    late = threading.Timer(0.1, lock.write_bytes, [name])
+    late.start()
+    order = []
+    end = threading.Timer(1.0, lambda: (order.append("other"), lock.unlink()))
+    end.start()
+    with store.lock(key):
+        order.append("ours")
+    assert order == ["other", "ours"]
+
+
+def test_collect_sweeps_locks_without_a_name_that_are_old(tmp_path):
+    store = Store(tmp_path)
+    old, new = (killed_while_locking(store, letter * 32) for letter in ("ab", "cd"))
+    os.utime(old, (0, 0))
+    store.collect(0)
+    assert not old.exists()
+    assert new.exists()
+
+
 @pytest.mark.parametrize("host", ["here", "another-host"])
 def test_collect_leaves_what_a_run_needs(tmp_path, short_leases, host):
     store = Store(tmp_path)
