@@ -150,6 +150,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_method_that_is_not_installed(workplace):
     Path("p.yaml").write_text("plait: 1\nsteps: {a: {extract-feature: gdf, from: {model: m, data: d}}}")
     done = subprocess.run([sys.executable, "-c", WITHOUT_GDF, "run", "p.yaml"], capture_output=True, text=True)

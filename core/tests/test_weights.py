@@ -89,6 +89,7 @@ def test_prefixes_of_all_names_are_taken_off(tmp_path, model, prefix):
     assert equal(read_weights(tmp_path / "net.ckpt"), model)
 
 
+@pytest.mark.slow
 def test_a_compiled_part_and_an_averaged_model(tmp_path, model):
     compiled = torch.nn.Sequential(OrderedDict({"0": torch.compile(model[0]), "1": model[1]}))
     assert any("_orig_mod" in name for name in compiled.state_dict())

@@ -53,6 +53,7 @@ def test_as_released_and_what_goes_before_it():
     assert DFedCata(as_released=False, topology="exp").resolved().weights == "uniform"
 
 
+@pytest.mark.slow
 def test_an_unstable_combination_is_refused_with_remedies_that_work(digits):
     given = problem(digits, seed=0)
     method = DFedCata(topology="ring", update_order="synchronous", anchor="own_previous", **COMMON)

@@ -190,6 +190,7 @@ def test_every_baseline_trains_a_copy(method, model, clients):
         assert 0 <= last["worst_client_accuracy"] <= last["mean_client_accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_training_reaches_what_the_data_allow():
     """IID clients on a full graph learn digits."""
     digits = Digits8x8().load_data(run=plait.Run())

@@ -173,6 +173,7 @@ def test_equals_the_plain_loop(model, corpus, make_rng, project, selection):
     project_candidates=st.booleans(),
     seed=st.integers(0, 99),
 )
+@pytest.mark.slow
 def test_stays_in_the_ball_and_in_range(seed, epsilon, **options):
     v = scene(2, seed)[0]
     G = F.normalize(torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(seed)), dim=-1)
@@ -295,6 +296,7 @@ def test_images_one_by_one_or_together(model, corpus):
     assert share_equal(torch.cat(alone), together) >= 0.999
 
 
+@pytest.mark.slow
 def test_scale_and_order_of_captions_do_not_matter(model, corpus):
     v, texts, owners = scene()
     P = semantic_projection(corpus)

@@ -155,6 +155,7 @@ def _cleaned(pairs):
     return [[text.lower().rstrip("!") for text in captions] for captions in pairs["captions"]]
 
 
+@pytest.mark.slow
 def test_a_defender_reads_restored_images_and_wants_low_rates(pairs, knowing):
     data = {"restored": pairs, "b": pairs}
     report = Transfer(top=(1,), reader="defender", num_panels=0).evaluate(knowing, data, pairs, Run())

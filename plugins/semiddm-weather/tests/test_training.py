@@ -164,6 +164,7 @@ def test_gradients_of_the_unsupervised_losses_reach_the_generator_only_through_x
     assert found == {"x0": True, "none": False}
 
 
+@pytest.mark.slow
 def test_what_the_released_code_does_can_be_chosen(started):
     released = train("semiddm", started, **AS_RELEASED)
     assert not same(released.model, train("semiddm", started).model)

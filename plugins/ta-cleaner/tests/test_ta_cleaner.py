@@ -194,6 +194,7 @@ def test_without_alignment_it_is_clean_clip_bit_for_bit(make_model, pairs, toy_s
     assert equal_weights(train(**settings), plain)
 
 
+@pytest.mark.slow
 def test_alignment_changes_the_result_and_is_reproducible(train, make_model):
     first, second = train(), train()
     assert equal_weights(first, second)

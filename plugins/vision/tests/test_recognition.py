@@ -166,6 +166,7 @@ def test_a_batch_norm_is_trained_though_one_image_is_left_over(data):
     assert result[2].num_batches_tracked == 2
 
 
+@pytest.mark.slow
 def test_an_image_text_model_is_trained_and_attacked_as_a_classifier():
     clip = pytest.importorskip("plait_clip")
     pairs = clip.digit_pairs(40)

@@ -354,6 +354,7 @@ def test_peak_memory_is_a_part_of_one_model(tmp_path):
     assert max(average, ties) < 64 / 2
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_moved_with_its_models_reads_them_where_they_are_now(folders, tmp_path):
     """The key of a path below the pipeline does not name where it lies, and a reference does."""
     text = "plait: 1\nsteps: {model: {load-model: model-folder, with: {folder: ./model}}}\n"
