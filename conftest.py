@@ -109,6 +109,11 @@ def empty_home() -> tempfile.TemporaryDirectory[str]:
     return folder
 
 
+# Tests compare with tensors of the CPU; the checks of the conformance kit compute on a GPU too, where PLAIT_DEVICE says so.
+os.environ.setdefault("PLAIT_DEVICE", "cpu")
+if os.environ["PLAIT_DEVICE"].startswith("cuda"):
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # convolutions in full single precision, as on the CPU
+
 # Before any library is imported. Workers of pytest-xdist inherit the folders of the process that started them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _home = empty_home()

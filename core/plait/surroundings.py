@@ -23,8 +23,11 @@ RECURSION_LIMIT = 1000
 
 
 @contextlib.contextmanager
-def same_surroundings(seed: int) -> Iterator[None]:
+def same_surroundings(seed: int, device: str | None = None) -> Iterator[None]:
     """Set all global state to what a fresh process has, the global generators to ``seed``; restore it at the end.
+
+    Where the step computes on a CUDA device (``device``: the one asked for), kernels that add up in the same order
+    whenever they run are on, see :func:`deterministic_kernels`.
 
     That is: working directory (kept), environment variables (kept, changes undone), recursion limit, warnings filters,
     locale; the generators of ``random``, NumPy and torch; torch's default dtype, grad mode, deterministic and
@@ -33,7 +36,7 @@ def same_surroundings(seed: int) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_python(seed))
-        for name, surroundings in (("numpy", _numpy), ("torch", _torch)):
+        for name, surroundings in (("numpy", _numpy), ("torch", functools.partial(_torch, device=device))):
             if name in sys.modules:
                 stack.enter_context(surroundings(sys.modules[name], seed))
             else:
@@ -80,20 +83,72 @@ def _numpy(numpy: Any, seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _torch(torch: Any, seed: int) -> Iterator[None]:
+def deterministic_kernels(device: str | None = None) -> Iterator[None]:
+    """On a CUDA device (``device``: the one asked for), the same sums come out of the same numbers, to the last bit.
+
+    The fastest CUDA kernels of some operations (backward passes of indexing, scattering and some convolutions) add in
+    whatever order their threads finish. Of an operation that has no other kernel torch warns. On the CPU nothing changes.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not on_cuda(torch, device):
+        yield
+        return
     before = _torch_state(torch)
+    with _workspace_of_cublas():
+        _set_torch(torch, {**before, **DETERMINISTIC})
+        try:
+            yield
+        finally:
+            _set_torch(torch, before)
+
+
+@contextlib.contextmanager
+def _workspace_of_cublas() -> Iterator[None]:
+    """What torch asks for before it calls matrix products deterministic, unless the user has set it."""
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = ":4096:8"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+
+
+# Only a warning where there is no deterministic kernel; and memory that is not yet written needs no filling for equal sums.
+DETERMINISTIC = {"deterministic": True, "warn_only": True, "fill": False}
+
+
+def asked_for(device: str | None) -> str | None:
+    """The name of the device that a call asks for, else ``PLAIT_DEVICE``; ``None``: nothing does."""
+    return device or os.environ.get("PLAIT_DEVICE") or None
+
+
+def on_cuda(torch: Any, device: str | None) -> bool:
+    """Whether the device asked for, in a call or in ``PLAIT_DEVICE``, is a CUDA device; where none is, whether there is one."""
+    wanted = asked_for(device) or "cuda"
+    return wanted.startswith("cuda") and bool(torch.cuda.is_available())
+
+
+@contextlib.contextmanager
+def _torch(torch: Any, seed: int, device: str | None) -> Iterator[None]:
+    before = _torch_state(torch)
+    cuda = on_cuda(torch, device)
     devices = [torch.cuda.get_rng_state_all()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     generator = torch.get_rng_state()
     _set_torch(
         torch,
         {
             "dtype": torch.float32, "grad": True, "deterministic": False, "warn_only": False, "benchmark": False,
-            "cudnn": False, "matmul": "highest", "threads": before["threads"], "detect": False,
+            "cudnn": False, "matmul": "highest", "threads": before["threads"], "detect": False, "fill": before["fill"],
+            **(DETERMINISTIC if cuda else {}),
         },
     )  # fmt: skip
     torch.manual_seed(seed)
     try:
-        yield
+        with _workspace_of_cublas() if cuda else contextlib.nullcontext():
+            yield
     finally:
         _set_torch(torch, before)
         torch.set_rng_state(generator)
@@ -108,7 +163,7 @@ def _torch_state(torch: Any) -> dict[str, Any]:
         "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "benchmark": torch.backends.cudnn.benchmark, "cudnn": torch.backends.cudnn.deterministic,
         "matmul": torch.get_float32_matmul_precision(), "threads": torch.get_num_threads(),
-        "detect": torch.is_anomaly_enabled(),
+        "detect": torch.is_anomaly_enabled(), "fill": torch.utils.deterministic.fill_uninitialized_memory,
     }  # fmt: skip
 
 
@@ -116,6 +171,7 @@ def _set_torch(torch: Any, state: dict[str, Any]) -> None:
     torch.set_default_dtype(state["dtype"])
     torch.set_grad_enabled(state["grad"])
     torch.use_deterministic_algorithms(state["deterministic"], warn_only=state["warn_only"])
+    torch.utils.deterministic.fill_uninitialized_memory = state["fill"]
     torch.backends.cudnn.benchmark = state["benchmark"]
     torch.backends.cudnn.deterministic = state["cudnn"]
     torch.set_float32_matmul_precision(state["matmul"])

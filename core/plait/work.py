@@ -171,7 +171,7 @@ def _run(job: Job, store: Store, emit: Emit) -> None:
     )
     started = time.monotonic()
     said = errors_kept(lambda text: emit("step_said", step=job.label, text=text))
-    with said, same_surroundings(run.derived_seed("global")), _no_caches_of_libraries():
+    with said, same_surroundings(run.derived_seed("global"), job.device), _no_caches_of_libraries():
         result = hook_caller(job.hook, instance)(run=run, **arguments)
     if result is None:
         raise PlaitError(f"method {job.method!r} returned nothing; a hook has to return its result")

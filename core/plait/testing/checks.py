@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -41,11 +42,15 @@ class Killed(BaseException):
 
 
 class WatchedRun(Run):
-    """A run that remembers what a method asked of it."""
+    """A run that remembers what a method asked of it; on the CPU, or on the device that ``PLAIT_DEVICE`` names."""
 
     def __init__(self, **facts: Any) -> None:
         super().__init__(
-            requested_device="cpu", on_progress=self._tick, on_log=self._tick, on_warning=lambda message: None, **facts
+            requested_device=os.environ.get("PLAIT_DEVICE") or "cpu",
+            on_progress=self._tick,
+            on_log=self._tick,
+            on_warning=lambda message: None,
+            **facts,
         )
         self.device_was_read = False
         self.ticks = 0
@@ -81,6 +86,10 @@ class Subject:
     built_in: bool = False
     _calls: list[Call] = attrs.field(factory=list)
 
+    def __attrs_post_init__(self) -> None:
+        # As a step gets its inputs, whatever device the example was made on.
+        _to_cpu(self.example.arguments)
+
     def instance(self, **fields: Any) -> Any:
         """The configured method."""
         return configure(self.method, {**self.example.fields, **fields})
@@ -97,11 +106,12 @@ class Subject:
     def calls(self, number: int) -> list[Call]:
         """So many calls with seed 0, each in surroundings of its own; all checks look at the same ones."""
         while len(self._calls) < number:
-            inputs, states = copy.deepcopy(dict(self.example.arguments)), _shared_states()
+            arguments = dict(self.example.arguments)
+            inputs, states = copy.deepcopy(arguments), _shared_states()
             run = self.run()
             result = self.call(run)
             changed = [name for name, state in _shared_states().items() if not _same_state(states[name], state)]
-            self._calls.append(Call(run, result, list(differences(inputs, dict(self.example.arguments))), changed))
+            self._calls.append(Call(run, result, [*differences(inputs, arguments), *_moved(arguments)], changed))
         return self._calls[:number]
 
     def result(self) -> Any:
@@ -350,6 +360,7 @@ def check_saves(subject: Subject) -> None:
                 f"the result changes when it is saved and loaded: {different[0]}{remedy(different[0], AFTER_RELOAD)}"
             )
         outputs = subject.example.outputs
+        _to_cpu(subject.result())  # as it is loaded
         if outputs is not None and (different := subject.differences(outputs(subject.result()), outputs(again))):
             raise ConformanceError(
                 f"the model computes something else when it is saved and loaded: {different[0]}: let its configuration say all"
@@ -395,11 +406,27 @@ def _check_frozen_inputs(subject: Subject, results: list[Any]) -> None:
             )
 
 
+def _to_cpu(value: Any) -> None:
+    for module in _modules(value):
+        module.to("cpu")
+
+
+def _moved(inputs: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for every input that is no longer on the CPU."""
+    for name, value in inputs.items():
+        for module in _modules(value):
+            devices = {str(weight.device) for weight in module.state_dict().values() if hasattr(weight, "device")}
+            if devices - {"cpu"}:
+                yield f"{name} is moved to {', '.join(sorted(devices))}: move a copy, or move it back"
+
+
 def _modules(value: Any) -> list[Any]:
-    """The ``torch.nn.Module``s in what an argument or a result is, at any depth of mappings and lists."""
+    """The ``torch.nn.Module``s in what an argument or a result is, at any depth of mappings, lists and attrs objects."""
     if hasattr(value, "named_parameters"):
         return [value]
     several = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    if attrs.has(type(value)):
+        several = [getattr(value, field.name) for field in attrs.fields(type(value))]
     return [module for one in several for module in _modules(one)]
 
 

@@ -13,7 +13,7 @@ from plait.report.model import Report
 
 
 def differences(one: Any, other: Any, ignore: Collection[str] = (), where: str = "result") -> Iterator[str]:
-    """A sentence for every difference; nothing when both are equal.
+    """A sentence for every difference; nothing when both are equal. On which device tensors are does not count.
 
     Args:
         ignore: columns of a report's rows that do not count.
@@ -29,7 +29,7 @@ def differences(one: Any, other: Any, ignore: Collection[str] = (), where: str =
         equal = (
             one.shape == other.shape
             and one.dtype == other.dtype
-            and bool(torch.equal(one.nan_to_num(), other.nan_to_num()))
+            and bool(torch.equal(one.cpu().nan_to_num(), other.cpu().nan_to_num()))
         )
         if not equal:
             yield f"{where}: tensors differ"

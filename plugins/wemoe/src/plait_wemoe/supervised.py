@@ -46,12 +46,13 @@ def train_tasks(
     learning_rate: float,
     weight_decay: float,
     seed: int,
+    device: torch.device | str = "cpu",
     trainable: str | None = None,
     train_heads: bool = False,
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> WithHeads:
-    """AdamW on the sum of the tasks' cross-entropies, one batch of every task in every step; a trained copy.
+    """AdamW on the sum of the tasks' cross-entropies, one batch of every task in every step; a trained copy on ``device``.
 
     It is trained whether or not the model's parameters require gradients; those of the copy all do.
 
@@ -62,7 +63,7 @@ def train_tasks(
         ValueError: no encoder parameter matches ``trainable``; labels that a head has no class for.
         KeyError: a task without a head.
     """
-    model = copy.deepcopy(model).train()
+    model = copy.deepcopy(model).to(device).train()
     weights = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     heads = [p for name, p in weights.items() if name.startswith("task_heads.")] if train_heads else []
     encoder = [
@@ -74,7 +75,7 @@ def train_tasks(
         raise ValueError(f"trainable is {trainable!r}, which matches no parameter of the encoder")
     model.requires_grad_(False)
     chosen = [p.requires_grad_(True) for p in (*encoder, *heads)]
-    device, dtype = chosen[0].device, input_dtype(model)
+    dtype = input_dtype(model)
     streams = {
         name: ShuffledBatches(task.inputs, batch_size, seed + index) for index, (name, task) in enumerate(tasks.items())
     }

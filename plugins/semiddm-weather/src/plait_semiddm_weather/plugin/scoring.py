@@ -39,12 +39,15 @@ class LearnedQuality:
             columns = {"input": (reference, "image"), **columns}
             if "target" in reference.column_names:
                 columns["target"] = (reference, "target")
+        before = model.device
         network = model.to(run.device)
-        scores = {
-            name: self._scores(network, *column)
-            for name, column in run.track(columns.items(), "scoring", total=len(columns))
-        }
-        model.to("cpu")
+        try:
+            scores = {
+                name: self._scores(network, *column)
+                for name, column in run.track(columns.items(), "scoring", total=len(columns))
+            }
+        finally:
+            model.to(before)
         rows: list[dict[str, Any]] = []
         for name, values in scores.items():
             row: dict[str, Any] = {"method": name, "score": statistics.fmean(values)}

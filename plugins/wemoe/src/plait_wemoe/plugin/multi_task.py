@@ -143,13 +143,14 @@ class MultiTaskTraining(ReadsData):
             )
         tasks = labelled_tasks(data, several, self.tokenizer, self.image_processor, run.warn, self.examples_per_class)
         trained = train_tasks(
-            several.to(run.device),
+            several,
             tasks,
             num_steps=self.num_steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             seed=run.derived_seed("batches"),
+            device=run.device,
             trainable=self.trainable,
             train_heads=self.train_heads,
             track=lambda steps: run.track(steps, "train"),

@@ -178,7 +178,7 @@ class ClipBackdoor(ZeroShotFields):
             return []
         # The same rows of a larger table would get other triggers: their numbers are part of the seed.
         shown = test.select(range(rows[-1] + 1))
-        models = {"after": model} if reference is None else {"before": reference.to(run.device), "after": model}
+        models = {"after": model} if reference is None else {"before": on_device(reference, run.device), "after": model}
         predictions = {
             when: (
                 self._classify(one, names, shown, "")[rows, :3],
