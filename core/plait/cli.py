@@ -136,6 +136,11 @@ def _store(path: Path | None) -> Any:
     "--slurm", multiple=True, metavar="KEY=VALUE", help="slurm: an option of sbatch, e.g. partition=long, time=4:00:00."
 )
 @click.option("--device", help="torch device, e.g. cuda:0 (default: CUDA where there is one).")
+@click.option(
+    "--deterministic",
+    is_flag=True,
+    help="On a GPU: slower kernels whose sums are the same, to the last bit, in every run.",
+)
 @click.option("--quiet", is_flag=True, help="Print the report's path only.")
 def run(
     pipeline: Path,
@@ -151,6 +156,7 @@ def run(
     retries: int,
     slurm: tuple[str, ...],
     device: str | None,
+    deterministic: bool,
     quiet: bool,
 ) -> None:
     """Run a PIPELINE; finished steps are taken from the store.
@@ -177,7 +183,9 @@ def run(
     console = Console(file=sys.stderr)  # as it is now: steps write elsewhere
     display = None if quiet else Display(console) if console.is_terminal else Lines(console)
     try:
-        result = run_pipeline(checked, _store(store), out, execution, device, [display] if display else [], select)
+        shown = [display] if display else []
+        place = _store(store)
+        result = run_pipeline(checked, place, out, execution, device, shown, select, deterministic=deterministic)
     finally:
         if isinstance(display, Display):
             display.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import sys
 import tempfile
 import time
@@ -18,7 +19,6 @@ from plait.errors import PlaitError
 from plait.fingerprints import fingerprint
 from plait.loops import Loop
 from plait.optional import require
-from plait.surroundings import asked_for
 
 if TYPE_CHECKING:
     from plait.report import Report
@@ -82,7 +82,9 @@ class Run:
     def device(self) -> Any:
         """``torch.device``: the one asked for, else CUDA where there is one, else the CPU."""
         torch = require("torch")
-        name = asked_for(self.requested_device) or ("cuda" if torch.cuda.is_available() else "cpu")
+        name = (
+            self.requested_device or os.environ.get("PLAIT_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
         try:
             device = torch.device(name)
         except RuntimeError as error:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from plait.optional import require
-from plait.surroundings import deterministic_kernels
 
 if TYPE_CHECKING:
     from plait.context import Run
@@ -48,12 +47,9 @@ class Loop:
         return self._folder
 
     def __enter__(self) -> Loop:
-        self._kernels = deterministic_kernels(self._run.requested_device)
-        self._kernels.__enter__()
         return self
 
-    def __exit__(self, kind: Any, *about: Any) -> None:
-        self._kernels.__exit__(kind, *about)
+    def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is None:
             self.forget()
 

@@ -158,6 +158,7 @@ def run(
     out: Path | str = "runs",
     jobs: int | Literal["auto"] = 1,
     device: str | None = None,
+    deterministic: bool = False,
     listeners: Sequence[Any] = (),
     progress: bool | None = None,
     to: Sequence[str] = (),
@@ -173,6 +174,7 @@ def run(
         out: where the run's folder is made.
         jobs: number of processes over independent steps, or ``auto``.
         device: a torch device; default CUDA where there is one.
+        deterministic: on a GPU, only kernels that give the same sums, to the last bit, whenever they run; they are slower.
         listeners: objects with run events (:class:`plait.hookspecs.RunEvents`).
         progress: whether to show how far it is; default on a terminal (bars) and in a notebook (one line).
         to: run only these steps, and what they need.
@@ -192,7 +194,8 @@ def run(
     place = Store(Path(store).absolute() if store else None)
     try:
         select = functools.partial(up_to, steps=to) if to else None
-        return run_pipeline(checked, place, Path(out), execution or Execution(jobs=jobs), device, shown, select)
+        how = execution or Execution(jobs=jobs)
+        return run_pipeline(checked, place, Path(out), how, device, shown, select, deterministic=deterministic)
     finally:
         if hasattr(display, "close"):
             display.close()
@@ -219,6 +222,8 @@ def run_pipeline(
     device: str | None = None,
     listeners: Sequence[Any] = (),
     select: Callable[[Plan], Plan] | None = None,
+    *,
+    deterministic: bool = False,
 ) -> Result:
     """As :func:`run`, for a checked pipeline; ``select`` leaves a part of its plan."""
     plan = make_plan(pipeline)
@@ -247,7 +252,7 @@ def run_pipeline(
         executor = execution.start(emit_and_heed, asked, plan, store, folder)
         ended_by: KeyboardInterrupt | None = None
         try:
-            _carry_out_all(progress, pipeline, store, executor, emit_and_heed, asked, device)
+            _carry_out_all(progress, pipeline, store, executor, emit_and_heed, asked, device, deterministic)
         except KeyboardInterrupt as error:
             ended_by = error
             asked.heeded()
@@ -343,6 +348,7 @@ def _progress(plan: Plan, store: Store, emit: Emit) -> Progress:
 def _carry_out_all(
     progress: Progress, pipeline: Pipeline, store: Store, executor: Executor, emit: Emit, asked: Interrupts,
     device: str | None,
+    deterministic: bool,
 ) -> None:  # fmt: skip
     """Run every task as soon as those that it needs are done."""
     for task in progress.settled:
@@ -355,7 +361,7 @@ def _carry_out_all(
     while not progress.is_over:
         asked.check()
         while (ready := progress.next_ready(executor.has_room_for)) is not None:
-            executor.submit(make_job(ready, pipeline.folder, store, device))
+            executor.submit(make_job(ready, pipeline.folder, store, device, deterministic))
             running += 1
         if not running:
             raise PlaitError(f"nothing runs and nothing can start: {', '.join(progress.waiting)} wait for one another")

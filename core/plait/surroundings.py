@@ -23,11 +23,10 @@ RECURSION_LIMIT = 1000
 
 
 @contextlib.contextmanager
-def same_surroundings(seed: int, device: str | None = None) -> Iterator[None]:
+def same_surroundings(seed: int, deterministic: bool = False) -> Iterator[None]:
     """Set all global state to what a fresh process has, the global generators to ``seed``; restore it at the end.
 
-    Where the step computes on a CUDA device (``device``: the one asked for), kernels that add up in the same order
-    whenever they run are on, see :func:`deterministic_kernels`.
+    ``deterministic``: with :func:`deterministic_kernels`.
 
     That is: working directory (kept), environment variables (kept, changes undone), recursion limit, warnings filters,
     locale; the generators of ``random``, NumPy and torch; torch's default dtype, grad mode, deterministic and
@@ -36,7 +35,10 @@ def same_surroundings(seed: int, device: str | None = None) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_python(seed))
-        for name, surroundings in (("numpy", _numpy), ("torch", functools.partial(_torch, device=device))):
+        for name, surroundings in (
+            ("numpy", _numpy),
+            ("torch", functools.partial(_torch, deterministic=deterministic)),
+        ):
             if name in sys.modules:
                 stack.enter_context(surroundings(sys.modules[name], seed))
             else:
@@ -83,14 +85,15 @@ def _numpy(numpy: Any, seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deterministic_kernels(device: str | None = None) -> Iterator[None]:
-    """On a CUDA device (``device``: the one asked for), the same sums come out of the same numbers, to the last bit.
+def deterministic_kernels() -> Iterator[None]:
+    """With a CUDA device, the same sums come out of the same numbers, to the last bit, and more slowly.
 
-    The fastest CUDA kernels of some operations (backward passes of indexing, scattering and some convolutions) add in
-    whatever order their threads finish. Of an operation that has no other kernel torch warns. On the CPU nothing changes.
+    The fastest CUDA kernels of some operations (attention, backward passes of indexing, scattering and resizing) add in
+    whatever order their threads finish. Of an operation that has no other kernel torch warns. On the CPU nothing changes:
+    its kernels are deterministic.
     """
     torch = sys.modules.get("torch")
-    if torch is None or not on_cuda(torch, device):
+    if torch is None or not torch.cuda.is_available():
         yield
         return
     before = _torch_state(torch)
@@ -120,21 +123,9 @@ def _workspace_of_cublas() -> Iterator[None]:
 DETERMINISTIC = {"deterministic": True, "warn_only": True, "fill": False}
 
 
-def asked_for(device: str | None) -> str | None:
-    """The name of the device that a call asks for, else ``PLAIT_DEVICE``; ``None``: nothing does."""
-    return device or os.environ.get("PLAIT_DEVICE") or None
-
-
-def on_cuda(torch: Any, device: str | None) -> bool:
-    """Whether the device asked for, in a call or in ``PLAIT_DEVICE``, is a CUDA device; where none is, whether there is one."""
-    wanted = asked_for(device) or "cuda"
-    return wanted.startswith("cuda") and bool(torch.cuda.is_available())
-
-
 @contextlib.contextmanager
-def _torch(torch: Any, seed: int, device: str | None) -> Iterator[None]:
+def _torch(torch: Any, seed: int, deterministic: bool) -> Iterator[None]:
     before = _torch_state(torch)
-    cuda = on_cuda(torch, device)
     devices = [torch.cuda.get_rng_state_all()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     generator = torch.get_rng_state()
     _set_torch(
@@ -142,12 +133,11 @@ def _torch(torch: Any, seed: int, device: str | None) -> Iterator[None]:
         {
             "dtype": torch.float32, "grad": True, "deterministic": False, "warn_only": False, "benchmark": False,
             "cudnn": False, "matmul": "highest", "threads": before["threads"], "detect": False, "fill": before["fill"],
-            **(DETERMINISTIC if cuda else {}),
         },
     )  # fmt: skip
     torch.manual_seed(seed)
     try:
-        with _workspace_of_cublas() if cuda else contextlib.nullcontext():
+        with deterministic_kernels() if deterministic else contextlib.nullcontext():
             yield
     finally:
         _set_torch(torch, before)

@@ -55,6 +55,7 @@ class Job:
     device: str | None
     resources: Resources
     limit: int | None = None
+    deterministic: bool = False
 
 
 @attrs.frozen
@@ -68,7 +69,7 @@ class Outcome:
     details: str = ""
 
 
-def make_job(task: Task, folder: Path, store: Store, device: str | None) -> Job:
+def make_job(task: Task, folder: Path, store: Store, device: str | None, deterministic: bool) -> Job:
     """Everything that :func:`carry_out` needs to know about a task."""
     step = task.step
     return Job(
@@ -86,6 +87,7 @@ def make_job(task: Task, folder: Path, store: Store, device: str | None) -> Job:
         device,
         step.resources,
         step.limit,
+        deterministic,
     )
 
 
@@ -171,7 +173,7 @@ def _run(job: Job, store: Store, emit: Emit) -> None:
     )
     started = time.monotonic()
     said = errors_kept(lambda text: emit("step_said", step=job.label, text=text))
-    with said, same_surroundings(run.derived_seed("global"), job.device), _no_caches_of_libraries():
+    with said, same_surroundings(run.derived_seed("global"), job.deterministic), _no_caches_of_libraries():
         result = hook_caller(job.hook, instance)(run=run, **arguments)
     if result is None:
         raise PlaitError(f"method {job.method!r} returned nothing; a hook has to return its result")

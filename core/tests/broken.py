@@ -17,7 +17,8 @@ def noisy(data, run, generator=None, device=True):
         images = images.to(run.device)
     for _ in run.track(range(4), "working"):
         pass
-    return with_images(data, images + 0.01 * torch.randn(images.shape, generator=generator or run.generator()))
+    noise = torch.randn(images.shape, generator=generator or run.generator()).to(images.device)
+    return with_images(data, images + 0.01 * noise)
 
 
 @attrs.frozen(kw_only=True)
@@ -183,7 +184,7 @@ class WrongInputs(Good):
 
 
 def trained(model, data, run):
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).to(run.device)
     for _ in run.track(range(2), "training"):
         loss = model(images_of(data).to(run.device)).square().mean()
         loss.backward()

@@ -12,6 +12,7 @@ import numpy as np
 import plait
 import pytest
 import torch
+from plait.surroundings import same_surroundings
 
 LEAKS = """
 import locale, os, random, sys, warnings
@@ -132,3 +133,27 @@ class Draw:
     command = "import sys, plait; r = plait.run('p.yaml', store='fresh'); print(r['a'])"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(warm)
+
+
+def flags():
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_deterministic_kernels_are_for_gpus_and_for_whoever_asks(monkeypatch):
+    with same_surroundings(0, deterministic=True):
+        assert flags() == (torch.cuda.is_available(),) * 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    for wanted in (False, True):
+        with same_surroundings(0, deterministic=wanted):
+            assert flags() == (wanted, wanted)
+            assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == wanted
+        assert flags() == (False, False)
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_every_step_of_a_run_hears_that_it_is_to_be_deterministic(leaks, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for wanted in (True, False):
+        result = plait.run("p.yaml", to=["grad", "after-grad"], deterministic=wanted, store=f"store-{wanted}")
+        assert [facts["deterministic"] for facts in found(result).values()] == [wanted, wanted]

@@ -23,6 +23,7 @@ from plait.hookspecs import HOOKS, implemented_hooks, kinds_of
 from plait.methods import Method, find
 from plait.optional import require
 from plait.report.model import Report
+from plait.surroundings import deterministic_kernels
 from plait.testing.compare import differences
 from plait.testing.examples import Example, built_in_example, described, given_example
 from plait.testing.remedies import AFTER_RELOAD, BETWEEN_RUNS, IN_PLACE, ON_RESUME, remedy
@@ -101,7 +102,8 @@ class Subject:
         arguments: dict[str, Any] = {name: {**self.example.arguments, **replaced}.get(name) for name in wanted}
         if "run" in inspect.signature(function).parameters:
             arguments["run"] = run
-        return function(**arguments)
+        with deterministic_kernels():
+            return function(**arguments)
 
     def calls(self, number: int) -> list[Call]:
         """So many calls with seed 0, each in surroundings of its own; all checks look at the same ones."""
