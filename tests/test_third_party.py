@@ -71,29 +71,35 @@ steps:
 
 @pytest.fixture
 def installed(environment, wheels):
-    environment.install(*(next(wheels.glob(f"{name}-*.whl")) for name in ("plait", "plait_vision", "plait_imaging")))
     package = environment.work / "other-package"
     (package / "other").mkdir(parents=True)
     (package / "pyproject.toml").write_text(PYPROJECT)
     (package / "other" / "__init__.py").write_text("")
     (package / "other" / "methods.py").write_text(METHODS)
-    environment.install(package)
+    names = ("plait", "plait_vision", "plait_imaging")
+    environment.install(*(next(wheels.glob(f"{name}-*.whl")) for name in names), package)
     return environment
 
 
 @pytest.mark.slow
 def test_a_third_party_package(installed):
-    (installed.work / "p.yaml").write_text(PIPELINE.replace("AVERAGE", "average"))
-    ambiguous = installed.run("plait", "run", "p.yaml", ok=False)
-    assert ambiguous.returncode == 2
-    assert "other-package/average or plait-imaging/average" in ambiguous.stderr
-    doctor = installed.run("plait", "doctor", ok=False)
-    assert doctor.returncode == 1
-    assert "method 'average' of hook ensemble is offered by other-package and plait-imaging" in doctor.stdout
-    assert "plugin audit of other-package wraps evaluate" in doctor.stdout
+    for name in ("average", "other-package/average", "plait-imaging/average"):
+        file = installed.work / f"{name.partition('/')[0]}.yaml"
+        file.write_text(PIPELINE.replace("AVERAGE", name))
+    ambiguous, doctor, other, own, listed, _ = installed.commands(
+        "plait run average.yaml",
+        "plait doctor",
+        "plait run other-package.yaml",
+        "plait run plait-imaging.yaml --out own",
+        "plait list --json",
+    )
+    assert ambiguous[0] == 2
+    assert "other-package/average or plait-imaging/average" in ambiguous[1]
+    assert doctor[0] == 1
+    assert "method 'average' of hook ensemble is offered by other-package and plait-imaging" in doctor[1]
+    assert "plugin audit of other-package wraps evaluate" in doctor[1]
 
-    (installed.work / "p.yaml").write_text(PIPELINE.replace("AVERAGE", "other-package/average"))
-    installed.run("plait", "run", "p.yaml")
+    assert other[0] == 0, other[1]
     (folder,) = (installed.work / "runs" / "braid").iterdir()
     report = (folder / "report.md").read_text()
     assert "seen by the audit" in report
@@ -101,7 +107,6 @@ def test_a_third_party_package(installed):
     assert rows[0] == rows[1]
     assert (folder / "diary.txt").read_text() == "0 failed"
 
-    (installed.work / "p.yaml").write_text(PIPELINE.replace("AVERAGE", "plait-imaging/average"))
-    installed.run("plait", "run", "p.yaml")
-    known = json.loads(installed.run("plait", "list", "--json").stdout)
+    assert own[0] == 0, own[1]
+    known = json.loads(listed[1])
     assert {m["package"] for m in known if m["method"] == "average"} == {"other-package", "plait-imaging"}
