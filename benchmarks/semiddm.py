@@ -1,11 +1,16 @@
 """Speed of SemiDDM-Weather's parts: the wavelet transform, inference by steps and tiles, a step of stage 2 against stage 1.
 
     python benchmarks/semiddm.py [--side 128 --steps 1 2 4]
+    python benchmarks/semiddm.py --device cuda --presets paper full256 [--batch 16]
 
 The transform is compared with PyWavelets (the oracle of the tests) and with the product with a dense matrix, as WaveDiff
 writes it. Inference takes the preset ``small`` on one square image of ``--side`` pixels: the whole image for several
 numbers of steps, and 64-pixel tiles with stride 16 and 4. A training step of stage 2 (8 labelled and 8 unlabelled images)
 is compared with one of stage 1. Memory is by how much a process of its own grows.
+
+With ``--presets`` instead: what a training step of each stage of a preset costs (random images, batches of labelled and of
+unlabelled ones, without the perceptual terms, whose weights are files of their own), what a photo of 1280 × 720 pixels
+does in the preset's tiles, and the most memory that torch allocated on the device.
 
 Ratios compare what ran in this one process, in processor time on one thread; the fastest of three. The transforms have to
 agree within 1e-5, else the script ends with status 1.
@@ -25,7 +30,7 @@ import pywt
 import torch
 from plait_semiddm_weather.model import WeatherRestorer
 from plait_semiddm_weather.semiddm_weather import semiddm_weather
-from plait_semiddm_weather.settings import Architecture, Training
+from plait_semiddm_weather.settings import Architecture, Training, preset
 from plait_semiddm_weather.wavelets import SubBands
 from torch import Tensor
 
@@ -78,8 +83,8 @@ def dense_transform(image: Tensor) -> Tensor:
 class Textures:
     """Random images for training steps."""
 
-    def __init__(self, count: int, pairs: bool) -> None:
-        self.images = torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(count))
+    def __init__(self, count: int, pairs: bool, side: int = 64) -> None:
+        self.images = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(count))
         self.pairs, self.domains = pairs, [""] * count
 
     def __len__(self) -> int:
@@ -152,12 +157,74 @@ def training() -> None:
     print(f"training step, stage 1: {one:.2f} s; stage 2: {two / one:.1f} times as long")
 
 
+def at_full_size(name: str, batch: int, device: str) -> None:
+    """Training steps of both stages and one photo, by wall time, with the networks and crops of a preset."""
+    once = {"checkpoint_every": 10**6, "scorer": "ranker", "ranker_steps": 1, "curriculum": {}, "images_per_epoch": {}}
+    without_files = {"perceptual_weight": 0.0, "contrast": "none", "strong_aug": "blur-erase"}
+
+    def settings(rule: str, num_steps: int) -> tuple[Architecture, Training]:
+        lengths = {"num_steps_stage1": num_steps, "num_steps_stage2": num_steps}
+        return preset(name, rule=rule, batch_size=batch, **once, **without_files, **lengths)
+
+    architecture, training = settings("supervised", 1)
+    labelled, unlabelled = (Textures(2 * batch, pairs, training.crop_size) for pairs in (True, False))
+    start = semiddm_weather(labelled, None, architecture, training, device=device).model
+
+    def stage(rule: str, num_steps: int) -> float:
+        others = None if rule == "supervised" else unlabelled
+        architecture, training = settings(rule, num_steps)
+        return wall(
+            lambda: semiddm_weather(labelled, others, architecture, training, model=start, device=device), device
+        )
+
+    for number, rule in enumerate(("supervised", "semiddm"), start=1):
+        stage(rule, 2)
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = (stage(rule, 12) - stage(rule, 2)) / 10
+        print(f"{name}: {seconds:.3f} s a training step of stage {number}, batch {batch}, {allocated(device)}")
+    model = start.to(device).eval()
+    photo = torch.rand(1, 3, 720, 1280, device=device)
+    side = training.crop_size
+
+    def restored() -> Tensor:
+        return model.restore(photo, [0], tile=side, stride=side // 2)
+
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = min(wall(restored, device) for _ in range(2))
+    print(f"{name}: {seconds:.2f} s a photo of 1280 × 720, tiles of {side}, stride {side // 2}, {allocated(device)}")
+
+
+def wall(work: Callable[[], Any], device: str) -> float:
+    """Seconds, pending work on the device included."""
+    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def allocated(device: str) -> str:
+    return "memory not measured" if device == "cpu" else f"at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+
+
 def main() -> int:
     """0, or 1 where the transforms disagree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=128, help="side of the image, in pixels")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="numbers of diffusion steps")
+    parser.add_argument(
+        "--presets", nargs="+", default=[], help="measure these presets' training and restoring instead"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="labelled, and as many unlabelled, images of a step")
+    parser.add_argument("--device", default="cpu", help="of --presets")
     arguments = parser.parse_args()
+    for name in arguments.presets:
+        at_full_size(name, arguments.batch, arguments.device)
+    if arguments.presets:
+        return 0
     torch.set_num_threads(1)
     agree = transforms()
     inference(arguments.side, arguments.steps)
