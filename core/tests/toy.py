@@ -73,7 +73,20 @@ class Fail:
             return None
         if self.how == "type":
             return object()
+        if self.how == "model":
+            return Unwritable()
         return 1 / 0
+
+
+class Unwritable:
+    """A model that cannot be saved."""
+
+    def save_pretrained(self, folder):
+        raise OSError("no")
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        return cls()
 
 
 @attrs.frozen(kw_only=True)
