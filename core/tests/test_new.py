@@ -31,8 +31,8 @@ from plait.cli import main
 for name in sys.argv[1:]:
     main(["check", name], standalone_mode=False)
     main(["run", f"{name}/pipelines/demo.yaml", "matrix.seed=[0]"], standalone_mode=False)
-    options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", f"--rootdir={name}"]
-    assert pytest.main([*options, f"{name}/tests", "-k", "not conformance"]) == 0
+options = ["-v", "-p", "no:cacheprovider", "--import-mode=importlib", "--rootdir=.", "-k", "not conformance"]
+assert pytest.main([*options, *(f"{name}/tests" for name in sys.argv[1:])]) == 0
 """
 
 
@@ -95,3 +95,5 @@ def test_packages_of_the_domains_work_at_once(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("all checks passed") == len(names)
+    for name in names:
+        assert f"\n{name}/tests/" in done.stdout
