@@ -1,8 +1,9 @@
 """The rule: hand-computed rounds, equivalences, clip scopes, stability, containers."""
 
-import subprocess
+import importlib
 import sys
 from typing import ClassVar
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -158,7 +159,7 @@ def test_peers_agree_with_the_loop(make_training):
     method = rule(0.9, 0.05, "mixed_previous", "split")
     graph = Graph(name="random", num_clients=6, active_ratio=0.5, weights="metropolis")
     loop = make_training(method, graph=graph, folder="loop").run()
-    peers = make_training(method, graph=graph, folder="peers", engine="peers", ranks=3).run()
+    peers = make_training(method, graph=graph, folder="peers", engine="peers", ranks=2).run()
     for name in ("local", "mixed"):
         torch.testing.assert_close(peers.state[name], loop.state[name], atol=1e-5, rtol=0)
 
@@ -281,5 +282,9 @@ def test_one_call_runs_the_method_and_needs_no_plait(make_training, tmp_path):
     for wrong, message in (({"beta": 1.0}, "beta is 1.0"), ({"prox_lambda": 11.0}, "must be below 1")):
         with pytest.raises(ValueError, match=message):
             dfedcata(parts.model, parts.shards, parts.settings, folder=tmp_path / "no", **options | wrong)
-    script = "import sys, plait_dfedcata.dfedcata, plait_dfedcata.baselines; sys.exit('plait' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    with patch.dict(sys.modules):
+        for name in [name for name in sys.modules if name.startswith("plait")]:
+            del sys.modules[name]
+        sys.modules["plait"] = None  # to import it is an error now
+        for name in ("dfedcata", "baselines"):
+            importlib.import_module(f"plait_dfedcata.{name}")
