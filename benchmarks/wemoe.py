@@ -92,7 +92,7 @@ def tuned(base: nn.Module, seed: int) -> nn.Module:
     expert, generator = copy.deepcopy(base), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in expert.parameters():
-            p.add_(2.4e-4 * torch.randn(p.shape, generator=generator))
+            p.add_(2.4e-4 * torch.randn(p.shape, generator=generator).to(p))
     return expert
 
 

@@ -112,9 +112,17 @@ def check_weights(model: nn.Module) -> None:
     Raises:
         ValueError: names the first tensor that holds NaN or infinity.
     """
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"the model's weight {name} holds NaN or infinity; load a sound model")
+    if (name := _first_not_finite(model.state_dict())) is not None:
+        raise ValueError(f"the model's weight {name} holds NaN or infinity; load a sound model")
+
+
+def _first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity; a GPU is waited for once."""
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if not floating:
+        return None
+    sound = torch.stack([torch.isfinite(tensor).all() for tensor in floating.values()])
+    return next((name for name, is_sound in zip(floating, sound.tolist(), strict=True) if not is_sound), None)
 
 
 def contrastive_loss(model: ImageTextModel, batch: PairBatch) -> Tensor:
@@ -266,7 +274,7 @@ def train(
                     step += 1
                     if step % steps_per_epoch == 0 or due():
                         settle()
-                        if all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+                        if _first_not_finite(dict(model.named_parameters())) is None:
                             last_good = (step, _copy(model))
                             if checkpoint is not None and main:
                                 checkpoint.save(
