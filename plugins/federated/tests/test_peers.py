@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from plait_federated.rounds import dfedavg, dfedavgm
@@ -15,19 +16,21 @@ pytestmark = pytest.mark.slow
 
 EXP = Graph(name="exp", num_clients=4)
 SIZES = (9, 9, 5, 9)
+# Each of three clients reads its own model and that of the one before it.
+CYCLE = Graph(name="custom", num_clients=3, matrix=(np.eye(3) + np.roll(np.eye(3), 1, axis=0)) / 2)
 
 
 def test_peers_equal_the_loop_and_send_one_model_an_edge(make_training, make_shards):
     """One rank a client, a directed graph, momentum; tested on the training data."""
-    shards = make_shards(SIZES)
-    options = {"graph": EXP, "shards": shards, "test": (shards.inputs, shards.labels)}
+    shards = make_shards((9, 5, 9))
+    options = {"graph": CYCLE, "shards": shards, "test": (shards.inputs, shards.labels)}
     loop = make_training(dfedavgm(0.9), folder="loop", **options).run()
     seen = []
     peers = make_training(dfedavgm(0.9), folder="peers", engine="peers", **options).run(seen.append)
     torch.testing.assert_close(peers.state["local"], loop.state["local"], atol=1e-5, rtol=0)
     assert [record["round"] for record in seen] == [1, 2, 3]
     for ours, theirs in zip(peers.history, loop.history, strict=True):
-        assert ours["bytes"] == theirs["bytes"] == 4 * 2 * 4 * 63  # 2 edges a peer, 63 parameters
+        assert ours["bytes"] == theirs["bytes"] == 3 * 1 * 4 * 63  # 1 edge a peer, 63 parameters
         assert ours["gradient_steps"] == theirs["gradient_steps"]
         assert ours["accuracy"] == pytest.approx(theirs["accuracy"])
         assert ours["consensus_distance"] == pytest.approx(theirs["consensus_distance"], rel=1e-3)
@@ -66,14 +69,9 @@ def kill_a_child_once(appeared):
     os.kill(multiprocessing.active_children()[-1].pid, signal.SIGKILL)
 
 
-def test_what_goes_wrong_inside_a_peer_is_reported(make_training):
-    with pytest.raises(RuntimeError, match="not finite after round 1"):
-        make_training(engine="peers", ranks=2, learning_rate=1e38, max_grad_norm=None, weight_decay=1.0).run()
-
-
 def test_the_peer_at_fault_is_named_not_those_that_lost_it(make_training, make_shards):
     shards = make_shards()
     shards.inputs[shards.members[5]] = float("inf")
-    training = make_training(engine="peers", ranks=3, shards=shards)
-    with pytest.raises(RuntimeError, match=r"peer process 2 \(clients 4, 5\) stopped: .*not finite after round 1"):
+    training = make_training(engine="peers", ranks=2, shards=shards)
+    with pytest.raises(RuntimeError, match=r"peer process 1 \(clients 3, 4, 5\) stopped: .*not finite after round 1"):
         training.run()
