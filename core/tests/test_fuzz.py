@@ -18,7 +18,7 @@ name: toy
 seed: 3
 matrix:
   seed: [0, 1]
-  amount: [0.1, 0.5]
+  amount: [0.5]
 steps:
   numbers:
     load-data: ./toy.py:Numbers
