@@ -44,6 +44,12 @@ def test_models_that_cannot_go_on(name, sentence):
     assert sentence in found["goes_on"]
 
 
+def test_a_model_that_is_moved_to_another_device():
+    method = find("optimize", f"{FILE}:MovesItsModel")
+    found = {check: said for check, said, passed in run_checks(Subject(method, example_for(method))) if not passed}
+    assert "model is moved to meta: move a copy: copy.deepcopy(model).to(run.device)" in found["inputs_untouched"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("check", sorted({check.__name__.removeprefix("check_") for check in CHECKS} - {"goes_on"}))
 def test_every_check_can_fail(check):

@@ -113,7 +113,9 @@ class Subject:
             run = self.run()
             result = self.call(run)
             changed = [name for name, state in _shared_states().items() if not _same_state(states[name], state)]
-            self._calls.append(Call(run, result, [*differences(inputs, arguments), *_moved(arguments)], changed))
+            self._calls.append(
+                Call(run, result, list(_moved(arguments)) or list(differences(inputs, arguments)), changed)
+            )
         return self._calls[:number]
 
     def result(self) -> Any:
@@ -419,7 +421,7 @@ def _moved(inputs: Mapping[str, Any]) -> Iterator[str]:
         for module in _modules(value):
             devices = {str(weight.device) for weight in module.state_dict().values() if hasattr(weight, "device")}
             if devices - {"cpu"}:
-                yield f"{name} is moved to {', '.join(sorted(devices))}: move a copy, or move it back"
+                yield f"{name} is moved to {', '.join(sorted(devices))}"
 
 
 def _modules(value: Any) -> list[Any]:

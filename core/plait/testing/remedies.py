@@ -25,6 +25,7 @@ BETWEEN_RUNS = (
     (r"", "draw from run.generator() or run.numpy_generator(), and iterate over sorted names, not over sets"),
 )
 IN_PLACE = (
+    (r"is moved to", "move a copy: copy.deepcopy(model).to(run.device), or move it back in a finally clause"),
     (r"gradient of", "train a copy: copy.deepcopy(model)"),
     (r"train/eval mode of", "work on a copy, or give the mode back in a finally clause"),
     (r"requires_grad of", "work on a copy, or give the flags back in a finally clause"),
