@@ -300,6 +300,9 @@ class Store:
     def _keys_of_runs(self) -> list[set[str]]:
         """The keys that each running pipeline needs; what runs that were killed left is swept."""
         found = []
+        for lock in (self.root / "runs").glob("*.lock"):  # of a run that was killed before it said what it needs
+            if _nameless(lock) and _is_abandoned(lock):
+                lock.unlink(missing_ok=True)
         for file in (self.root / "runs").glob("*.json"):
             lock = file.with_suffix(".lock")
             lease = self._lease("runs", file.stem)

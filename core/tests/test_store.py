@@ -243,6 +243,19 @@ def test_collect_leaves_what_a_run_needs(tmp_path, short_leases, host):
     assert store.collect(-1)[0] == 1
 
 
+def test_collect_sweeps_the_lock_of_a_run_that_was_killed_before_it_said_what_it_needs(tmp_path):
+    store = Store(tmp_path)
+    store.put(KEY, write("hello"), {})
+    old, fresh = tmp_path / "runs" / "old.lock", tmp_path / "runs" / "fresh.lock"
+    for lock in (old, fresh):
+        lock.parent.mkdir(exist_ok=True)
+        lock.touch()
+    long_ago = time.time() - 2 * plait.store.ABANDONED_SECONDS
+    os.utime(old, (long_ago, long_ago))
+    assert store.collect(-1)[0] == 1
+    assert (old.exists(), fresh.exists()) == (False, True)
+
+
 def test_a_result_that_another_host_has_finished_is_kept(tmp_path):
     store = Store(tmp_path)
 
