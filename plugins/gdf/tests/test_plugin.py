@@ -173,14 +173,15 @@ def test_colours_are_principal_components():
 @pytest.mark.slow
 def test_noise_falls_along_the_network_and_comes_back(small):
     data = warped_digits()
-    trained = TrainDiffusion(num_steps=60).optimize(small, data["train"], Run())
-    report = NoiseReport(num_images=64, pictures=False).evaluate(trained, data["test"], Run())
+    trained = TrainDiffusion(num_steps=40, batch_size=32).optimize(small, data["train"], Run())
+    report = NoiseReport(num_images=12, pictures=False).evaluate(trained, data["test"], Run())
     noise = {
         row["activation"].removeprefix("median of "): row["noise / variance"]
         for row in report.rows
         if row["family"] == "level"
     }
-    assert noise["up-level0"] < noise["down-level0"] / 2
-    assert noise["up-level0"] < noise["up-level2"] / 2
+    # A ninth or less of either; in an untrained network it is a third to a half.
+    assert noise["up-level0"] < noise["down-level0"] / 5
+    assert noise["up-level0"] < noise["up-level2"] / 5
     assert min(noise, key=noise.get) in ("mid", "up-level0")
     assert legacy_set(trained.denoiser)[-1] == "up-level2-repeat1-res-out"
