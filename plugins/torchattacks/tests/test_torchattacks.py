@@ -70,7 +70,7 @@ def test_every_attack_runs_and_holds_its_budget(name, data, trained):
 
 @pytest.mark.slow
 def test_autoattack_is_the_strongest(data, trained):
-    few = data.select(range(20))
+    few = data.select(range(8))
     run = plait.Run(on_warning=lambda message: None)
     fields = {"arguments": {"eps": "24/255"}}
     clean = accuracy(trained, few).value("accuracy")
