@@ -21,6 +21,17 @@ def crops(photographs, count, weather, step):
     return Weathers(**weather).transform(data, Run(step=f"weather {step}"))
 
 
+class Held(Images):
+    """Images that are decoded once."""
+
+    def __init__(self, dataset, paired):
+        super().__init__(dataset, paired)
+        self.rows = [super(Held, self).__getitem__(row) for row in range(len(dataset))]
+
+    def __getitem__(self, row):
+        return self.rows[row]
+
+
 def stacked(images):
     degraded, clean = zip(*[images[row] for row in range(len(images))], strict=True)
     return torch.stack(degraded), torch.stack(clean)
@@ -32,12 +43,12 @@ def psnr(images, clean):
 
 @pytest.fixture(scope="module")
 def checked():
-    labelled = Images(crops(("china", "coffee"), 24, LIGHT, "labelled"), paired=True)
-    unlabelled = Images(crops(("astronaut", "flower"), 8, HEAVY, "unlabelled"), paired=False)
-    test = Images(crops(("chelsea", "rocket", "motorcycle"), 8, LIGHT, "test"), paired=True)
-    networks, training = preset("small", rule="supervised", num_steps_stage1=80, ranker_steps=200)
+    labelled = Held(crops(("china", "coffee"), 24, LIGHT, "labelled"), paired=True)
+    unlabelled = Held(crops(("astronaut", "flower"), 8, HEAVY, "unlabelled"), paired=False)
+    test = Held(crops(("chelsea", "rocket", "motorcycle"), 8, LIGHT, "test"), paired=True)
+    networks, training = preset("small", rule="supervised", batch_size=4, num_steps_stage1=80, ranker_steps=100)
     start = semiddm_weather(labelled, None, networks, training, seed=0).model
-    networks, training = preset("small", num_steps_stage2=6)
+    networks, training = preset("small", batch_size=4, num_steps_stage2=6)
     semi = semiddm_weather(labelled, unlabelled, networks, training, model=start, seed=0)
     return start, semi, test
 
