@@ -9,6 +9,8 @@ export OMP_NUM_THREADS ?= 1
 # Where there are more threads than cores, those that wait for others sleep.
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
+# Tests start many processes, each of which would compile every module anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-fast lint bench figures docs wheels clean
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import keyword
 import re
 from pathlib import Path
@@ -227,10 +228,12 @@ def _distinct_steps(lines: list[str]) -> list[str]:
 
 
 def _render(template: Path, facts: dict[str, Any]) -> str:
+    return str(_environment().from_string(template.read_text(encoding="utf-8")).render(**facts))
+
+
+@functools.cache
+def _environment() -> Any:
     from jinja2 import Environment, StrictUndefined
 
     # The output is source code, not HTML.
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
-    )
-    return environment.from_string(template.read_text(encoding="utf-8")).render(**facts)
+    return Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
