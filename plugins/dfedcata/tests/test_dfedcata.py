@@ -263,7 +263,6 @@ def test_the_largest_stable_beta():
 # All of it --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_one_call_runs_the_method_and_needs_no_plait(make_training, tmp_path):
     parts = make_training(dfedavg(), rounds=4)  # for its model, shards, settings and graph
     seen, rounds = [], []
