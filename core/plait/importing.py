@@ -22,6 +22,7 @@ from typing import Any
 from plait.errors import nearest
 
 FILE_ATTRIBUTE = "__plait_file__"
+DOUBTFUL_SECONDS = 2.0  # some file systems count in twos
 
 _local_folders: set[str] = set()
 _folder_of_late: dict[str, Path] = {}
@@ -47,6 +48,8 @@ def import_code(place: str, folder: Path | None = None) -> ModuleType:
     if place.endswith(".py"):
         return _import_file(folder / os.path.expanduser(place))
     _make_importable(folder)
+    for file in _files_of(folder, place):
+        _drop_doubtful_byte_code(local_sources(file, folder))
     return importlib.import_module(place)
 
 
@@ -131,12 +134,12 @@ def makes(kind: type) -> Callable[[Any], bool]:
     return check
 
 
-def local_sources(file: Path) -> list[Path]:
-    """The file and every module beside it that it imports, directly or through another of them.
+def local_sources(file: Path, root: Path | None = None) -> list[Path]:
+    """The file and every module beside it (in ``root``) that it imports, directly or through another of them.
 
     Modules that are imported by a computed name are not seen.
     """
-    root = file.parent
+    root = root or file.parent
     found: dict[Path, None] = {}
     todo = [file]
     while todo:
@@ -214,6 +217,7 @@ def _import_file(file: Path) -> ModuleType:
     if tops:
         _forget_local_modules(file.parent, tops, _imported_late(sources, tops))
         _make_importable(file.parent)
+    _drop_doubtful_byte_code(sources)
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
@@ -227,6 +231,19 @@ def _import_file(file: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _drop_doubtful_byte_code(sources: Iterable[Path]) -> None:
+    """Delete byte code that may be of an earlier text of its source.
+
+    Python compares a source's size and the second of its last change, so an edit in the second of the last import is
+    lost on it if it keeps the size, while keys of results, which go by content, would say that the new code ran.
+    """
+    for source in sources:
+        with contextlib.suppress(OSError, NotImplementedError):
+            byte_code = Path(importlib.util.cache_from_source(str(source)))
+            if byte_code.stat().st_mtime - source.stat().st_mtime < DOUBTFUL_SECONDS:
+                byte_code.unlink()
 
 
 @contextlib.contextmanager
