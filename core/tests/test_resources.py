@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import plait
 import pytest
@@ -11,6 +16,7 @@ from plait.cli import main
 from plait.errors import PipelineError
 from plait.executors import local
 from plait.executors.choice import Execution
+from plait.interrupts import Interrupts, interrupts
 from plait.pipeline import load_pipeline, parse_pipeline
 from plait.plan import make_plan
 from plait.resources import NOTHING, Resources, machine, parse_resources, sensible_jobs
@@ -68,7 +74,7 @@ def test_keep_is_true_or_false(workplace):
 
 def test_jobs_run_beside_each_other_as_far_as_they_fit(monkeypatch):
     monkeypatch.setattr(local, "machine", lambda: Resources(gpu=2, cpu=8, memory=1000))
-    executor = local.Processes(8, lambda *_, **__: None)
+    executor = local.Processes(8, lambda *_, **__: None, Interrupts())
 
     def running(*asked):
         executor._workers = [local._Worker(None, None, _job(resources)) for resources in asked]
@@ -87,6 +93,42 @@ def test_jobs_run_beside_each_other_as_far_as_they_fit(monkeypatch):
     assert executor.has_room_for(NOTHING)
     running(*[NOTHING] * 8)
     assert not executor.has_room_for(NOTHING)
+
+
+class Signalled:
+    """A process at whose start another thread of this one takes a Ctrl-C, as threads of libraries do."""
+
+    thread = None
+
+    def __init__(self, **_):
+        self.started = False
+
+    def start(self):
+        signal.pthread_kill(self.thread.ident, signal.SIGINT)
+        time.sleep(0.05)
+        self.started = True
+
+
+@pytest.fixture
+def heeds_ctrl_c():
+    """A shell's background job ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_waits_until_a_process_has_started(monkeypatch, heeds_ctrl_c):
+    done = threading.Event()
+    monkeypatch.setattr(Signalled, "thread", threading.Thread(target=done.wait, daemon=True))
+    Signalled.thread.start()
+    with interrupts() as asked:
+        executor = local.Processes(2, lambda *_, **__: None, asked)
+        monkeypatch.setattr(executor, "_context", SimpleNamespace(Pipe=multiprocessing.Pipe, Process=Signalled))
+        with pytest.raises(KeyboardInterrupt):
+            executor.submit(_job(NOTHING))
+        (worker,) = executor._workers
+        assert worker.process.started
+    done.set()
 
 
 def _job(resources):

@@ -70,4 +70,6 @@ class Execution:
         if jobs == 1:
             return InProcess(emit)
         own = "OMP_NUM_THREADS" in os.environ
-        return Processes(jobs, emit, threads=max(1, cores() // jobs) if self.jobs == "auto" and not own else None)
+        return Processes(
+            jobs, emit, asked, threads=max(1, cores() // jobs) if self.jobs == "auto" and not own else None
+        )

@@ -11,6 +11,7 @@ from typing import Any
 
 import attrs
 
+from plait.interrupts import Interrupts
 from plait.resources import NOTHING, Resources, machine
 from plait.work import Emit, Job, Outcome, carry_out
 
@@ -84,7 +85,8 @@ class Processes:
         threads: that torch may use in each process; default as many as it takes by itself.
     """
 
-    def __init__(self, jobs: int, emit: Emit, threads: int | None = None) -> None:
+    def __init__(self, jobs: int, emit: Emit, asked: Interrupts, threads: int | None = None) -> None:
+        self._asked = asked
         self._context = get_context("spawn")
         self._jobs = jobs
         self._emit = emit
@@ -148,16 +150,19 @@ class Processes:
     def _new_worker(self) -> _Worker:
         here, there = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(there, self._threads), daemon=False)
-        # A Ctrl-C that comes while Python starts would end it there, with a traceback; it inherits the mask.
-        resource_tracker.ensure_running()  # starting it lets the signal through again
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        there.close()
         worker = _Worker(process, here)
-        self._workers.append(worker)
+        # A process that is told half of what it is to do ends with a traceback. The mask is of this thread alone, and
+        # where libraries have threads of their own, one of these may take the signal.
+        with self._asked.deferred():
+            # A Ctrl-C that comes while Python starts would end it there, with a traceback; it inherits the mask.
+            resource_tracker.ensure_running()  # starting it lets the signal through again
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            there.close()
+            self._workers.append(worker)
         return worker
 
     def _forget(self, worker: _Worker) -> None:
