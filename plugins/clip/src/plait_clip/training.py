@@ -121,7 +121,8 @@ def _first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     if not floating:
         return None
-    sound = torch.stack([torch.isfinite(tensor).all() for tensor in floating.values()])
+    device = next(iter(floating.values())).device  # a model may lie on several
+    sound = torch.stack([torch.isfinite(tensor).all().to(device) for tensor in floating.values()])
     return next((name for name, is_sound in zip(floating, sound.tolist(), strict=True) if not is_sound), None)
 
 
