@@ -592,40 +592,54 @@ def reproduce(names: tuple[str, ...], quick: bool, write: bool, store: Path | No
     Named are records, folders of them, or packages: the records in the folder figures that these had a part in. The
     commands are run from the current folder.
     """
-    import attrs
-
-    from plait.pipeline import load_pipeline
-    from plait.recording import again, read_record, record_of, records_named, to_text
-    from plait.runner import run_pipeline
-    from plait.runs import open_run
+    from plait.recording import records_named
 
     if quick and write:
         raise click.UsageError("figures of one seed are not put on record; leave out --quick or --write")
-    outside = 0
+    good = True
     for file in [file for name in names for file in records_named(name, Path("figures"))]:
-        old = read_record(file)
-        context = run.make_context("run", list(old.command), resilient_parsing=False)
-        overrides = [*context.params["overrides"]]
-        if quick and (seeds := old.figures[0].seeds[:1] if old.figures else ()) and seeds[0]:
-            overrides.append(f"matrix.seed=[{seeds[0]}]")
-        click.echo(f"{file}: plait run {context.params['pipeline']} {' '.join(overrides)}".rstrip())
-        checked = load_pipeline(context.params["pipeline"], overrides)
-        result = run_pipeline(checked, _store(store), out)
-        compared = again(old, list(result.tables.values()))
-        for one in compared:
-            if not one.within:
-                where = " / ".join(filter(None, one.figure.place))
-                now = "missing" if one.value is None else f"{one.value:.6g}"
-                click.echo(f"  {where}: {now}, on record {one.expected:.6g} ({one.figure.text})")
-        inside = sum(one.within for one in compared)
-        outside += len(compared) - inside
-        click.echo(f"  {inside} of {len(compared)} figures lie within the recorded spread")
-        if write:
-            new = record_of(open_run(result.folder))
-            kept = attrs.evolve(new, facts={**new.facts, "command": old.facts["command"]})
-            file.write_text(to_text(kept), encoding="utf-8")
-    if outside and not write:
+        try:
+            good &= _reproduce(file, quick, write, store, out)
+        except PlaitError as error:  # the others can be had all the same
+            click.echo(f"  {error}")
+            good = False
+    if not good:
         raise SystemExit(1)
+
+
+def _reproduce(file: Path, quick: bool, write: bool, store: Path | None, out: Path) -> bool:
+    """Whether every figure came again, or is on record anew."""
+    import attrs
+
+    from plait.pipeline import load_pipeline
+    from plait.recording import again, read_record, record_of, to_text
+    from plait.runner import run_pipeline
+    from plait.runs import open_run
+
+    old = read_record(file)
+    context = run.make_context("run", list(old.command), resilient_parsing=False)
+    overrides = [*context.params["overrides"]]
+    if quick and (seeds := old.figures[0].seeds[:1] if old.figures else ()) and seeds[0]:
+        overrides.append(f"matrix.seed=[{seeds[0]}]")
+    click.echo(f"{file}: plait run {context.params['pipeline']} {' '.join(overrides)}".rstrip())
+    result = run_pipeline(load_pipeline(context.params["pipeline"], overrides), _store(store), out)
+    compared = again(old, list(result.tables.values()))
+    for one in compared:
+        if not one.within:
+            where = " / ".join(filter(None, one.figure.place))
+            now = "missing" if one.value is None else f"{one.value:.6g}"
+            click.echo(f"  {where}: {now}, on record {one.expected:.6g} ({one.figure.text})")
+    inside = sum(one.within for one in compared)
+    click.echo(f"  {inside} of {len(compared)} figures lie within the recorded spread")
+    if not write:
+        return inside == len(compared)
+    if result.failed:
+        failed, reason = next(iter(result.failed.items()))
+        raise PlaitError(f"{file} stays as it is, since a step failed: {failed}: {reason}")
+    new = record_of(open_run(result.folder))
+    kept = attrs.evolve(new, facts={**new.facts, "command": old.facts["command"]})
+    file.write_text(to_text(kept), encoding="utf-8")
+    return True
 
 
 @main.command()

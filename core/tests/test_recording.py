@@ -55,6 +55,22 @@ def test_figures_are_given_again(recorded):
     assert "leave out --quick" in cli("reproduce", "demo.csv", "--write", "--quick", code=2)
 
 
+def test_a_record_that_cannot_be_had_again_stays_and_the_others_are_run(recorded):
+    Path("b.yaml").write_text(PIPELINE.replace("./toy.py:Mean", "./gone.py:Mean"))
+    Path("b.csv").write_text(Path("demo.csv").read_text().replace("demo.yaml", "b.yaml"))
+    broken = "  broken: {transform: './toy.py:Fail', from: {data: numbers.train}}\n"
+    Path("a.yaml").write_text(
+        PIPELINE.replace("  score:", f"{broken}  score:").replace("all: numbers.train", "all: broken")
+    )
+    Path("a.csv").write_text(Path("demo.csv").read_text().replace("demo.yaml", "a.yaml"))
+    before = Path("a.csv").read_text(), Path("b.csv").read_text()
+    told = cli("reproduce", ".", "--write", code=1)
+    assert "a.csv stays as it is, since a step failed: broken[seed=0]: " in told
+    assert "gone.py" in told
+    assert "demo.csv: plait run demo.yaml\n  1 of 1 figures lie within" in told
+    assert (Path("a.csv").read_text(), Path("b.csv").read_text()) == before
+
+
 def test_the_figures_of_a_package(workplace, monkeypatch):
     (workplace / "figures").mkdir()
     facts = {"command": "plait run demo.yaml", "date": "d", "versions": "v", "hardware": "h", "seeds": "0"}
