@@ -8,6 +8,7 @@ import torch
 from plait import codecs
 from plait_wemoe import plugin
 from plait_wemoe.images import ImageColumn
+from plait_wemoe.supervised import labelled_tasks, train_tasks
 from torch.nn import functional as F
 
 TASKS = ("digits", "textures")
@@ -164,3 +165,28 @@ def test_labels_that_a_head_has_no_class_for_are_refused(toy):
         part = data["digits"].remove_columns("label").add_column("label", [label] * 12)
         with pytest.raises(ValueError, match=r"row 0 of the data of task 'digits' has label"):
             trained(base, {"digits": part})
+
+
+def test_a_stopped_training_goes_on_to_the_same_bits(toy, tmp_path):
+    base, _, data = toy
+    dropping = copy.deepcopy(base)
+    dropping.encoder.vit.norm_pre = torch.nn.Dropout(0.5)
+    tasks = labelled_tasks(data, dropping)
+
+    def train(log=lambda **values: None, checkpoint=None):
+        return train_tasks(
+            dropping, tasks, num_steps=6, batch_size=4, learning_rate=1e-2, weight_decay=0.01, seed=3,
+            checkpoint=checkpoint, log=log, seconds_between_saves=0,
+        )  # fmt: skip
+
+    def stop(step, loss):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    steps = []
+    with pytest.raises(KeyboardInterrupt):
+        train(stop, plait.Run(folder=tmp_path).loop("test", "train"))
+    resumed = train(lambda step, loss: steps.append(step), plait.Run(folder=tmp_path).loop("test", "train"))
+    assert steps == [4, 5, 6]
+    assert same(resumed, train())
+    assert not same(resumed, dropping)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from plait_vision import train_steps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -49,8 +50,10 @@ def train_tasks(
     device: torch.device | str = "cpu",
     trainable: str | None = None,
     train_heads: bool = False,
-    track: Callable[[Iterable[int]], Iterable[int]] = iter,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    checkpoint: Any = None,
+    track: Callable[..., Any] = iter,
+    log: Callable[..., None] = lambda **values: None,
+    seconds_between_saves: float = 10.0,
 ) -> WithHeads:
     """AdamW on the sum of the tasks' cross-entropies, one batch of every task in every step; a trained copy on ``device``.
 
@@ -58,10 +61,12 @@ def train_tasks(
 
     Args:
         trainable: regular expression for names of encoder parameters; ``None`` trains them all.
+        checkpoint, track, log: as of :func:`plait_vision.train_steps`, so that a training that was stopped goes on.
 
     Raises:
         ValueError: no encoder parameter matches ``trainable``; labels that a head has no class for.
         KeyError: a task without a head.
+        FloatingPointError: the loss is not finite.
     """
     model = copy.deepcopy(model).to(device).train()
     weights = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
@@ -79,22 +84,29 @@ def train_tasks(
     streams = {
         name: ShuffledBatches(task.inputs, batch_size, seed + index) for index, (name, task) in enumerate(tasks.items())
     }
-    optimizer = torch.optim.AdamW(chosen, lr=learning_rate, weight_decay=weight_decay)
-    for step in track(range(num_steps)):
+
+    def loss_of(step: int) -> Tensor:
         losses = []
         for name, task in tasks.items():
             rows = streams[name].rows(step)
             logits = model.logits(placed(task.inputs.read(rows), device, dtype), name)
             task.check_classes(logits, name)
             losses.append(F.cross_entropy(logits, task.labels[rows].to(device)))
-        loss = torch.stack(losses).sum()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} in step {step}; lower learning_rate")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        on_step(step, loss.item())
-    model.zero_grad(set_to_none=True)
+        return torch.stack(losses).sum()
+
+    train_steps(
+        model,
+        torch.optim.AdamW(chosen, lr=learning_rate, weight_decay=weight_decay),
+        loss_of,
+        num_steps,
+        learning_rate=lambda step: learning_rate,
+        seed=seed,
+        device=torch.device(device),
+        checkpoint=checkpoint,
+        track=track,
+        log=log,
+        seconds_between_saves=seconds_between_saves,
+    )
     for parameter in weights.values():
         parameter.requires_grad_(True)
     return model.eval()

@@ -142,20 +142,22 @@ class MultiTaskTraining(ReadsData):
                 f"a {type(model).__name__} has one head, and data are of the tasks {', '.join(data)}; give those of one task"
             )
         tasks = labelled_tasks(data, several, self.tokenizer, self.image_processor, run.warn, self.examples_per_class)
-        trained = train_tasks(
-            several,
-            tasks,
-            num_steps=self.num_steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            seed=run.derived_seed("batches"),
-            device=run.device,
-            trainable=self.trainable,
-            train_heads=self.train_heads,
-            track=lambda steps: run.track(steps, "train"),
-            on_step=lambda step, loss: run.log(step=step, loss=loss),
-        )
+        with run.loop(self, "train", inputs=(model, data)) as loop:
+            trained = train_tasks(
+                several,
+                tasks,
+                num_steps=self.num_steps,
+                batch_size=self.batch_size,
+                learning_rate=self.learning_rate,
+                weight_decay=self.weight_decay,
+                seed=run.derived_seed("batches"),
+                device=run.device,
+                trainable=self.trainable,
+                train_heads=self.train_heads,
+                checkpoint=loop,
+                track=loop.track,
+                log=loop.log,
+            )
         # A classifier comes back as one, its own head in its place.
         return trained if several is model else join_head(trained.encoder, next(iter(trained.task_heads)))
 
