@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -18,6 +20,15 @@ EXP = Graph(name="exp", num_clients=4)
 SIZES = (9, 9, 5, 9)
 # Each of three clients reads its own model and that of the one before it.
 CYCLE = Graph(name="custom", num_clients=3, matrix=(np.eye(3) + np.roll(np.eye(3), 1, axis=0)) / 2)
+
+
+def test_a_peer_process_begins_without_what_reads_data_and_draws_graphs():
+    heavy = {"datasets", "matplotlib", "networkx", "pandas", "pyarrow", "sklearn", "torchvision"}
+    program = (
+        f"import sys, plait_federated.peers, plait_federated.models\nprint({heavy!r} & set(sys.modules) or 'none')"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "none"
 
 
 def test_peers_equal_the_loop_and_send_one_model_an_edge(make_training, make_shards):

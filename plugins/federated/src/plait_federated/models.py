@@ -12,7 +12,6 @@ from typing import Self
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torchvision.models import resnet18
 
 Body = tuple[nn.Module, int]
 
@@ -45,6 +44,10 @@ def lenet(channels: int, size: int) -> Body:
 
 def resnet18_gn(channels: int, size: int) -> Body:
     """ResNet-18 with GroupNorm of two groups and the 7×7 stem; 11 227 812 parameters for 100 classes."""
+    from torchvision.models import (
+        resnet18,
+    )  # as long as torch takes to import; processes of peers with other models do without
+
     network = resnet18(norm_layer=lambda width: nn.GroupNorm(2, width))
     if channels != 3:
         network.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)

@@ -9,10 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import networkx
 import numpy as np
+
+# Late where it is used: processes of peers are given a graph that was checked, and of most graphs nothing else needs it.
+if TYPE_CHECKING:
+    import networkx
 
 FIXED = ("ring", "grid9", "torus", "mesh", "exp", "full", "ws", "custom")
 PER_ROUND = ("random", "er")
@@ -74,11 +77,15 @@ class Graph:
         if self.name == "random":
             return _random(n, int(n * self.active_ratio), self.seed + round_index)
         if self.name == "er":
+            import networkx
+
             state = np.random.RandomState(self.seed + round_index)
             return _adjacency(networkx.fast_gnp_random_graph(n, self.active_ratio, seed=state))
         if self.name == "ws":
             if n <= 8:
                 raise ValueError(f"topology ws joins each peer to 8 others, and there are {n} peers; take ring or full")
+            import networkx
+
             state = np.random.RandomState(self.seed)
             return _adjacency(networkx.watts_strogatz_graph(n, 8, 0.1, seed=state))
         if self.name == "ring":
@@ -190,6 +197,8 @@ def levels(mixing: np.ndarray) -> list[np.ndarray]:
 
 
 def _adjacency(graph: networkx.Graph, nodes: list[tuple[int, int]] | None = None) -> np.ndarray:
+    import networkx
+
     adjacency: np.ndarray = networkx.to_numpy_array(graph, nodelist=nodes) > 0
     return adjacency
 
@@ -212,6 +221,8 @@ def _circulant(n: int, offsets: tuple[int, ...]) -> np.ndarray:
 
 
 def _lattice(n: int, rows: int | None, *, periodic: bool) -> np.ndarray:
+    import networkx
+
     if rows is None:
         rows = max(divisor for divisor in range(1, int(n**0.5) + 1) if n % divisor == 0)
     if n % rows:
@@ -242,6 +253,8 @@ def _check_matrix(matrix: np.ndarray, n: int) -> None:
 
 
 def _check_connected(adjacency: np.ndarray, name: str) -> None:
+    import networkx
+
     isolated = np.flatnonzero(~(adjacency.any(axis=0) | adjacency.any(axis=1)))
     if len(isolated):
         raise ValueError(f"peer {isolated[0]} of the {name} graph has no neighbour; connect every peer")

@@ -23,7 +23,6 @@ What they refuse is a ``ValueError``: one sentence that names the file. Weights 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from plait_vision.columns import IS_BACKDOOR, flags_of, is_saved_dataset, read_saved, with_class_labels
 from plait_vision.files import (
     Files,
     Sample,
@@ -35,9 +34,8 @@ from plait_vision.files import (
     tar_shards,
 )
 from plait_vision.images import SUFFIXES, Transparency, as_cell, check_rules, decode, encode_png, is_image_name, size
-from plait_vision.kinds import CLASSIFIERS, DATA
+from plait_vision.kinds import CLASSIFIERS, DATA, IS_BACKDOOR
 from plait_vision.tables import read_table
-from plait_vision.writing import write_rows, write_tables
 
 if TYPE_CHECKING:
     from plait_vision.adversarial import loss_gradient, to_eight_bits
@@ -53,6 +51,7 @@ if TYPE_CHECKING:
         on_device,
         own_modes,
     )
+    from plait_vision.columns import flags_of, is_saved_dataset, read_saved, with_class_labels
     from plait_vision.features import as_features
     from plait_vision.labelled import (
         ImageRows,
@@ -67,8 +66,10 @@ if TYPE_CHECKING:
     from plait_vision.recognition import ClassifierFields
     from plait_vision.rules import ImageRules
     from plait_vision.training_loop import train_steps
+    from plait_vision.writing import write_rows, write_tables
 
-# Whoever only reads images does without torch, and an algorithm that only wants logits without plait.
+# Whoever only decodes images does without torch and datasets, and an algorithm that only wants logits without datasets and
+# plait.
 _LATE = {
     "AnyClassifier": "classifiers",
     "Classifier": "classifiers",
@@ -83,18 +84,24 @@ _LATE = {
     "class_names_of": "labelled",
     "class_number": "labelled",
     "evaluating": "classifiers",
+    "flags_of": "columns",
     "has_texts": "labelled",
     "in_order_of": "labelled",
     "is_image_text_model": "classifiers",
+    "is_saved_dataset": "columns",
     "labels_of": "labelled",
     "loss_gradient": "adversarial",
     "on_device": "classifiers",
     "own_modes": "classifiers",
     "over_splits": "attacking",
+    "read_saved": "columns",
     "success_rate": "labelled",
     "to_eight_bits": "adversarial",
     "train_steps": "training_loop",
     "with_attacked_images": "attacking",
+    "with_class_labels": "columns",
+    "write_rows": "writing",
+    "write_tables": "writing",
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-IS_BACKDOOR = "is_backdoor"  # marks the rows that an attack poisoned; for measuring only
+from plait_vision.kinds import IS_BACKDOOR
 
 
 def is_saved_dataset(folder: Path | str) -> bool:

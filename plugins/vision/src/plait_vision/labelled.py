@@ -13,8 +13,9 @@ from plait.errors import nearest
 from torch import Tensor
 
 from plait_vision.classifiers import Preparation
-from plait_vision.columns import IS_BACKDOOR, flags_of, with_class_labels
+from plait_vision.columns import flags_of, with_class_labels
 from plait_vision.images import decode
+from plait_vision.kinds import IS_BACKDOOR
 
 HELD_BYTES = 512 << 20
 _THREADS = 4
