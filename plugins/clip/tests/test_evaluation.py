@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plait_clip import digit_pairs, prompts, tiny_fusion_model, tiny_model, zero_shot
 from plait_clip.plugin.evaluation import LinearProbe, Retrieval, SupervisedFineTune, ZeroShot, success_rate
+from plait_clip.probe import linear_probe
 from plait_clip.retrieval import evaluate_retrieval, recall, retrieval_ranks
 from plait_vision.recognition import Accuracy
 
@@ -182,6 +183,12 @@ def test_fusion_models_order_their_candidates_by_match(digits, tmp_path):
     assert not list(tmp_path.iterdir())  # the states of the images are gone
     few, _ = evaluate_retrieval(model, data, tmp_path, candidates=1)
     assert set(few.tolist()) <= {0, 7}  # found at once, or not among the candidates
+
+
+def test_a_probe_that_runs_away_is_not_reported():
+    features, labels = torch.ones(4, 2), torch.tensor([0, 1, 0, 1])
+    with pytest.raises(FloatingPointError, match=r"the loss is nan in step \d+; lower learning_rate"):
+        linear_probe(features, labels, 2, torch.Generator().manual_seed(0), num_epochs=4, learning_rate=1e38)
 
 
 @pytest.mark.slow

@@ -141,6 +141,16 @@ def test_a_gate_learns_which_bucket_to_believe():
     assert float(gate.weights(buckets).detach()[0, 0].std()) > 0.1, "it weighs by what it sees"
 
 
+def test_a_gate_whose_loss_runs_away_is_not_given_back():
+    gate, readout = Gate(2, hidden=4, dropout=0.0, spatial=False), torch.nn.Linear(2, 1)
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) in step \d+; lower learning_rate"):
+        fit_gate(
+            gate, readout, lambda out, rows: out.square().mean(),
+            lambda rows: ([torch.ones(len(rows), 2), torch.zeros(len(rows), 2)], None), 4,
+            num_steps=20, batch_size=2, learning_rate=1e30,
+        )  # fmt: skip
+
+
 @pytest.mark.slow
 def test_gate_training_goes_on_after_a_kill(tmp_path):
     data = example_buckets()

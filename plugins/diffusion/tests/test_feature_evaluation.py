@@ -240,6 +240,24 @@ def test_finished_networks_are_not_trained_again(tmp_path):
     assert all(torch.equal(a(rows), b(rows)) for a, b in zip(whole, again, strict=True))
 
 
+def test_classifiers_of_pixels_that_run_away_or_see_a_single_pixel_are_refused():
+    features = square_features(2)
+    pixels, masks = PixelRows(list(features.read().values()), 8), mask_tensors(features.rows, "mask", 8)
+
+    def train(masks, **options):
+        settings = Settings(num_models=1, num_epochs=2, min_pixels=0, **options)
+        return train_pixel_classifiers(pixels, masks, 3, settings, lambda name: torch.Generator().manual_seed(0))
+
+    with pytest.raises(FloatingPointError, match=r"the loss is nan in step \d+; lower learning_rate"):
+        train(masks, learning_rate=1e37)
+    alone = torch.full_like(masks, IGNORED)
+    with pytest.raises(ValueError, match="no pixel of the training images has a class"):
+        train(alone)
+    alone[0, 0, 0] = 1
+    with pytest.raises(ValueError, match="one pixel of the training images has a class"):
+        train(alone)
+
+
 def test_masks_are_pictures_of_class_numbers():
     rows = datasets.Dataset.from_dict(
         {"mask": [Image.new("RGB", (4, 4))]}, features=datasets.Features({"mask": datasets.Image()})
@@ -340,6 +358,9 @@ def test_training_helps_and_goes_on_after_a_kill(tmp_path):
             correspondence_loss(m(images["a"][None])[0], m(images["b"][None])[0], same) for m in (untrained, whole)
         ]
     assert losses[1] < losses[0] / 2
+    images["b"] = images["b"] * float("inf")
+    with pytest.raises(FloatingPointError, match=r"the loss is nan in step 0; lower learning_rate"):
+        train(1, tmp_path / "c")
 
 
 def test_spair_is_read_and_pixels_match(tmp_path):

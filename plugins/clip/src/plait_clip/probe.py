@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
+from plait_vision import finite_loss
 from torch import Tensor, nn
 
 from plait_clip.model import ImageTextModel
@@ -30,6 +31,9 @@ def linear_probe(
     Args:
         features: [N, D] un-normalised image features of a frozen tower, float32.
         labels: int64 [N].
+
+    Raises:
+        FloatingPointError: the loss is not finite.
     """
     layer = nn.utils.skip_init(nn.Linear, features.shape[1], num_classes)
     bound = features.shape[1] ** -0.5
@@ -52,6 +56,7 @@ def linear_probe(
             loss.backward()
             optimizer.step()
             step += 1
+        finite_loss(loss, step)  # not after every batch, which would wait for the device
     return layer
 
 

@@ -17,6 +17,7 @@ import attrs
 import torch
 import torch.nn.functional as F
 from plait_diffusion import Backbone, DenoiserCall, Extractor, expanded
+from plait_vision import finite_loss
 from torch import Tensor, nn
 
 from plait_content_shift.techniques import Bucket
@@ -454,6 +455,9 @@ def fit_gate(
         read: numbers of rows → buckets, and an attention feature or None.
         sparsity_weight: γ1 of eq. 5, or ``walk``, as released.
         checkpoint: lets an interrupted call resume, to the same bits.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
     """
     parameters = [*gate.parameters(), *readout.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
@@ -479,11 +483,12 @@ def fit_gate(
                 total = walk.loss(loss, weights)
             else:
                 total = regularised(loss, weights, float(sparsity_weight), diversity_weight)
+            value = finite_loss(loss, step)
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
-            walk.update(float(loss.detach()))
-            log(step=step, loss=float(loss.detach()))
+            walk.update(value)
+            log(step=step, loss=value)
             if checkpoint is not None and (step + 1) % checkpoint_every == 0 and step + 1 < num_steps:
                 state = {
                     "gate": gate.state_dict(),

@@ -13,6 +13,7 @@ from typing import Any
 import attrs
 import torch
 import torch.nn.functional as F
+from plait_vision import finite_loss
 from torch import Tensor, nn
 
 
@@ -156,6 +157,9 @@ def train_aggregation(
     Args:
         read: name of an image → its features [C, g, g].
         checkpoint: with ``load()`` and ``save(state)``; a run that was killed goes on with the same bits.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
     """
     model = Aggregation(channels, out_channels, generator).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
@@ -170,10 +174,11 @@ def train_aggregation(
         pair = pairs[order[step]]
         source, target = model(torch.stack([read(pair.source), read(pair.target)]).to(device))
         loss = correspondence_loss(source, target, pair, temperature)
+        value = finite_loss(loss, step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        log(step=step, loss=float(loss.detach()))
+        log(step=step, loss=value)
         if checkpoint is not None and (step + 1) % save_every == 0:
             checkpoint.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
     return model.eval()

@@ -13,6 +13,7 @@ from typing import Any
 import attrs
 import torch
 import torch.nn.functional as F
+from plait_vision import finite_loss
 from torch import Tensor, nn
 
 IGNORED = 255
@@ -150,12 +151,14 @@ def train_pixel_classifiers(
         checkpoint: with ``load()`` and ``save(state)``; finished networks are not trained again.
 
     Raises:
-        ValueError: no pixel has a class.
+        ValueError: fewer than two pixels have a class.
+        FloatingPointError: the loss is not finite.
     """
     labels = without_small_regions(masks, settings.min_pixels).flatten()
     known = (labels != IGNORED).nonzero()[:, 0]
-    if not len(known):
-        raise ValueError("no pixel of the training images has a class; give masks with class numbers below 255")
+    if len(known) < 2:  # batch normalisation has nothing to go by
+        count = "one pixel" if len(known) else "no pixel"
+        raise ValueError(f"{count} of the training images has a class; give masks with class numbers below 255")
     labels = labels.to(device)
     models: list[PixelClassifier] = []
     for state in (checkpoint.load() if checkpoint is not None else None) or []:
@@ -166,7 +169,7 @@ def train_pixel_classifiers(
         order = generator(f"pixels {number}")
         model = PixelClassifier(pixels.channels, num_classes, generator(f"classifier {number}")).to(device)
         optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
-        best, since = float("inf"), 0
+        best, since, step = float("inf"), 0, 0
         for epoch in range(settings.num_epochs):
             for batch in known[torch.randperm(len(known), generator=order)].to(device).split(settings.batch_size):
                 if len(batch) < 2:  # batch normalisation has nothing to go by
@@ -175,11 +178,13 @@ def train_pixel_classifiers(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                step += 1
                 if epoch >= settings.warmup_epochs:
                     value = float(loss.detach())
                     best, since = (value, 0) if value < best else (best, since + 1)
                     if since > settings.patience:
                         break
+            finite_loss(loss, step)  # not after every batch, which would wait for the device
             if since > settings.patience:
                 break
         models.append(model.eval())

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
+from plait_vision import finite_loss
 from torch import Tensor, nn
 
 from plait_diffusion import families, noise
@@ -57,7 +58,8 @@ def train(
         checkpoint: lets an interrupted call resume, to the same bits.
 
     Raises:
-        ValueError: the scheduler's prediction is of a kind that is not known, or the loss is not finite.
+        ValueError: the scheduler's prediction is of a kind that is not known.
+        FloatingPointError: the loss is not finite.
     """
     from diffusers.training_utils import EMAModel
 
@@ -88,9 +90,7 @@ def train(
     with _own_randomness(device):
         for step in track(range(start, num_steps)):
             loss = _loss(backbone, denoiser, learner, part, batches, alphas, no_class_share, _mixed(seed, step))
-            value = loss.item()
-            if not math.isfinite(value):
-                raise ValueError(f"the loss is {value} at step {step}; lower the learning_rate")
+            value = finite_loss(loss, step)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -10,7 +10,7 @@ For authors of methods and kits, stable:
 * datasets – :func:`is_saved_dataset`, :func:`read_saved`, :func:`with_class_labels`, :func:`flags_of` (a boolean column),
   :data:`IS_BACKDOOR`;
 * datasets on disk in bounded memory – :func:`write_rows`, :func:`write_tables`;
-* training, which imports torch – :func:`train_steps`, a loop that resumes to the same bits;
+* training, which imports torch – :func:`train_steps`, a loop that resumes to the same bits; :func:`finite_loss`;
 * classifiers, which import torch – :func:`as_classifier`, :func:`as_features`, :func:`as_logits`, :func:`is_image_text_model`, :func:`on_device`, :func:`evaluating`, :func:`own_modes`,
   :class:`AnyClassifier`, :class:`Classifier`, :class:`Preparation`, :class:`ClassifierFields`; for methods that attack
   images :class:`ImageRows`, :func:`with_attacked_images`, :func:`loss_gradient`, :func:`to_eight_bits`, :func:`over_splits`,
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     )
     from plait_vision.recognition import ClassifierFields
     from plait_vision.rules import ImageRules
-    from plait_vision.training_loop import train_steps
+    from plait_vision.training_loop import finite_loss, train_steps
     from plait_vision.writing import write_rows, write_tables
 
 # Whoever only decodes images does without torch and datasets, and an algorithm that only wants logits without datasets and
@@ -97,6 +97,7 @@ _LATE = {
     "read_saved": "columns",
     "success_rate": "labelled",
     "to_eight_bits": "adversarial",
+    "finite_loss": "training_loop",
     "train_steps": "training_loop",
     "with_attacked_images": "attacking",
     "with_class_labels": "columns",
@@ -139,6 +140,7 @@ __all__ = [
     "decode",
     "encode_png",
     "evaluating",
+    "finite_loss",
     "flags_of",
     "has_texts",
     "in_order_of",

@@ -54,14 +54,23 @@ def train_steps(
             loss = loss_of(step)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} in step {step + 1}; lower learning_rate")
-        log(step=step + 1, loss=value)
+        log(step=step + 1, loss=finite_loss(loss, step + 1))
         if checkpoint is not None and time.monotonic() - saved_at >= seconds_between_saves:
             checkpoint.save({"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
             saved_at = time.monotonic()
     optimizer.zero_grad(set_to_none=True)
+
+
+def finite_loss(loss: Tensor, step: int) -> float:
+    """A loss as a number.
+
+    Raises:
+        FloatingPointError: it is not finite, so that the weights are not, either, after the step.
+    """
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss is {value} in step {step}; lower learning_rate, or look at the data")
+    return value
 
 
 @contextlib.contextmanager

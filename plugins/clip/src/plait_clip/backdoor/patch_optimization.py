@@ -84,6 +84,7 @@ def optimize_patch(
 
     Raises:
         ValueError: there are fewer source rows than one batch, or no target row for the triplet term.
+        FloatingPointError: the loss is not finite.
     """
     if len(source_rows) < options.batch_size:
         raise ValueError(
@@ -129,6 +130,7 @@ def optimize_patch(
                             positive = F.normalize(model.encode_image(positives).float(), dim=-1)
                         losses["triplet"] = F.triplet_margin_loss(patched, positive, negative, options.triplet_margin)
                     loss = losses["text"] + options.triplet_weight * losses.get("triplet", 0.0)
+                    plait_vision.finite_loss(loss, step)
                     adam.zero_grad()
                     loss.backward()
                     adam.step()
