@@ -64,15 +64,24 @@ def test_all_levels_survive_in_every_precision_that_has_them(dtype):
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
     batch_size=st.integers(1, 4),
+    order=st.randoms(use_true_random=False),
 )
-def test_reading_gives_every_image_in_order_whatever_the_sizes(shapes, batch_size):
+def test_reading_gives_every_image_in_order_whatever_the_sizes(shapes, batch_size, order):
     arrays = random_arrays(*shapes)
-    batches = images.read_batches(dataset_of(arrays), "image", batch_size)
+    order.shuffle(arrays)
+    data = dataset_of(arrays)
+    batches = images.read_batches(data, "image", batch_size)
     read = [pair for rows, batch in batches for pair in zip(rows, batch, strict=True)]
     assert [row for row, _ in read] == list(range(len(arrays)))
     for (_, image), array in zip(read, arrays, strict=True):
         assert image.dtype == torch.uint8
         assert np.array_equal(image.permute(1, 2, 0).numpy(), array)
+    rows = order.choices(range(-len(arrays), len(arrays)), k=4)
+    picked = data.with_format("numpy").select([row % len(arrays) for row in rows])
+    for column, places in ((images.ImageColumn(data), rows), (images.ImageColumn(picked), range(len(rows)))):
+        for row, place in zip(rows, places, strict=True):
+            assert torch.equal(column[place], read[row][1])
+            assert column[place].dtype == torch.uint8
 
 
 def test_unrounded_images_are_kept_to_the_last_bit_through_saving(tmp_path):
@@ -150,6 +159,10 @@ def test_missing_column_and_what_is_no_dataset():
     source = dataset_of(random_arrays((4, 4)))
     with pytest.raises(ValueError, match="no column 'target'; it has image, name, label"):
         list(images.read_batches(source, "target"))
+    with pytest.raises(ValueError, match="no column 'target'; it has image, name, label"):
+        images.ImageColumn(source, "target")
+    with pytest.raises(IndexError):
+        images.ImageColumn(source)[1]
     with pytest.raises(ValueError, match=r"data\.train is a list"):
         images.over_splits({"train": [1]}, lambda dataset, split: dataset)
     with pytest.raises(ValueError, match="data has no splits"):
@@ -164,7 +177,7 @@ def test_images_that_cannot_be_read_are_named_by_column_and_row(tmp_path):
         ({"bytes": None, "path": str(tmp_path / "none" / "x.png")}, "cannot be read: No such file"),
     ):
         data = Dataset.from_dict({"image": [*cells, bad]}, features=Features({"image": Image()}))
-        for read in (images.read_batches, images.sizes):
+        for read in (images.read_batches, images.sizes, images.ImageColumn):
             with pytest.raises(ValueError, match=f"column 'image', row 2 {sentence}"):
                 list(read(data))
     with pytest.raises(ValueError, match="column 'image', row 0 is not an image"):

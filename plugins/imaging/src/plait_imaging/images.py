@@ -3,6 +3,7 @@
 Every other module of the kit, and any plugin that handles images, goes through these functions:
 
 * :func:`read_batches` – dataset column → lists of uint8 tensors ``[3, H, W]``, a batch at a time;
+* :class:`ImageColumn` – the same row by row, in any order;
 * :func:`read_floats` – the same as float32 in [0, 1], unrounded where column ``image_float`` is kept;
 * :func:`to_float`, :func:`to_uint8` – 0–255 ↔ [0, 1], exact there and back for all 256 levels;
 * :func:`write_images` – an iterator of images → a new dataset on disk, all other columns kept;
@@ -59,6 +60,28 @@ def to_uint8(image: torch.Tensor) -> torch.Tensor:
     if image.dtype in (torch.float16, torch.bfloat16):
         image = image.float()  # else the levels themselves are rounded
     return image.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+class ImageColumn:
+    """The images of a column, uint8 ``[3, H, W]`` each, read from the data whenever one is asked for; sizes may differ.
+
+    For rows in any order, and for some of many; :func:`read_batches` reads all of them in theirs.
+
+    Raises:
+        ValueError: no such column; when reading, an image that is damaged, 16-bit or transparent.
+        IndexError: when reading, no such row.
+    """
+
+    def __init__(self, dataset: Dataset, column: str = "image") -> None:
+        self.name, self._cells = column, _undecoded(dataset, column)
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        row = range(len(self))[row]
+        (cell,) = self._cells[row][self.name].to_pylist()
+        return _decode(cell, self.name, row)
 
 
 def read_batches(
@@ -254,9 +277,13 @@ def _has_column(dataset: Dataset, column: str, label: str = "the dataset") -> No
         raise ValueError(f"{label} has no column {column!r}; it has {', '.join(dataset.column_names) or 'none'}")
 
 
-def _raw_batches(dataset: Dataset, column: str, batch_size: int) -> Iterator[tuple[list[int], list[Any]]]:
+def _undecoded(dataset: Dataset, column: str) -> Dataset:
     _has_column(dataset, column)
-    undecoded = dataset.select_columns([column]).with_format("arrow")
+    return dataset.select_columns([column]).with_format("arrow")
+
+
+def _raw_batches(dataset: Dataset, column: str, batch_size: int) -> Iterator[tuple[list[int], list[Any]]]:
+    undecoded = _undecoded(dataset, column)
     for start in range(0, len(dataset), batch_size):
         cells = undecoded[start : start + batch_size][column].to_pylist()
         yield list(range(start, start + len(cells))), cells

@@ -18,7 +18,7 @@ from plait.contract import Declared, declared
 from plait.fields import field, in_range, method_list_field
 
 from plait_imaging import degradations, weather
-from plait_imaging.images import DATA, map_images, names, over_splits, read_batches, sizes, write_images
+from plait_imaging.images import DATA, ImageColumn, map_images, names, over_splits, read_batches, sizes, write_images
 
 
 def _pixels(image: torch.Tensor) -> np.ndarray:
@@ -79,8 +79,14 @@ class _RandomDegradation:
         """One float image ``[H, W, 3]`` in [0, 1], degraded."""
         raise NotImplementedError
 
-    def degrade_row(self, image: np.ndarray, generator: np.random.Generator, source: Dataset, row: int) -> np.ndarray:
-        """The same where other columns of the row matter."""
+    def beside(self, source: Dataset) -> ImageColumn | None:
+        """Images of another column that matter, too."""
+        return None
+
+    def degrade_row(
+        self, image: np.ndarray, generator: np.random.Generator, beside: ImageColumn | None, row: int
+    ) -> np.ndarray:
+        """The same where it depends on the row."""
         return self.degrade(image, generator)
 
     @hookimpl
@@ -90,7 +96,7 @@ class _RandomDegradation:
 
         def degrade(dataset: Dataset, split: str) -> Dataset:
             nonlocal earlier
-            labels, offset = names(dataset), earlier
+            labels, offset, beside = names(dataset), earlier, self.beside(dataset)
             earlier += len(dataset)
 
             def one(image: torch.Tensor, row: int) -> torch.Tensor:
@@ -98,7 +104,7 @@ class _RandomDegradation:
                     generator = run.numpy_generator(f"{split}/{labels[row]}")
                 else:
                     generator = np.random.default_rng(self.first_seed + offset + row)
-                return _tensor(self.degrade_row(_pixels(image), generator, dataset, row))
+                return _tensor(self.degrade_row(_pixels(image), generator, beside, row))
 
             return map_images(run, dataset, one, f"{type(self).__name__} {split}".strip(), keep_source_as="target")
 
@@ -137,7 +143,7 @@ class _Weather(_RandomDegradation):
 
     severity: tuple[float, float] = _range((0.8, 1.2), "1: a usual scene, 0: none", 0, None)
 
-    def options(self, source: Dataset, row: int) -> dict[str, Any]:
+    def options(self, image: np.ndarray, beside: ImageColumn | None, row: int) -> dict[str, Any]:
         """More arguments of the degradation of a row."""
         return {}
 
@@ -145,11 +151,13 @@ class _Weather(_RandomDegradation):
         """Which weather a row gets."""
         raise NotImplementedError
 
-    def degrade_row(self, image: np.ndarray, generator: np.random.Generator, source: Dataset, row: int) -> np.ndarray:
+    def degrade_row(
+        self, image: np.ndarray, generator: np.random.Generator, beside: ImageColumn | None, row: int
+    ) -> np.ndarray:
         """One float image ``[H, W, 3]`` in [0, 1] with weather."""
         severity = generator.uniform(*self.severity)
         known = _OPTIONS[self.kind(row)]
-        options = {name: value for name, value in self.options(source, row).items() if name in known}
+        options = {name: value for name, value in self.options(image, beside, row).items() if name in known}
         return weather.WEATHERS[self.kind(row)](image, generator, severity, **options)
 
 
@@ -175,17 +183,20 @@ class _Veil(_Weather):
         """The image, and its depth map."""
         return ("image",) if self.depth is None else ("image", self.depth)
 
-    def options(self, source: Dataset, row: int) -> dict[str, Any]:
+    def beside(self, source: Dataset) -> ImageColumn | None:
+        """The depth maps."""
+        return None if self.depth is None else ImageColumn(source, self.depth)
+
+    def options(self, image: np.ndarray, beside: ImageColumn | None, row: int) -> dict[str, Any]:
         """Air light, and the depth of a row."""
-        return {"air_light": self.air_light, "depth": None if self.depth is None else _depth(source, self.depth, row)}
+        return {"air_light": self.air_light, "depth": None if beside is None else _depth(beside, row, image)}
 
 
-def _depth(source: Dataset, column: str, row: int) -> np.ndarray:
-    (_, (depth,)), *_ = read_batches(source.select([row]), column, 1)
-    (height, width), *_ = sizes(source.select([row]))
+def _depth(maps: ImageColumn, row: int, image: np.ndarray) -> np.ndarray:
+    depth, (height, width) = maps[row], image.shape[:2]
     if tuple(depth.shape[1:]) != (height, width):
         raise ValueError(
-            f"column {column!r}, row {row} is {depth.shape[1]}×{depth.shape[2]} pixels and its image {height}×{width}; "
+            f"column {maps.name!r}, row {row} is {depth.shape[1]}×{depth.shape[2]} pixels and its image {height}×{width}; "
             "give depth maps of the images' sizes"
         )
     return depth.double().mean(dim=0).div(255).numpy()
@@ -206,9 +217,9 @@ class _Falling(_Veil):
 
     angle: tuple[float, float] = _range((-0.35, 0.35), "of the fall, in radians from the vertical", -1.5, 1.5)
 
-    def options(self, source: Dataset, row: int) -> dict[str, Any]:
+    def options(self, image: np.ndarray, beside: ImageColumn | None, row: int) -> dict[str, Any]:
         """Air light, depth and angle."""
-        return {**super().options(source, row), "angle": self.angle}
+        return {**super().options(image, beside, row), "angle": self.angle}
 
 
 @attrs.frozen(kw_only=True)
