@@ -1,5 +1,8 @@
 """Synthetic weather: fixed points, ranges, seeds, depth, and the transforms around it."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -103,6 +106,15 @@ def test_several_weathers_in_turn(tiles):
     assert report.rows[0]["PSNR"] == pytest.approx(sum(both) / 2)
     with pytest.raises(ValueError, match="by is 'season'"):
         PSNRSSIM(by="season").evaluate(data, None, Run())
+
+
+def test_algorithms_alone_need_neither_datasets_nor_torch():
+    program = (
+        "import sys, plait_imaging.degradations, plait_imaging.weather\n"
+        "print({'datasets', 'pandas', 'pyarrow', 'torch'} & set(sys.modules) or 'none')"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "none"
 
 
 def test_depth_from_a_column(tiles):

@@ -44,9 +44,8 @@ def lenet(channels: int, size: int) -> Body:
 
 def resnet18_gn(channels: int, size: int) -> Body:
     """ResNet-18 with GroupNorm of two groups and the 7×7 stem; 11 227 812 parameters for 100 classes."""
-    from torchvision.models import (
-        resnet18,
-    )  # as long as torch takes to import; processes of peers with other models do without
+    # It takes as long to import as torch, and processes of peers with other models do without.
+    from torchvision.models import resnet18
 
     network = resnet18(norm_layer=lambda width: nn.GroupNorm(2, width))
     if channels != 3:
