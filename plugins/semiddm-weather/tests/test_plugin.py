@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Image
+from PIL import Image as PILImage
 from plait import Run, load
 from plait.errors import PlaitError
 from plait_imaging import Scenes
@@ -12,6 +14,7 @@ from plait_semiddm_weather import examples
 from plait_semiddm_weather.model import WeatherRestorer
 from plait_semiddm_weather.networks import Generator
 from plait_semiddm_weather.plugin import LoadWeatherRestorer, RestoreWeather, TrainWeatherRestorer
+from plait_semiddm_weather.plugin.images import images_of
 from plait_semiddm_weather.released import load_released, released_names, released_state
 from plait_semiddm_weather.settings import PRESETS, Architecture
 
@@ -97,6 +100,15 @@ def test_going_on_from_a_model(example, trained):
 def test_data_that_cannot_be_trained_on(example, data, sentence):
     with pytest.raises(ValueError, match=sentence):
         TrainWeatherRestorer(**example.fields).optimize(None, data(example.arguments["data"]), Run())
+
+
+def test_an_image_that_cannot_be_read_is_named_by_its_row():
+    pictures = [PILImage.new("RGB", (16, 16), "red"), PILImage.new("RGBA", (16, 16))]
+    features = Features({"image": Image(), "target": Image()})
+    labelled, _ = images_of(Dataset.from_dict({"image": pictures, "target": pictures}, features=features), 8, False)
+    assert torch.equal(*labelled[0])
+    with pytest.raises(ValueError, match="column 'image', row 1 is partly transparent"):
+        labelled[1]
 
 
 def test_images_smaller_than_a_crop(example):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
-from plait_imaging import names, read_batches, sizes, to_float
+from plait_imaging import ImageColumn, names, sizes, to_float
 from torch import Tensor
 
 DOMAIN = "weather"
@@ -18,6 +18,7 @@ class Images:
     def __init__(self, dataset: Dataset, paired: bool) -> None:
         self.dataset, self.paired = dataset, paired
         columns = dataset.column_names
+        self._columns = {name: ImageColumn(dataset, name) for name in ("image", "target") if name in columns}
         self.has_truth = "target" in columns
         self.domains = [str(one) for one in dataset[DOMAIN][:]] if DOMAIN in columns else [""] * len(dataset)
 
@@ -33,8 +34,7 @@ class Images:
         return self._read(row, "target") if self.has_truth else None
 
     def _read(self, row: int, column: str) -> Tensor:
-        ((_, (image,)),) = read_batches(self.dataset.select([row]), column, 1)
-        return to_float(image)
+        return to_float(self._columns[column][row])
 
 
 def images_of(data: Any, crop_size: int, needs_unlabelled: bool) -> tuple[Images, Images | None]:
