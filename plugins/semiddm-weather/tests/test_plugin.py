@@ -1,5 +1,8 @@
 """The methods on real datasets: fields, resuming, samples for ensembles, files, bad input."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +36,14 @@ def trained(example):
 
 def images(dataset, column="image"):
     return [np.array(picture) for picture in dataset[column][:]]
+
+
+def test_planning_needs_no_diffusers():
+    program = (
+        "import sys, plait_semiddm_weather.plugin\nprint({'diffusers', 'transformers'} & set(sys.modules) or 'none')"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "none"
 
 
 def test_fields_of_the_preset_and_ones_own():

@@ -9,8 +9,8 @@ import io
 import math
 
 import numpy as np
+import scipy  # whose large parts it imports when they are used
 from PIL import Image
-from scipy.signal import fftconvolve
 
 
 def line_kernel(length: float, angle: float) -> np.ndarray:
@@ -45,7 +45,7 @@ def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """Convolve each channel with an odd-sided kernel; beyond its border the image is mirrored."""
     rows, columns = kernel.shape[0] // 2, kernel.shape[1] // 2
     padded = np.pad(image, ((rows, rows), (columns, columns), (0, 0)), mode="symmetric")
-    result: np.ndarray = fftconvolve(padded, kernel[..., None], mode="valid", axes=(0, 1))
+    result: np.ndarray = scipy.signal.fftconvolve(padded, kernel[..., None], mode="valid", axes=(0, 1))
     return result
 
 
@@ -67,7 +67,7 @@ def add_rain(
     margin = kernel.shape[0] - 1
     shape = (image.shape[0] + 2 * margin, image.shape[1] + 2 * margin)
     drops = (generator.random(shape) < density) * generator.uniform(0.4, 1, shape)
-    streaks = fftconvolve(drops, kernel, mode="same")[margin:-margin, margin:-margin] * length * 0.9
+    streaks = scipy.signal.fftconvolve(drops, kernel, mode="same")[margin:-margin, margin:-margin] * length * 0.9
     opacity = np.clip(streaks, 0, 1)[..., None] * strength
     result: np.ndarray = image * (1 - opacity) + brightness * opacity
     return result

@@ -10,8 +10,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from scipy.ndimage import gaussian_filter, map_coordinates
-from scipy.signal import fftconvolve
+import scipy  # whose large parts it imports when they are used
 
 Depth = np.ndarray
 Range = tuple[float, float]
@@ -25,7 +24,9 @@ DROPS_PER_PIXEL = 6 / 64**2
 def guessed_depth(shape: tuple[int, int], generator: np.random.Generator) -> Depth:
     """Where no depth is known: far at the top and near at the bottom, and a quarter of smooth noise."""
     height, width = shape
-    noise = gaussian_filter(generator.standard_normal(shape), sigma=max(2.0, min(shape) / 8), mode="reflect")
+    noise = scipy.ndimage.gaussian_filter(
+        generator.standard_normal(shape), sigma=max(2.0, min(shape) / 8), mode="reflect"
+    )
     spread = noise.max() - noise.min()
     smooth = (noise - noise.min()) / spread if spread > 0 else np.zeros(shape)
     ramp = np.linspace(1, 0, height)[:, None] if height > 1 else np.zeros((1, 1))
@@ -122,10 +123,12 @@ def add_raindrops(image: np.ndarray, generator: np.random.Generator, severity: f
         nearest = np.where(here, distance, nearest)
         source_row = np.where(here, top - 2.5 * (rows - top), source_row)
         source_column = np.where(here, left - 2.5 * (columns - left), source_column)
-    mask = gaussian_filter(np.clip((field - 0.35) / 0.25, 0, 1), 0.7)[..., None]
-    blurred = gaussian_filter(image, (2, 2, 0), mode="reflect")
+    mask = scipy.ndimage.gaussian_filter(np.clip((field - 0.35) / 0.25, 0, 1), 0.7)[..., None]
+    blurred = scipy.ndimage.gaussian_filter(image, (2, 2, 0), mode="reflect")
     places = np.stack([source_row, source_column])
-    seen = [map_coordinates(blurred[..., channel], places, order=1, mode="mirror") for channel in range(3)]
+    seen = [
+        scipy.ndimage.map_coordinates(blurred[..., channel], places, order=1, mode="mirror") for channel in range(3)
+    ]
     inside = np.stack(seen, axis=-1) * 0.85 + 0.12
     result: np.ndarray = np.clip(image * (1 - mask) + inside * mask, 0, 1)
     return result
@@ -149,7 +152,7 @@ def _impulses(shape: tuple[int, int], margin: int, density: float, generator: np
 
 def _spread(impulses: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     margin = kernel.shape[0]
-    result: np.ndarray = fftconvolve(impulses, kernel, mode="same")[margin:-margin, margin:-margin]
+    result: np.ndarray = scipy.signal.fftconvolve(impulses, kernel, mode="same")[margin:-margin, margin:-margin]
     return result
 
 
@@ -169,7 +172,7 @@ def _flake(radius: float, direction: float) -> np.ndarray:
     half = math.ceil(4 * radius + 2 + 3 * radius)
     point = np.zeros((2 * half + 1, 2 * half + 1))
     point[half, half] = 1
-    flake = gaussian_filter(point, radius)
+    flake = scipy.ndimage.gaussian_filter(point, radius)
     path = _streak(2 + 3 * radius, 0.5, direction)
-    result: np.ndarray = fftconvolve(flake, path, mode="same")
+    result: np.ndarray = scipy.signal.fftconvolve(flake, path, mode="same")
     return result

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from plait_semiddm_weather.diffusion import Random, normal
@@ -31,6 +30,8 @@ def wavelet_regression(network: nn.Module, condition: Tensor) -> Tensor:
 
 def patch_network(base_channels: int, channel_mult: Sequence[int], layers_per_block: int) -> nn.Module:
     """A U-Net that predicts the noise in the clean image from ``[y_t, x]`` (WeatherDiff, TPAMI 2023)."""
+    from diffusers import UNet2DModel
+
     widths = tuple(base_channels * mult for mult in channel_mult)
     return UNet2DModel(
         in_channels=6,
@@ -46,6 +47,8 @@ def patch_network(base_channels: int, channel_mult: Sequence[int], layers_per_bl
 
 def patch_ddim_loss(network: nn.Module, degraded: Tensor, clean: Tensor, random: torch.Generator) -> Tensor:
     """``‖ε − ε_θ(y_t, x, t)‖²`` with t uniform over 1,000 steps; images in [0, 1], the network's in [−1, 1]."""
+    from diffusers import DDPMScheduler
+
     scheduler = DDPMScheduler(**PATCH_BETAS)
     noise = normal(clean.shape, random, clean)
     t = torch.randint(1000, (len(clean),), generator=random).to(clean.device)
@@ -62,6 +65,8 @@ def patch_ddim(
         degraded: ``[B, 3, H, W]`` in [0, 1].
         patch: side of a patch; ``stride`` (a quarter of it) lies between neighbours.
     """
+    from diffusers import DDIMScheduler
+
     scheduler = DDIMScheduler(**PATCH_BETAS)
     scheduler.set_timesteps(num_steps)
     x, state = 2 * degraded - 1, normal(degraded.shape, random, degraded)

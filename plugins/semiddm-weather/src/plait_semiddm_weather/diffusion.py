@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from diffusers import DDPMScheduler
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+# Planning a pipeline reads fields alone, and diffusers takes longer to import than all else together.
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
 
 Random: TypeAlias = torch.Generator | list[torch.Generator]
 
@@ -27,6 +29,8 @@ def betas(num_steps: int, beta_min: float, beta_max: float) -> Tensor:
 
 def normal(shape: tuple[int, ...] | torch.Size, random: Random, like: Tensor) -> Tensor:
     """Standard normal numbers of ``shape`` on the device of ``like``, the same on every device."""
+    from diffusers.utils.torch_utils import randn_tensor
+
     return randn_tensor(shape, generator=random, device=like.device, dtype=torch.float32)
 
 
@@ -58,6 +62,8 @@ class Diffusion:
 
     def scheduler(self) -> DDPMScheduler:
         """The same schedule as diffusers' sampler."""
+        from diffusers import DDPMScheduler
+
         scheduler = DDPMScheduler(
             num_train_timesteps=self.num_steps,
             trained_betas=self.beta[1:].tolist(),
