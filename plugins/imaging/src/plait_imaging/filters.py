@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from scipy import ndimage
-from skimage import restoration
+import scipy  # whose large parts it imports when they are used, as scikit-image does
+import skimage
 
 
 def median(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Median over windows of ``size`` (height, width) in each channel of uint8 ``[H, W, 3]``; mirrored border."""
-    result: np.ndarray = ndimage.median_filter(image, size=(*size, 1), mode="reflect")
+    result: np.ndarray = scipy.ndimage.median_filter(image, size=(*size, 1), mode="reflect")
     return result
 
 
 def grey_opening(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Minimum, then maximum over windows of ``size`` in each channel: removes brighter things that are smaller."""
-    result: np.ndarray = ndimage.grey_opening(image, size=(*size, 1), mode="reflect")
+    result: np.ndarray = scipy.ndimage.grey_opening(image, size=(*size, 1), mode="reflect")
     return result
 
 
 def total_variation(image: np.ndarray, weight: float, max_iterations: int) -> np.ndarray:
     """Chambolle's dual algorithm for total-variation denoising (J. Math. Imaging Vis. 20, 2004) of ``[H, W, 3]``."""
-    result: np.ndarray = restoration.denoise_tv_chambolle(
+    result: np.ndarray = skimage.restoration.denoise_tv_chambolle(
         image, weight=weight, max_num_iter=max_iterations, channel_axis=-1
     )
     return result
@@ -40,7 +40,7 @@ def wavelet_shrinkage(
         sigma: standard deviation of the noise; ``None`` estimates it from the finest coefficients.
         levels: of the decomposition; ``None`` takes three fewer than possible.
     """
-    result: np.ndarray = restoration.denoise_wavelet(
+    result: np.ndarray = skimage.restoration.denoise_wavelet(
         image,
         sigma=sigma,
         wavelet=wavelet,
@@ -56,7 +56,7 @@ def wavelet_shrinkage(
 
 def wiener(image: np.ndarray, kernel: np.ndarray, balance: float) -> np.ndarray:
     """Wiener–Hunt deconvolution of float ``[H, W, 3]`` with a Laplacian prior of weight ``balance``."""
-    return _per_channel(image, kernel, lambda channel: restoration.wiener(channel, kernel, balance, clip=False))
+    return _per_channel(image, kernel, lambda channel: skimage.restoration.wiener(channel, kernel, balance, clip=False))
 
 
 def richardson_lucy(image: np.ndarray, kernel: np.ndarray, num_iterations: int) -> np.ndarray:
@@ -65,7 +65,9 @@ def richardson_lucy(image: np.ndarray, kernel: np.ndarray, num_iterations: int) 
         image,
         kernel,
         # The floor keeps the quotient finite where the estimate has gone black.
-        lambda channel: restoration.richardson_lucy(channel, kernel, num_iterations, clip=False, filter_epsilon=1e-6),
+        lambda channel: skimage.restoration.richardson_lucy(
+            channel, kernel, num_iterations, clip=False, filter_epsilon=1e-6
+        ),
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+import skimage  # whose large parts it imports when they are used
 import torch
-from skimage.metrics import structural_similarity
 
 SSIM_WINDOW = 11
 
@@ -34,7 +34,7 @@ def ssim(image: torch.Tensor, target: torch.Tensor) -> float:
     Gaussian window 11 × 11, σ = 1.5, positions where it lies inside the image, K = (0.01, 0.03), mean over
     channels and positions.
     """
-    value = structural_similarity(
+    value = skimage.metrics.structural_similarity(
         image.double().numpy(),
         target.double().numpy(),
         gaussian_weights=True,

@@ -17,7 +17,6 @@ from plait.report import Panel, png
 from plait_vision import encode_png
 
 from plait_federated.client_data import class_names, labels_of, train_of, with_numbered_classes
-from plait_federated.figures import partition_figure
 from plait_federated.partition import Sampling, Scheme, divide, label_histogram
 
 
@@ -106,6 +105,8 @@ class Partition:
 
     @hookimpl
     def transform(self, data: Any, run: Any) -> dict[str, Dataset]:
+        from plait_federated.figures import partition_figure  # matplotlib
+
         data = with_numbered_classes(data)
         train = train_of(data)
         if "client" in train.column_names:

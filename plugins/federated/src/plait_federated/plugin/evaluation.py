@@ -15,7 +15,6 @@ from plait_vision import CLASSIFIERS, DATA, ClassifierFields, class_names_of, ev
 
 from plait_federated.client_data import client_members, inputs_of, train_of
 from plait_federated.evaluation import accuracy_and_loss, summary
-from plait_federated.figures import graph_figure
 from plait_federated.methods import PeerGraph
 from plait_federated.topology import column_sums, levels, second_eigenvalue, smallest_eigenvalue
 
@@ -129,6 +128,8 @@ class FederatedGraph(PeerGraph):
 
     @hookimpl
     def evaluate(self, data: Any, run: Any) -> Report:
+        from plait_federated.figures import graph_figure  # matplotlib
+
         graph = self.graph(len(client_members(train_of(data))), run.seed)
         mixing, adjacency = graph.mixing(0), graph.adjacency(0)
         low, high = column_sums(mixing)
