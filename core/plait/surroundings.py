@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.abc
-import importlib.util
 import locale
 import os
 import random
@@ -30,14 +29,15 @@ def same_surroundings(seed: int, deterministic: bool = False) -> Iterator[None]:
 
     That is: working directory (kept), environment variables (kept, changes undone), recursion limit, warnings filters,
     locale; the generators of ``random``, NumPy and torch; torch's default dtype, grad mode, deterministic and
-    benchmark flags and matmul precision; its number of threads (kept). Libraries that are imported only in the
-    step are set when they are.
+    benchmark flags and matmul precision; its number of threads (kept); caches of Hugging Face's ``datasets`` (none).
+    Libraries that are imported only in the step are set when they are.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_python(seed))
         for name, surroundings in (
             ("numpy", _numpy),
             ("torch", functools.partial(_torch, deterministic=deterministic)),
+            ("datasets", _datasets),
         ):
             if name in sys.modules:
                 stack.enter_context(surroundings(sys.modules[name], seed))
@@ -146,6 +146,19 @@ def _torch(torch: Any, seed: int, deterministic: bool) -> Iterator[None]:
             torch.cuda.set_rng_state_all(states)
 
 
+@contextlib.contextmanager
+def _datasets(datasets: Any, seed: int) -> Iterator[None]:
+    """What it derives it keeps beside what that was derived from: in the store, or in a folder of the user's."""
+    if not datasets.is_caching_enabled():
+        yield
+        return
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        datasets.enable_caching()
+
+
 def _torch_state(torch: Any) -> dict[str, Any]:
     return {
         "dtype": torch.get_default_dtype(), "grad": torch.is_grad_enabled(),
@@ -160,18 +173,21 @@ def _torch_state(torch: Any) -> dict[str, Any]:
 def _set_torch(torch: Any, state: dict[str, Any]) -> None:
     torch.set_default_dtype(state["dtype"])
     torch.set_grad_enabled(state["grad"])
-    torch.use_deterministic_algorithms(state["deterministic"], warn_only=state["warn_only"])
+    now = _torch_state(torch)
+    if (state["deterministic"], state["warn_only"]) != (now["deterministic"], now["warn_only"]):
+        # Imports torch's compiler, which takes long and adds filters of warnings to those of the step.
+        torch.use_deterministic_algorithms(state["deterministic"], warn_only=state["warn_only"])
     torch.utils.deterministic.fill_uninitialized_memory = state["fill"]
     torch.backends.cudnn.benchmark = state["benchmark"]
     torch.backends.cudnn.deterministic = state["cudnn"]
     torch.set_float32_matmul_precision(state["matmul"])
     torch.autograd.set_detect_anomaly(state["detect"])
-    if torch.get_num_threads() != state["threads"]:
+    if state["threads"] != now["threads"]:
         torch.set_num_threads(state["threads"])
 
 
 class _OnImport(importlib.abc.MetaPathFinder):
-    """Calls a function with a library when it has been imported."""
+    """Calls a function with a library when it has been imported, however often it was only looked for before."""
 
     def __init__(self, name: str, function: Callable[[ModuleType], Any]) -> None:
         self._name, self._function = name, function
@@ -179,14 +195,15 @@ class _OnImport(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname != self._name:
             return None
-        _forget(self)
-        spec = importlib.util.find_spec(fullname)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is None or spec.loader is None:
             return spec
         load: Any = spec.loader.exec_module
 
         def load_and_call(module: ModuleType) -> None:
             load(module)
+            _forget(self)
             self._function(module)
 
         spec.loader.exec_module = load_and_call  # type: ignore[method-assign]

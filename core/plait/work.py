@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,20 +138,6 @@ def _modules_of(job: Job) -> set[str]:
     return {module.__name__.partition(".")[0], *beside}
 
 
-@contextlib.contextmanager
-def _no_caches_of_libraries() -> Iterator[None]:
-    """Hugging Face's ``datasets`` keeps what it derives beside what it was derived from; here that is the store."""
-    datasets = sys.modules.get("datasets")
-    if datasets is None or not datasets.is_caching_enabled():
-        yield
-        return
-    datasets.disable_caching()
-    try:
-        yield
-    finally:
-        datasets.enable_caching()
-
-
 def _run(job: Job, store: Store, emit: Emit) -> None:
     instance = configure(find(job.hook, job.method, job.folder), job.config, job.folder)
     arguments = dict.fromkeys(hook_arguments(job.hook))
@@ -173,7 +158,7 @@ def _run(job: Job, store: Store, emit: Emit) -> None:
     )
     started = time.monotonic()
     said = errors_kept(lambda text: emit("step_said", step=job.label, text=text))
-    with said, same_surroundings(run.derived_seed("global"), job.deterministic), _no_caches_of_libraries():
+    with said, same_surroundings(run.derived_seed("global"), job.deterministic):
         result = hook_caller(job.hook, instance)(run=run, **arguments)
     if result is None:
         raise PlaitError(f"method {job.method!r} returned nothing; a hook has to return its result")

@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import datasets
 import numpy as np
 import plait
 import pytest
@@ -117,7 +118,9 @@ def test_whatever_leaks_is_undone_and_the_same_in_every_process(leaks):
 
 
 @pytest.mark.slow
-def test_a_library_that_is_imported_in_the_step_is_seeded_too(workplace):
+def test_a_library_that_is_imported_in_the_step_is_seeded_too_and_keeps_no_cache(workplace):
+    datasets.Dataset.from_dict({"a": [1]}).save_to_disk("mine")
+    files = sorted(Path("mine").iterdir())
     Path("m.py").write_text("""
 import attrs
 from plait import hookimpl
@@ -125,7 +128,8 @@ from plait import hookimpl
 class Draw:
     @hookimpl
     def load_data(self, run):
-        import numpy, torch
+        import datasets, numpy, torch
+        datasets.load_from_disk("mine").map(lambda row: {"b": row["a"] + 1})
         return [float(numpy.random.rand()), float(torch.rand(()))]
 """)
     Path("p.yaml").write_text("plait: 1\nsteps: {a: {load-data: './m.py:Draw'}}\n")
@@ -133,6 +137,7 @@ class Draw:
     command = "import sys, plait; r = plait.run('p.yaml', store='fresh'); print(r['a'])"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(warm)
+    assert sorted(Path("mine").iterdir()) == files
 
 
 def flags():
