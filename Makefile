@@ -32,9 +32,11 @@ lint: $(VENV)/.ready
 bench: $(VENV)/.ready
 	failed=0; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || failed=1; done; exit $$failed
 
-# Runs what is behind the recorded figures again and puts them on record; tests compare pages with records.
+# Runs what is behind the recorded figures again, puts them on record, and makes tables and pictures of the records.
 figures: $(VENV)/.ready
 	$(BIN)/plait reproduce figures --write
+	$(BIN)/python figures/tables.py
+	$(BIN)/python figures/pictures.py
 
 docs: $(VENV)/.ready
 	$(BIN)/python docs/reference.py

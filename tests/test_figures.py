@@ -1,28 +1,125 @@
-"""Tables of pages that name a record hold what is on record."""
+"""Tables of pages hold what is on record, each number in its place."""
 
 import re
+import runpy
+import statistics
 from pathlib import Path
 
+import attrs
 import pytest
 from plait.recording import read_record
 
 ROOT = Path(__file__).parents[1]
-MARKED = re.compile(r"<!-- figures: (\S+) -->\n+((?:\|.*\n)+)")
-NUMBER = re.compile(r"[-+]?[\d.]+ ± [\d.e-]+")
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("plugins/*/README.md")), *sorted(ROOT.glob("docs/**/*.md"))]
-TABLES = [(page, record, table) for page in PAGES for record, table in MARKED.findall(page.read_text(encoding="utf-8"))]
+TABLES = runpy.run_path(str(ROOT / "figures" / "tables.py"), run_name="tables")
+PAGES = TABLES["PAGES"]
+ORIGINS = TABLES["read_origins"]()
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+UNMARKED = re.compile(r"^(?:\|.*\n)+", re.MULTILINE)
 
 
-def test_the_first_table_of_the_readme_is_on_record():
-    assert ROOT / "README.md" in [page for page, _, _ in TABLES]
+@pytest.mark.parametrize("page", PAGES, ids=TABLES["name_of"])
+def test_tables_of_a_page_are_as_recorded(page):
+    assert TABLES["filled"](page, ORIGINS) == page.read_text(encoding="utf-8"), "run python figures/tables.py"
 
 
-@pytest.mark.parametrize(("page", "record", "table"), TABLES, ids=lambda part: str(part)[:40])
-def test_a_table_is_as_recorded(page, record, table):
-    known = {figure.text for figure in read_record(ROOT / record).figures}
-    shown = NUMBER.findall(table.replace("−", "-"))
-    assert shown
-    assert [text for text in shown if not {text, text.removeprefix("+")} & known] == []
+@pytest.mark.parametrize("page", PAGES, ids=TABLES["name_of"])
+def test_every_mean_and_spread_of_a_page_is_on_record(page):
+    for _, numbers in TABLES["tables_of"](page):
+        assert numbers
+        assert [text for cell, text in numbers.items() if "±" in text and cell not in ORIGINS] == []
+    rest = FENCED.sub("", TABLES["TABLE"].sub("", page.read_text(encoding="utf-8")))
+    assert [table for table in UNMARKED.findall(rest) if re.search(r"\d ± \d", table)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=TABLES["name_of"])
+def test_a_number_in_bold_leads_its_column_or_its_row_by_more_than_the_spread(page):
+    for _, numbers in TABLES["tables_of"](page):
+        for cell in numbers:
+            if cell in ORIGINS and in_bold(page, numbers[cell]):
+                beside = [other for other in numbers if other in ORIGINS and other != cell and comparable(cell, other)]
+                column = [other for other in beside if other.column == cell.column]
+                row = [other for other in beside if other.row == cell.row]
+                assert any(some and all(exceeds(cell, other) for other in some) for some in (column, row)), cell
+
+
+def in_bold(page, text):
+    return f"**{text}**" in page.read_text(encoding="utf-8")
+
+
+def comparable(cell, other):
+    return ORIGINS[cell].metric == ORIGINS[other].metric
+
+
+def exceeds(cell, other):
+    mine, others = (TABLES["values_of"](ORIGINS[one]) for one in (cell, other))
+    if len(mine) != len(others) or len(mine) < 2:
+        return True
+    gaps = [a - b for a, b in zip(mine, others, strict=True)]
+    return abs(statistics.fmean(gaps)) > max(map(statistics.stdev, (mine, others, gaps)))
+
+
+def test_every_place_is_one_on_a_page_and_of_a_record_that_the_page_names():
+    known = {cell: records for page in PAGES for records, numbers in TABLES["tables_of"](page) for cell in numbers}
+    assert [cell for cell in ORIGINS if cell not in known] == []
+    assert [cell for cell, origin in ORIGINS.items() if origin.record not in known[cell]] == []
+
+
+def test_numbers_of_a_page_are_found_on_record():
+    known = {cell: origin for cell, origin in ORIGINS.items() if cell.page == "README.md"}
+    assert TABLES["find"]({}, [ROOT / "README.md"]) == known
+    assert TABLES["find"](known, [ROOT / "README.md"]) == known
+
+
+def test_another_number_on_record_is_another_number_on_the_page():
+    page = ROOT / "README.md"
+    cell = next(cell for cell in ORIGINS if cell.page == "README.md")
+    origin = attrs.evolve(ORIGINS[cell], show=".3 ± .3")
+    right = TABLES["filled"](page, {cell: origin})
+    wrong = TABLES["filled"](page, {cell: attrs.evolve(origin, minus=origin.row)})
+    assert right.replace(TABLES["shown"](origin), "0.000 ± 0.000", 1) == wrong
+
+
+@pytest.mark.parametrize(
+    ("show", "shown"),
+    [
+        ("text", "0.500 ± 0.100"),
+        ("+text", "+0.500 ± 0.100"),
+        (".1", "0.5"),
+        ("0.2", ".50"),
+        ("%.0", "50"),
+        ("+0.1 ± .2", "+.5 ± 0.10"),
+    ],
+)
+def test_a_number_is_shown_as_asked(tmp_path, show, shown):
+    record = tmp_path / "a.csv"
+    record.write_text(
+        "# figures of a run of plait\ntable,row,metric,text,mean,std,seeds,values\n"
+        "score,a,accuracy,0.500 ± 0.100,0.5,0.1,0 1 2,0.4 0.5 0.6\n"
+        "score,b,accuracy,-0.100 ± 0.300,-0.1,0.3,0 1 2,-0.4 -0.1 0.2\n",
+        encoding="utf-8",
+    )
+    origin = TABLES["Origin"](str(record), "score", "a", "accuracy", show=show)
+    assert TABLES["shown"](origin) == shown
+
+
+def test_differences_averages_and_single_seeds(tmp_path):
+    record = tmp_path / "a.csv"
+    record.write_text(
+        "# figures of a run of plait\ntable,row,metric,text,mean,std,seeds,values\n"
+        "score,a,accuracy,0.500 ± 0.100,0.5,0.1,0 1 2,0.4 0.5 0.6\n"
+        "score,b,accuracy,-0.100 ± 0.300,-0.1,0.3,0 1 2,-0.4 -0.1 0.2\n",
+        encoding="utf-8",
+    )
+
+    def shown(row, **more):
+        return TABLES["shown"](TABLES["Origin"](str(record), "score", row, "accuracy", **more))
+
+    assert shown("b") == "−0.100 ± 0.300"
+    assert shown("a & b", show=".3 ± .3") == "0.200 ± 0.200"
+    assert shown("a", minus="b", show="+.2") == "+0.60"
+    assert shown("a", minus="b", seed="2", show="+.2") == "+0.40"
+    with pytest.raises(ValueError, match=r"has no 'accuracy' of 'c' in its table 'score'"):
+        shown("c")
 
 
 @pytest.mark.parametrize("record", sorted(ROOT.glob("figures/*.csv")), ids=lambda path: path.stem)
