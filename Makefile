@@ -35,6 +35,7 @@ bench: $(VENV)/.ready
 # Runs what is behind the recorded figures again, puts them on record, and makes tables and pictures of the records.
 figures: $(VENV)/.ready
 	$(BIN)/plait reproduce figures --write
+	-$(BIN)/python figures/benchmarks.py
 	$(BIN)/python figures/tables.py
 	$(BIN)/python figures/pictures.py
 
