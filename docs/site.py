@@ -1,4 +1,4 @@
-"""What the site adds to the pages in this folder: a page for every package, all ready-made pipelines, colours of code.
+"""What the site adds to the pages in this folder: pages of packages and their parts, ready-made pipelines, colours of code.
 
 MkDocs calls the functions (``hooks`` in ``mkdocs.yml``). The texts stay where they are read first: in the packages'
 READMEs and in the pipelines themselves. Pages in ``results`` belong to READMEs and link like them, by paths of the
@@ -18,6 +18,11 @@ from pygments.formatters import HtmlFormatter
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/README.md"))
+# Parts of packages that have a README of their own.
+PARTS = {
+    path: f"packages/{path.relative_to(ROOT).parts[1]}-{path.parent.name}.md"
+    for path in sorted(ROOT.glob("plugins/*/src/**/README.md"))
+}
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 TITLE = re.compile(r'^```(\w+) title="([^"]+)"$', re.MULTILINE)
 LAYOUT = """
@@ -33,6 +38,9 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages and the style that are made here."""
     made = {
         **{f"packages/{folder.name}.md": _package(folder) for folder in PLUGINS},
+        **{
+            page: _site_links(part.read_text(encoding="utf-8"), part.parent, "packages") for part, page in PARTS.items()
+        },
         "packages/index.md": _packages(),
         "ready-made.md": _ready_made(),
         "code.css": HtmlFormatter(style="default").get_style_defs(".codehilite") + LAYOUT,
@@ -82,6 +90,8 @@ def _page_of(place: Path) -> str | None:
     """The page on which the site shows a file or folder of the repository."""
     if place in (ROOT, ROOT / "README.md"):
         return "index.md"
+    if place in PARTS:
+        return PARTS[place]
     package = place.parent if place.name == "README.md" else place
     if package in PLUGINS:
         return f"packages/{package.name}.md"
