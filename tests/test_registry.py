@@ -56,7 +56,11 @@ def test_methods_are_those_of_the_entry_points(name):
 
 
 # The user's own data: any file will do for a check.
-OWN_DATA = {"federated-cifar10": "steps.cifar.with.source", "clip-audit-fashion": "steps.fashion.with.folder"}
+OWN_DATA = {
+    "clip-audit-fashion": "steps.fashion.with.folder",
+    "clip-fashion": "steps.fashion.with.folder",
+    "federated-cifar10": "steps.cifar.with.source",
+}
 
 
 @pytest.mark.slow
