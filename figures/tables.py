@@ -38,10 +38,10 @@ AND = " & "
 
 @attrs.frozen
 class Cell:
-    """Where a number stands on a page: in its n-th marked table, in a row, in a column, and there in which place."""
+    """Where a number stands on a page: in the table with a head, in a row, in a column, and there in which place."""
 
     page: str
-    table: int
+    table: str
     row: str
     column: int
     number: int
@@ -92,38 +92,47 @@ def name_of(page: Path) -> str:
 
 def filled(page: Path, origins: Mapping[Cell, Origin]) -> str:
     """The text of a page, every number that is on record as it is there."""
-    text = page.read_text(encoding="utf-8")
-    tables = itertools.count(1)
 
     def anew(match: re.Match[str]) -> str:
         start = match[0].index("|")
-        return match[0][:start] + _filled_table(match[2], name_of(page), next(tables), origins)
+        return match[0][:start] + _filled_table(match[2], name_of(page), origins)
 
-    return TABLE.sub(anew, text)
+    return TABLE.sub(anew, page.read_text(encoding="utf-8"))
 
 
-def _filled_table(table: str, page: str, place: int, origins: Mapping[Cell, Origin]) -> str:
+def _filled_table(table: str, page: str, origins: Mapping[Cell, Origin]) -> str:
     lines = table.splitlines(keepends=True)
     for at, (row, cells) in enumerate(_rows(table), 2):
         for column, text in enumerate(cells):
             for number, match in reversed([*enumerate(_numbers(text, column), 1)]):
-                if origin := origins.get(Cell(page, place, row, column, number)):
+                if origin := origins.get(Cell(page, _head(table), row, column, number)):
                     cells[column] = f"{cells[column][: match.start()]}{shown(origin)}{cells[column][match.end() :]}"
         lines[at] = f"|{'|'.join(cells)}|\n"
     return "".join(lines)
 
 
 def tables_of(page: Path) -> list[tuple[list[str], dict[Cell, str]]]:
-    """The marked tables of a page: their records, and the numbers that they show."""
+    """The marked tables of a page: their records, and the numbers that they show.
+
+    Raises:
+        ValueError: two of them have the same head, by which they are told apart.
+    """
     tables = TABLE.findall(page.read_text(encoding="utf-8"))
-    return [(names.split(), dict(_shown_in(table, name_of(page), at))) for at, (names, table) in enumerate(tables, 1)]
+    head, times = Counter(_head(table) for _, table in tables).most_common(1)[0] if tables else ("", 1)
+    if times > 1:
+        raise ValueError(f"{times} tables of {name_of(page)} have the head {head}; name a column of one differently")
+    return [(names.split(), dict(_shown_in(table, name_of(page)))) for names, table in tables]
 
 
-def _shown_in(table: str, page: str, place: int) -> Iterator[tuple[Cell, str]]:
+def _head(table: str) -> str:
+    return table.partition("\n")[0].strip()
+
+
+def _shown_in(table: str, page: str) -> Iterator[tuple[Cell, str]]:
     for row, cells in _rows(table):
         for column, text in enumerate(cells):
             for number, match in enumerate(_numbers(text, column), 1):
-                yield Cell(page, place, row, column, number), match[0]
+                yield Cell(page, _head(table), row, column, number), match[0]
 
 
 def _rows(table: str) -> Iterator[tuple[str, list[str]]]:
@@ -204,7 +213,7 @@ def read_origins() -> dict[Cell, Origin]:
     with PLACES.open(encoding="utf-8", newline="") as file:
         lines = [*csv.reader(file, "excel-tab")][1:]
     return {
-        Cell(page, int(table), row, int(column), int(number)): Origin(*more)
+        Cell(page, table, row, int(column), int(number)): Origin(*more)
         for page, table, row, column, number, *more in lines
     }
 

@@ -99,6 +99,32 @@ def test_another_number_on_record_is_another_number_on_the_page():
     assert right.replace(TABLES["shown"](origin), "0.000 ± 0.000", 1) == wrong
 
 
+@pytest.fixture
+def record(tmp_path):
+    record = tmp_path / "a.csv"
+    record.write_text(
+        "# figures of a run of plait\ntable,row,metric,text,mean,std,seeds,values\n"
+        "score,a,accuracy,0.500 ± 0.100,0.5,0.1,0 1 2,0.4 0.5 0.6\n"
+        "score,b,accuracy,-0.100 ± 0.300,-0.1,0.3,0 1 2,-0.4 -0.1 0.2\n",
+        encoding="utf-8",
+    )
+    return record
+
+
+def test_a_table_above_another_with_the_same_rows_keeps_its_own_numbers(tmp_path, monkeypatch, record):
+    monkeypatch.setitem(TABLES["filled"].__globals__, "ROOT", tmp_path)
+    page, one = tmp_path / "page.md", f"<!-- figures: {record} -->\n\n| | accuracy |\n| --- | --- |\n| a | 0.1 |\n"
+    page.write_text(one, encoding="utf-8")
+    ((_, numbers),) = TABLES["tables_of"](page)
+    origins = dict.fromkeys(numbers, TABLES["Origin"](str(record), "score", "a", "accuracy"))
+    other = one.replace("accuracy |", "of others |").replace("0.1", "0.3")
+    page.write_text(f"{other}\n{one}", encoding="utf-8")
+    assert TABLES["filled"](page, origins) == f"{other}\n{one.replace('0.1', '0.500 ± 0.100')}"
+    page.write_text(f"{one}\n{one}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"2 tables of page\.md have the head \| \| accuracy \|; name a column"):
+        TABLES["tables_of"](page)
+
+
 @pytest.mark.parametrize(
     ("show", "shown"),
     [
@@ -110,27 +136,12 @@ def test_another_number_on_record_is_another_number_on_the_page():
         ("+0.1 ± .2", "+.5 ± 0.10"),
     ],
 )
-def test_a_number_is_shown_as_asked(tmp_path, show, shown):
-    record = tmp_path / "a.csv"
-    record.write_text(
-        "# figures of a run of plait\ntable,row,metric,text,mean,std,seeds,values\n"
-        "score,a,accuracy,0.500 ± 0.100,0.5,0.1,0 1 2,0.4 0.5 0.6\n"
-        "score,b,accuracy,-0.100 ± 0.300,-0.1,0.3,0 1 2,-0.4 -0.1 0.2\n",
-        encoding="utf-8",
-    )
+def test_a_number_is_shown_as_asked(record, show, shown):
     origin = TABLES["Origin"](str(record), "score", "a", "accuracy", show=show)
     assert TABLES["shown"](origin) == shown
 
 
-def test_differences_averages_and_single_seeds(tmp_path):
-    record = tmp_path / "a.csv"
-    record.write_text(
-        "# figures of a run of plait\ntable,row,metric,text,mean,std,seeds,values\n"
-        "score,a,accuracy,0.500 ± 0.100,0.5,0.1,0 1 2,0.4 0.5 0.6\n"
-        "score,b,accuracy,-0.100 ± 0.300,-0.1,0.3,0 1 2,-0.4 -0.1 0.2\n",
-        encoding="utf-8",
-    )
-
+def test_differences_averages_and_single_seeds(record):
     def shown(row, **more):
         return TABLES["shown"](TABLES["Origin"](str(record), "score", row, "accuracy", **more))
 
