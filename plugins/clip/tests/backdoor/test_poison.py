@@ -1,3 +1,4 @@
+import copy
 import hashlib
 import io
 import json
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from plait_clip import prompts
 from plait_clip.backdoor import poison, triggers
+from plait_clip.backdoor.patch_optimization import PatchOptimization, optimize_patch
 from plait_clip.backdoor.plugin.attacks import (
     ATTACKS,
     BadClip,
@@ -464,6 +466,14 @@ def test_issba_needs_an_encoder(small, tmp_path):
 def optimised(clean_model, digits):
     method = BadClip(target="seven", n_poison=10, num_epochs=4, num_images=512, patch_size=2, learning_rate=0.05)
     return method, attacked(method, digits["train"], model=clean_model)
+
+
+def test_a_patch_whose_loss_is_not_finite_is_not_given_back(clean_model, digits):
+    model = copy.deepcopy(clean_model)
+    model.logit_scale.data.fill_(float("nan"))
+    options = PatchOptimization(num_epochs=1, batch_size=2, triplet_weight=0, augment_probability=0)
+    with pytest.raises(FloatingPointError, match="the loss is nan in step 0"):
+        optimize_patch(model, digits["train"], [0, 1], ["the number seven"] * 2, [], 2, options)
 
 
 @pytest.mark.slow
